@@ -1,0 +1,124 @@
+"""Codes: each expert's mixture of the bases, signed or on the simplex, and what is said about them.
+
+The state between steps is the code itself, never its logarithm: entmax and sparsemax are not injective, so a stored
+logit drifts. Each simplex map used here has a right inverse on the simplex (`simplex_preimage`), which is all that a
+mirror-descent step needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import entmax  # pyright: ignore[reportMissingTypeStubs]
+import torch
+from torch import Tensor
+
+from globe.bank.linalg import solve_positive
+from globe.errors import SettingsError
+
+CodeMap = Literal["ridge", "entmax15", "sparsemax", "softmax"]
+
+_SIMPLEX: dict[str, Callable[[Tensor], Tensor]] = {
+    "entmax15": lambda z: entmax.entmax15(z, dim=-1),  # pyright: ignore
+    "sparsemax": lambda z: entmax.sparsemax(z, dim=-1),  # pyright: ignore
+    "softmax": lambda z: torch.softmax(z, dim=-1),
+}
+
+
+def check_codes(name: str) -> None:
+    """Raise `SettingsError` unless `name` is a known kind of code."""
+    if name not in get_args(CodeMap):
+        raise SettingsError(f"codes {name!r} are unknown; choose one of {', '.join(get_args(CodeMap))}")
+
+
+def on_simplex(z: Tensor, codes: str) -> Tensor:
+    """Map scores (E, M) to the simplex: softmax, sparsemax (Martins and Astudillo 2016) or 1.5-entmax (Peters 2019)."""
+    return _SIMPLEX[codes](z)
+
+
+def simplex_preimage(alpha: Tensor, codes: str) -> Tensor:
+    """Scores z with on_simplex(z) = alpha: log α for softmax, α for sparsemax, 2√α for 1.5-entmax."""
+    if codes == "softmax":
+        return alpha.clamp_min(torch.finfo(alpha.dtype).tiny).log()
+    return alpha if codes == "sparsemax" else 2 * alpha.clamp_min(0).sqrt()
+
+
+def ridge_codes(targets: Tensor, bases: Tensor, lambda_: float = 1e-6, num_kept: int | None = None) -> Tensor:
+    """Signed least squares a_e = argmin ‖S_e − Σ_j a_ej B_j‖² + λ‖a_e‖², optionally with `num_kept` non-zeros.
+
+    `targets` S (E, R, D), `bases` B (M, R, D). With `num_kept` the largest entries of the dense solution (in units of
+    their atoms' norms) are kept and solved for again. Returns (E, M).
+    """
+    s, b = targets.flatten(1), bases.flatten(1)
+    gram, cross = b @ b.mT, b @ s.mT
+    codes = solve_positive(gram, cross, lambda_)[0].mT
+    if num_kept is None or num_kept >= codes.shape[1]:
+        return codes
+    mask = top_mask(codes * b.norm(dim=1), num_kept)
+    masked = gram * mask[:, :, None] * mask[:, None, :]
+    masked = masked + torch.diag_embed((~mask).to(gram.dtype) * gram.diagonal().mean())
+    restricted = solve_positive(masked, (cross.mT * mask)[:, :, None], lambda_)[0][..., 0]
+    return restricted * mask
+
+
+def top_mask(codes: Tensor, num_kept: int) -> Tensor:
+    """True at the `num_kept` largest magnitudes of each row."""
+    top = codes.abs().topk(min(num_kept, codes.shape[1]), dim=1).indices
+    return torch.zeros_like(codes, dtype=torch.bool).scatter_(1, top, True)
+
+
+def simplex_codes(
+    alpha: Tensor, targets: Tensor, bases: Tensor, codes: str, *, temperature: float = 1.0, epsilon: float = 1e-6
+) -> Tensor:
+    """Mirror descent on ‖S_e − Σ_j α_ej B_j‖² over the simplex, then temperature, ε-prune and renormalisation.
+
+    For sparsemax this is projected gradient descent, for softmax exponentiated gradient, for entmax15 the mirror map
+    of its Tsallis entropy. Ten steps of length 1/L, L the largest eigenvalue of BBᵀ. A temperature other than 1 acts
+    in log space, α^(1/T) renormalised, inside this step only. `alpha` (E, M) in and out.
+    """
+    s, b = targets.flatten(1), bases.flatten(1)
+    gram, cross = b @ b.mT, s @ b.mT
+    length = 1 / gram.norm().clamp_min(epsilon)  # the Frobenius norm bounds the largest eigenvalue
+    for _ in range(10):
+        z = simplex_preimage(alpha, codes) - length * (alpha @ gram - cross)
+        alpha = on_simplex(z, codes)
+    if temperature != 1.0:
+        alpha = torch.softmax(alpha.log() / temperature, dim=-1)
+    return prune(alpha, epsilon)
+
+
+def prune(alpha: Tensor, epsilon: float) -> Tensor:
+    """Zero the entries below ε, keep the largest of each row, renormalise to sum 1."""
+    largest = alpha.amax(-1, keepdim=True)
+    kept = torch.where((alpha >= epsilon) | (alpha == largest), alpha, 0.0)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def support(codes: Tensor) -> Tensor:
+    """Number of non-zero codes of each expert, (E,)."""
+    return (codes != 0).sum(-1)
+
+
+def entropy(codes: Tensor) -> Tensor:
+    """−Σ_j p log p over p = |a| / Σ|a|, in nats, (E,); zeros contribute nothing."""
+    p = codes.abs()
+    p = p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+    return -torch.where(p > 0, p * p.log(), 0.0).sum(-1)
+
+
+def popularity(codes: Tensor) -> Tensor:
+    """Share of each basis in the experts' mixtures, mean over e of |a_ej| / Σ_k |a_ek|; (M,), sums to 1."""
+    p = codes.abs()
+    return (p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)).mean(0)
+
+
+def update_temperature(
+    temperature: float, median_support: float, target: int, *, rate: float, lowest: float, highest: float
+) -> float:
+    """Steer the median support towards `target`: T ← clamp(T·exp(−η(support/target − 1)), T_min, T_max).
+
+    A higher temperature flattens the codes and widens their support, so the exponent is negative.
+    """
+    return min(max(temperature * math.exp(-rate * (median_support / target - 1)), lowest), highest)

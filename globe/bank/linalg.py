@@ -1,0 +1,63 @@
+"""Batched factorisations, and the one place that knows which devices lack them.
+
+Apple's MPS has no symmetric eigensolver, SVD or Cholesky with a status, so those run on the CPU there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _capable(x: Tensor) -> Tensor:
+    return x.cpu() if x.device.type == "mps" else x
+
+
+def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues in ascending order and eigenvectors of symmetric matrices (..., N, N)."""
+    values, vectors = torch.linalg.eigh(_capable(x))
+    return values.to(x.device), vectors.to(x.device)
+
+
+def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin singular value decomposition U, S, Vh of matrices (..., N, K)."""
+    u, s, vh = torch.linalg.svd(_capable(x), full_matrices=False)
+    return u.to(x.device), s.to(x.device), vh.to(x.device)
+
+
+def polar(x: Tensor) -> Tensor:
+    """The orthonormal polar factor of (..., N, K), N >= K: the maximiser of tr(Qᵀ x) over QᵀQ = I."""
+    u, _, vh = svd(x)
+    return u @ vh
+
+
+def solve_positive(gram: Tensor, rhs: Tensor, ridge: float) -> tuple[Tensor, int]:
+    """Solve (G + ridge·mean(diag G)·I) X = rhs for symmetric positive semidefinite G, batched.
+
+    Shapes: `gram` (..., N, N), `rhs` (..., N, K). Cholesky serves all but the matrices whose factorisation fails;
+    those are solved in the least-squares sense from their eigenvectors. Returns the solution and how many failed.
+    """
+    home = gram.device
+    gram, rhs = _capable(gram), _capable(rhs)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    shift = ridge * diagonal.mean(-1, keepdim=True) + torch.finfo(gram.dtype).tiny
+    shifted = gram + torch.diag_embed(shift.expand_as(diagonal))
+    factor, info = torch.linalg.cholesky_ex(shifted)
+    failed = info > 0
+    num_failed = int(failed.sum())
+    if num_failed == 0:
+        return torch.cholesky_solve(rhs, factor).to(home), 0
+    safe = torch.where(failed[..., None, None], torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device), factor)
+    solution = torch.cholesky_solve(rhs, safe)
+    solution[failed] = _pseudo_solve(shifted[failed], rhs.expand(*gram.shape[:-1], -1)[failed])
+    return solution.to(home), num_failed
+
+
+def _pseudo_solve(gram: Tensor, rhs: Tensor) -> Tensor:
+    """Minimum-norm solution with eigenvalues below eps·N·max dropped; NaN in gives NaN out."""
+    finite = gram.isfinite().all(-1).all(-1)
+    values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], gram, 0.0))
+    floor = torch.finfo(gram.dtype).eps * gram.shape[-1] * values.amax(-1, keepdim=True).clamp_min(0)
+    inverse = torch.where(values > floor, 1 / values, 0.0)
+    solution = vectors @ (inverse[..., None] * (vectors.mT @ rhs))
+    return torch.where(finite[:, None, None], solution, torch.nan)

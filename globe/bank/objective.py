@@ -1,0 +1,126 @@
+"""The one objective of every solver, and its gradient with the adapters eliminated.
+
+    f(A, a, B) = Σ_e w_e ‖(W_e − A_e φ(T_e)) C^{1/2}‖²_F / Σ_e w_e ‖W_e C^{1/2}‖²_F,    T_e = Σ_j a_ej B_j
+
+With A the minimiser at (a, B), the gradient of min_A f is that of f at fixed A (variable projection; Golub and
+Pereyra 1973): it flows through T alone, and no derivative of the linear solve is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from globe.bank.activations import activate, jacobian
+from globe.bank.adapters import refit_adapters
+from globe.bank.factors import mix
+
+CHUNK_BYTES = 32 * 2**20
+"""Bound on one temporary (experts x R x D) while experts are visited in chunks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The weights to be fitted and the metric of the fit."""
+
+    weights: Tensor
+    """W, (E, P, D), normalised to a standard deviation near 1."""
+    expert_weights: Tensor | None = None
+    """w, (E,): how much each expert counts; 1 when None."""
+    second_moment: Tensor | None = None
+    """C, (D, D): second moment of what the experts multiply; identity when None."""
+    lambda_a: float = 1e-6
+    """Ridge of the adapters, relative to the mean diagonal of their Gram matrices."""
+
+    def energy(self) -> Tensor:
+        """Σ_e w_e ‖W_e C^{1/2}‖²_F, the denominator of the objective."""
+        total = self.weights.new_zeros(())
+        for part in expert_chunks(self.weights):
+            total = total + self._squared(self.weights[part], part)
+        return total
+
+    def _squared(self, x: Tensor, part: slice) -> Tensor:
+        weighed = x if self.second_moment is None else x @ self.second_moment
+        per_expert = torch.linalg.vecdot(weighed.flatten(1), x.flatten(1))
+        return (per_expert if self.expert_weights is None else per_expert * self.expert_weights[part]).sum()
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """The objective with the adapters eliminated, and where asked its gradient and the adapters."""
+
+    objective: float
+    """f with exact adapters; its square root is the relative error."""
+    num_fallbacks: int
+    """Experts whose adapter needed more than a Cholesky factorisation."""
+    grad_codes: Tensor | None = None
+    """∂f/∂a, (E, M)."""
+    grad_bases: Tensor | None = None
+    """∂f/∂B, (M, R, D)."""
+    adapters: Tensor | None = None
+    """A, (E, P, R)."""
+
+
+def expert_chunks(x: Tensor) -> list[slice]:
+    """Slices of the leading dimension whose rows fill at most `CHUNK_BYTES`, at least one row each."""
+    rows = max(1, CHUNK_BYTES // max(1, x[0].numel() * x.element_size()))
+    return [slice(start, min(start + rows, x.shape[0])) for start in range(0, x.shape[0], rows)]
+
+
+def project(
+    problem: Problem,
+    codes: Tensor,
+    bases: Tensor,
+    activation: str,
+    activation_lambda: float = 1.0,
+    *,
+    energy: Tensor | None = None,
+    gradient: bool = False,
+    adapters: bool = False,
+) -> Projection:
+    """Evaluate min_A f at codes (E, M) and bases (M, R, D), visiting the experts in chunks."""
+    energy = problem.energy() if energy is None else energy
+    total, num_fallbacks = problem.weights.new_zeros(()), 0
+    grad_codes = torch.empty_like(codes) if gradient else None
+    grad_bases = torch.zeros_like(bases) if gradient else None
+    kept: list[Tensor] = []
+    for part in expert_chunks(problem.weights):
+        w, t = problem.weights[part], mix(codes[part], bases)
+        n = activate(t, activation, activation_lambda)
+        a, failed = refit_adapters(w, n, lambda_a=problem.lambda_a, second_moment=problem.second_moment)
+        residual = torch.baddbmm(w, a, n, beta=-1)
+        total = total + problem._squared(residual, part)  # pyright: ignore[reportPrivateUsage]
+        num_fallbacks += failed
+        if adapters:
+            kept.append(a)
+        if grad_codes is not None and grad_bases is not None:
+            weighed = residual if problem.second_moment is None else residual @ problem.second_moment
+            grad_t = (a.mT @ weighed).mul_(2 / energy)
+            if problem.expert_weights is not None:
+                grad_t.mul_(problem.expert_weights[part, None, None])
+            if activation != "identity":
+                grad_t.mul_(jacobian(t, activation, activation_lambda))
+            grad_codes[part] = grad_t.flatten(1) @ bases.flatten(1).mT
+            grad_bases.flatten(1).addmm_(codes[part].mT, grad_t.flatten(1))
+    objective = float(total / energy)
+    return Projection(objective, num_fallbacks, grad_codes, grad_bases, torch.cat(kept) if adapters else None)
+
+
+def objective(
+    problem: Problem, adapters: Tensor, codes: Tensor, bases: Tensor, activation: str, activation_lambda: float = 1.0
+) -> float:
+    """f at given factors: the squared relative error in the problem's metric."""
+    total = problem.weights.new_zeros(())
+    for part in expert_chunks(problem.weights):
+        n = activate(mix(codes[part], bases), activation, activation_lambda)
+        residual = torch.baddbmm(problem.weights[part], adapters[part], n, beta=-1)
+        total = total + problem._squared(residual, part)  # pyright: ignore[reportPrivateUsage]
+    return float(total / problem.energy())
+
+
+def relative_errors(weights: Tensor, approximation: Tensor) -> Tensor:
+    """‖W_e − What_e‖_F / ‖W_e‖_F of each expert, (E,); 0 for a zero expert that is met exactly."""
+    missed = (weights - approximation).flatten(1).norm(dim=1)
+    return torch.where(missed == 0, missed, missed / weights.flatten(1).norm(dim=1))

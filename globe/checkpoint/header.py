@@ -1,0 +1,164 @@
+"""The safetensors format: the header's length (8 bytes), the header (JSON), the tensors' bytes without a gap.
+
+A header is checked against its file before any data is read, so that a damaged file is found before hours of work
+and not in the middle of them. https://huggingface.co/docs/safetensors
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from globe.errors import CheckpointError
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+_PACKED_BITS = {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+_BITS = {name: 8 * dtype.itemsize for name, dtype in TORCH_DTYPES.items()} | _PACKED_BITS
+_MAX_HEADER = 100_000_000  # the safetensors library's own limit
+_AGAIN = "the file is damaged or was cut short: download or copy it again"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    name: str
+    """Name in the checkpoint."""
+    dtype: str
+    """As safetensors writes it: BF16, F32, …"""
+    shape: tuple[int, ...]
+    """Sizes of the dimensions."""
+    shard: str
+    """File that holds it, relative to the checkpoint's folder."""
+    offset: int
+    """First byte, counted from the start of the shard's data."""
+    nbytes: int
+    """Bytes of data."""
+
+
+def read_header(path: Path, shard: str) -> list[TensorInfo]:
+    """The tensors of a file in the order of their bytes; `CheckpointError` unless header and file agree exactly."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = data_start(file, shard)
+        if start > size:
+            raise CheckpointError(f"{shard}: the header should end at byte {start} of a file of {size} bytes; {_AGAIN}")
+        raw = file.read(start - 8)
+    try:
+        entries = json.loads(raw, object_pairs_hook=_without_duplicates)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, _DuplicateKeyError) as error:
+        raise CheckpointError(f"{shard}: the header is not valid JSON ({error}); {_AGAIN}") from error
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{shard}: the header is a JSON {type(entries).__name__}, not an object; {_AGAIN}")
+    tensors = check_entries(entries, shard)
+    held, named = size - start, sum(tensor.nbytes for tensor in tensors)
+    if held != named:
+        raise CheckpointError(f"{shard}: the header describes {named} bytes of data, the file holds {held}; {_AGAIN}")
+    return tensors
+
+
+def data_start(file: BinaryIO, shard: str) -> int:
+    """Where the data of an open file starts; leaves the file at the start of the JSON header."""
+    length = file.read(8)
+    if len(length) < 8:
+        raise CheckpointError(f"{shard}: {len(length)} bytes are too few for a safetensors file; {_AGAIN}")
+    (header,) = struct.unpack("<Q", length)
+    if header > _MAX_HEADER:
+        raise CheckpointError(f"{shard}: not a safetensors file: its header would be {header} bytes long; {_AGAIN}")
+    return 8 + header
+
+
+def check_entries(entries: Mapping[str, Any], shard: str) -> list[TensorInfo]:
+    """The tensors of a parsed header in the order of their bytes, which must follow each other without gap or overlap.
+
+    Raises `CheckpointError` naming the tensor whose dtype, shape and offsets do not agree.
+    """
+    tensors = [_tensor(name, entry, shard) for name, entry in entries.items() if name != "__metadata__"]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    end = 0
+    for tensor in tensors:
+        if tensor.offset != end:
+            fault = "overlaps the tensor before it" if tensor.offset < end else "leaves a gap before it"
+            raise CheckpointError(f"{shard}: tensor {tensor.name!r} {fault} (byte {tensor.offset}, not {end}); {_AGAIN}")
+        end += tensor.nbytes
+    return tensors
+
+
+def build_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """Length and header of a file that holds the tensors' bytes one after the other in this order."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for tensor in tensors:
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.nbytes],
+        }
+        end += tensor.nbytes
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)  # the data starts aligned
+    return struct.pack("<Q", len(header)) + header
+
+
+def aligned(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
+    """Widest dtype first, otherwise in the order given: every tensor then starts at a multiple of its item size."""
+    return sorted(tensors, key=lambda tensor: -_BITS[tensor.dtype])
+
+
+def _tensor(name: str, entry: object, shard: str) -> TensorInfo:
+    where = f"{shard}: tensor {name!r}"
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise CheckpointError(f"{where} has no dtype, shape and data_offsets in the header; {_AGAIN}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(f"{where} has shape {shape!r} at bytes {offsets!r}, which cannot be; {_AGAIN}")
+    if dtype not in _BITS:
+        raise CheckpointError(f"{where} has the unknown dtype {dtype!r}; known are {', '.join(_BITS)}")
+    bits, found = math.prod(shape) * _BITS[dtype], offsets[1] - offsets[0]
+    if bits != 8 * found:
+        raise CheckpointError(
+            f"{where} is {dtype} of shape {shape}, which takes {math.ceil(bits / 8)} bytes; its offsets give {found}; "
+            f"{_AGAIN}"
+        )
+    return TensorInfo(name, dtype, tuple(shape), shard, offsets[0], found)
+
+
+def _are_sizes(values: object) -> bool:
+    return isinstance(values, list | tuple) and all(type(value) is int and value >= 0 for value in values)
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise _DuplicateKeyError("the same key twice")
+    return entries

@@ -1,0 +1,87 @@
+"""Checkpoints on the Hugging Face Hub: small files at once, shards one at a time, headers without their data."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # that of httpx or of httpx2, by version
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    SafetensorsParsingError,
+)
+
+from globe.errors import CheckpointError
+
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*", "LICENCE*", "NOTICE*")
+"""Patterns of everything that is fetched at once and may be carried over to an output."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HubRepo:
+    """One commit of a repository: a branch that moves on does not change what a run reads."""
+
+    repo_id: str
+    """`owner/name`."""
+    commit: str
+    """Full hash."""
+
+    def fetch(self, filename: str) -> Path:
+        """The file in the Hub's cache, downloaded unless it is there."""
+        with _explained(self.repo_id, filename):
+            return Path(hf_hub_download(self.repo_id, filename, revision=self.commit))
+
+    def header(self, filename: str) -> dict[str, Any]:
+        """The parsed safetensors header of a shard, read without its data."""
+        with _explained(self.repo_id, filename):
+            found = HfApi().parse_safetensors_file_metadata(self.repo_id, filename, revision=self.commit)
+        return {name: dataclasses.asdict(tensor) for name, tensor in found.tensors.items()}
+
+
+def open_repo(repo_id: str, revision: str | None) -> tuple[HubRepo, Path]:
+    """The commit that `revision` (by default the main branch) names now, and the folder of its small files."""
+    with _explained(repo_id, revision or "the main branch"):
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(SMALL_FILES)))
+    return HubRepo(repo_id, folder.name), folder
+
+
+@contextlib.contextmanager
+def _explained(repo_id: str, asked: str) -> Iterator[None]:
+    """Turn the client's errors into `CheckpointError`s that say what to do; the cause stays attached."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise CheckpointError(f"{repo_id!r} is neither a folder nor a Hub id: {error}") from error
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repo_id} is gated: accept its terms at https://huggingface.co/{repo_id}, then `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo_id} is neither a folder here nor a model on the Hub: check the spelling; "
+            "if it is private, `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{repo_id} has no revision {asked!r} on the Hub") from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo_id} is not a folder here, and {asked} is neither in the Hub's cache nor can it be fetched: {error}"
+        ) from error
+    except EntryNotFoundError as error:
+        raise CheckpointError(f"{repo_id} has no file {asked} on the Hub; only safetensors weights are read") from error
+    except SafetensorsParsingError as error:
+        raise CheckpointError(f"{repo_id}: {asked} is not a valid safetensors file: {error}") from error
+    except (OSError, HTTPError) as error:
+        raise CheckpointError(
+            f"{repo_id}: {asked} cannot be fetched ({type(error).__name__}: {error}); "
+            "check the network and the disk, or give a local folder"
+        ) from error

@@ -1,0 +1,52 @@
+"""The aligned warm start: experts are rotated into a common frame before they share a bank.
+
+An expert's intermediate index is arbitrary, so the stacked vec(W_e) of a plain PCA are not comparable. Aligning them is
+generalised Procrustes analysis (Gower 1975) with a low-rank mean.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from globe.bank.factors import mix
+from globe.bank.linalg import eigh, polar, svd
+
+
+def low_rank(stacked: Tensor, num_bases: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Best rank-M approximation of the stacked vectors of (E, R, D), from the E x E Gram matrix.
+
+    Returns orthonormal codes (E, M), bases (M, R, D) in descending order of energy, and the spectrum (E,) of singular
+    values, descending.
+    """
+    flat = stacked.flatten(1)
+    values, vectors = eigh(flat @ flat.mT)
+    codes = vectors[:, -num_bases:].flip(1)
+    spectrum = values.flip(0).clamp_min(0).sqrt()
+    return codes, (codes.mT @ flat).view(num_bases, *stacked.shape[1:]), spectrum
+
+
+def initial_frames(weights: Tensor, rank: int) -> Tensor:
+    """Q_e (E, P, R): the identity when R = P, else the leading left singular vectors."""
+    num_experts, rows, _ = weights.shape
+    if rank == rows:
+        return torch.eye(rows, dtype=weights.dtype, device=weights.device).expand(num_experts, rows, rows)
+    return svd(weights)[0][:, :, :rank]
+
+
+def align(weights: Tensor, rank: int, num_bases: int, steps: int) -> tuple[Tensor, Tensor, Tensor, list[float]]:
+    """Alternate the two exact steps of min Σ_e ‖W_e − Q_e T_e‖² over QᵀQ = I and T of rank M across the experts.
+
+    (i) T is the best rank-M approximation of the stacked vec(Q_eᵀ W_e); (ii) Q_e = polar(W_e T_eᵀ). Each lowers the
+    objective. `weights` (E, P, D). Returns codes (E, M), bases (M, R, D), the aligned experts Q_eᵀW_e (E, R, D) and the
+    relative error after each step.
+    """
+    energy = weights.square().sum()
+    frames, errors = initial_frames(weights, rank), list[float]()
+    for step in range(steps):
+        aligned = frames.mT @ weights
+        codes, bases, spectrum = low_rank(aligned, num_bases)
+        errors.append(float((1 - spectrum[:num_bases].square().sum() / energy).clamp_min(0).sqrt()))
+        if step + 1 < steps:
+            frames = polar(weights @ mix(codes, bases).mT)
+    return codes, bases, aligned, errors

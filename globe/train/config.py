@@ -1,0 +1,93 @@
+"""The settings of one fit: the API, the command line and the record of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+
+from globe.bank.activations import Activation, check_activation
+from globe.bank.codes import CodeMap, check_codes
+from globe.errors import SettingsError
+from globe.init.warm_start import WarmStartName
+
+Solver = Literal["varpro", "am"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FitConfig:
+    """How one bank is fitted to the experts that share it."""
+
+    rank: int
+    """R: rows of a basis matrix, at most the rows P of an expert."""
+    num_bases: int
+    """M: basis matrices in the bank, at most the number of experts E."""
+    activation: Activation = "tanh"
+    """φ between bank and adapter."""
+    codes: CodeMap = "ridge"
+    """Codes: signed (ridge) or on the simplex."""
+    support: int | None = None
+    """Bases each expert mixes: exact for ridge, the median that the temperature steers to on the simplex; None: all."""
+    solver: Solver = "varpro"
+    """varpro: adapters eliminated, accelerated steps on codes and bases; am: closed-form alternating minimisation."""
+    warm_start: WarmStartName = "procrustes"
+    """Where the fit begins."""
+    align_steps: int = 32
+    """Alternations of the procrustes warm start."""
+    max_steps: int = 300
+    """Steps at most; the schedules are laid out over them."""
+    learning_rate: float = 0.5
+    """varpro: first step, in standard deviations of the codes and of the bases."""
+    tolerance: float = 1e-5
+    """Converged when the relative error falls by less than this share over `patience` steps."""
+    patience: int = 25
+    """Steps over which progress is judged."""
+    window: float = 0.25
+    """varpro: how far, as a share, the error may rise above the best before the solver returns to it."""
+    lambda_a: float = 1e-6
+    """Ridge of the adapters, relative to the mean diagonal of their Gram matrices."""
+    lambda_b: float = 1e-4
+    """am: ridge of the bank, relative likewise."""
+    temperature: float = 1.0
+    """First temperature of codes on the simplex."""
+    min_temperature: float = 0.05
+    """Lowest temperature."""
+    max_temperature: float = 10.0
+    """Highest temperature."""
+    seed: int = 0
+    """Seeds what is random in a warm start."""
+    device: str = "cpu"
+    """Where the fit runs: cpu, cuda or mps."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the fit."""
+
+    def __post_init__(self) -> None:
+        check_activation(self.activation)
+        check_codes(self.codes)
+        for name in ("rank", "num_bases", "max_steps", "align_steps", "patience"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.solver not in ("varpro", "am"):
+            raise SettingsError(f"solver {self.solver!r} is unknown; choose varpro or am")
+        if self.support is not None and not 1 <= self.support <= self.num_bases:
+            raise SettingsError(f"support is {self.support}; with {self.num_bases} bases it must be 1 to {self.num_bases}")
+        if not 0 < self.min_temperature <= self.temperature <= self.max_temperature:
+            raise SettingsError(
+                f"temperature {self.temperature} must lie in [min_temperature, max_temperature] = "
+                f"[{self.min_temperature}, {self.max_temperature}], all above 0"
+            )
+
+    def check_shape(self, num_experts: int, rows: int) -> None:
+        """Raise `SettingsError` if the bank does not fit experts of `rows` rows."""
+        if self.rank > rows:
+            raise SettingsError(f"rank {self.rank} exceeds the {rows} rows of an expert; choose a rank of at most {rows}")
+        if self.num_bases > num_experts:
+            raise SettingsError(
+                f"{self.num_bases} bases for {num_experts} experts save nothing; choose at most {num_experts} bases, "
+                f"or let more experts share the bank"
+            )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == "float64" else torch.float32

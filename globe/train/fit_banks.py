@@ -1,0 +1,279 @@
+"""Fitting a bank: scheduling, acceptance and stopping for both solvers.
+
+Everything that changes from step to step is decided here: the homotopy λ, the blending β, the switch to Route-W, the
+temperature, the step size and its backtracking, when to stop and which factors to keep.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from globe.bank.codes import entropy, popularity, support, update_temperature
+from globe.bank.factors import Factors
+from globe.bank.objective import Problem, project
+from globe.errors import GlobeError, SettingsError
+from globe.init.init_bank import am_step
+from globe.init.warm_start import WarmStart, warm_start
+from globe.train.config import FitConfig
+from globe.train.result import FitResult, Outcome, StepRecord
+from globe.train.varpro import VariableProjection
+
+TEMPERATURE_RATE = 0.1
+BACKTRACKS = (1.0, 0.5, 0.25)
+MAX_REJECTED = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The scheduled values of one step."""
+
+    activation_lambda: float
+    """λ of φ_λ: 0 linear, 1 the activation itself."""
+    route_beta: float
+    """β: share of the weight-aware targets."""
+    use_weight_aware_targets: bool
+    """Route-W: fit the weight-aware targets alone."""
+    temperature: float
+    """Temperature of codes on the simplex."""
+
+
+def first_schedule(config: FitConfig) -> Schedule:
+    """am starts linear on the warm start's targets; varpro needs neither homotopy nor targets."""
+    if config.solver == "varpro":
+        return Schedule(1.0, 1.0, True, config.temperature)
+    return Schedule(1.0 if config.activation == "identity" else 0.0, 0.0, False, config.temperature)
+
+
+def next_schedule(now: Schedule, step: int, accepted: bool, median_support: float, config: FitConfig) -> Schedule:
+    """The values of step `step` + 1, by the step count and by how step `step` went.
+
+    β rises to 1 over the first quarter of the steps, then Route-W takes over; λ rises to 1 over the first half. After a
+    rejected step λ waits, so that the bank settles at the present nonlinearity; β moves on, for the targets are what
+    was rejected. From the half onward λ is 1 whatever happened: the fit ends on the true objective. The temperature
+    steers the median support.
+    """
+    temperature = now.temperature
+    if config.support is not None and config.codes != "ridge":
+        temperature = update_temperature(
+            temperature,
+            median_support,
+            config.support,
+            rate=TEMPERATURE_RATE,
+            lowest=config.min_temperature,
+            highest=config.max_temperature,
+        )
+    if config.solver == "varpro":
+        return dataclasses.replace(now, temperature=temperature)
+    quarter, half = max(1, config.max_steps // 4), max(1, config.max_steps // 2)
+    beta, lambda_ = min(1.0, step / quarter), now.activation_lambda
+    if step >= half:
+        lambda_ = 1.0
+    elif accepted:
+        lambda_ = min(1.0, lambda_ + 1 / half)
+    return Schedule(lambda_, beta, beta == 1.0, temperature)
+
+
+def step_length(step: int, max_steps: int, warm_up: int = 10) -> float:
+    """varpro's share of the full step: linear warm-up, then a cosine to 0."""
+    return min(1.0, step / warm_up) * 0.5 * (1 + math.cos(math.pi * (step - 1) / max_steps))
+
+
+def num_codes_kept(step: int, config: FitConfig) -> int | None:
+    """varpro's gradual pruning of signed codes: all until a tenth of the steps, down to the support at six tenths."""
+    if config.support is None or config.codes != "ridge":
+        return None
+    progress = min(1.0, max(0.0, (step / config.max_steps - 0.1) / 0.5))
+    return round(config.num_bases + progress * (config.support - config.num_bases))
+
+
+@dataclasses.dataclass
+class Best:
+    """The best feasible factors so far; `objective` is f at λ = 1 and never rises."""
+
+    objective: float
+    codes: Tensor
+    bases: Tensor
+
+    def offer(self, objective: float, codes: Tensor, bases: Tensor) -> bool:
+        if not objective < self.objective:
+            return False
+        self.objective, self.codes, self.bases = objective, codes.clone(), bases.clone()
+        return True
+
+
+@torch.no_grad()
+def fit_bank(experts: Tensor, config: FitConfig, on_step: Callable[[StepRecord], None] | None = None) -> FitResult:
+    """Fit What_e = A_e φ(Σ_j a_ej B_j) to `experts` (E, P, D): minimise ‖W − What‖²_F / ‖W‖²_F.
+
+    `on_step` sees every record as it is made. The factors returned are in the units and on the device of `experts`, in
+    the precision of the fit; their error is the last entry of `history`, which never rises. The same input and settings
+    give the same bytes on the same machine. Raises `SettingsError` for settings that do not fit the shape and
+    `GlobeError` for experts that are not finite or all zero.
+    """
+    if experts.dim() != 3:
+        raise SettingsError(f"experts must be (E, P, D); found shape {tuple(experts.shape)}")
+    config.check_shape(experts.shape[0], experts.shape[1])
+    weights = experts.detach().to(config.device, config.torch_dtype)
+    sigma = weights.std(correction=0)
+    if not bool(sigma.isfinite()):
+        raise GlobeError("experts hold NaN or Inf; mend the weights before fitting them")
+    if sigma == 0:
+        raise GlobeError("all experts are zero; there is nothing to fit")
+    problem = Problem(weights / sigma, lambda_a=config.lambda_a)
+    start = warm_start(
+        problem.weights,
+        config.rank,
+        config.num_bases,
+        config.warm_start,
+        codes=config.codes,
+        align_steps=config.align_steps,
+        seed=config.seed,
+    )
+    run = _varpro if config.solver == "varpro" else _alternate
+    best, outcome, steps, metrics = run(problem, start, config, on_step or (lambda _: None))
+    final = project(problem, best.codes, best.bases, config.activation, adapters=True)
+    assert final.adapters is not None
+    factors = Factors(
+        (final.adapters * sigma).to(experts.device),
+        best.codes.to(experts.device),
+        best.bases.to(experts.device),
+        config.activation,
+    )
+    metrics |= {
+        "trajectory": [record.raw_error for record in steps],
+        "warm_start": start.metrics,
+        "popularity": popularity(best.codes).tolist(),
+    }
+    return FitResult(factors, outcome, tuple(steps), metrics)
+
+
+def _feasible_start(problem: Problem, start: WarmStart, config: FitConfig) -> tuple[Best, int]:
+    """The warm start with its codes cut to the support, which is what a fit must improve on."""
+    from globe.bank.codes import ridge_codes
+
+    codes = start.codes
+    if config.codes == "ridge" and config.support is not None:
+        codes = ridge_codes(start.targets, start.bases, num_kept=config.support)
+    first = project(problem, codes, start.bases, config.activation)
+    return Best(first.objective, codes, start.bases), first.num_fallbacks
+
+
+def _record(step: int, best: Best, raw: float, codes: Tensor, schedule: Schedule, step_size: float) -> StepRecord:
+    return StepRecord(
+        step,
+        best.objective**0.5,
+        raw**0.5,
+        schedule.activation_lambda,
+        schedule.route_beta,
+        schedule.temperature,
+        float(support(codes).double().median()),
+        float(entropy(codes).mean()),
+        step_size,
+    )
+
+
+def _settled(steps: list[StepRecord], config: FitConfig) -> bool:
+    if len(steps) <= config.patience:
+        return False
+    earlier = steps[-1 - config.patience].error
+    return earlier - steps[-1].error <= config.tolerance * earlier
+
+
+Run = tuple[Best, Outcome, list[StepRecord], dict[str, object]]
+
+
+def _varpro(problem: Problem, start: WarmStart, config: FitConfig, on_step: Callable[[StepRecord], None]) -> Run:
+    best, num_fallbacks = _feasible_start(problem, start, config)
+    solver = VariableProjection(
+        problem, start.codes, start.bases, config.activation, config.codes, config.learning_rate
+    )
+    schedule, shrink, num_restarts = first_schedule(config), 1.0, 0
+    steps = [_record(0, best, best.objective, best.codes, schedule, 0.0)]
+    on_step(steps[0])
+    outcome: Outcome = "max_steps"
+    if not math.isfinite(best.objective):
+        return best, "non_finite", steps, {"num_fallbacks": num_fallbacks, "num_restarts": 0}
+    for step in range(1, config.max_steps + 1):
+        length = shrink * step_length(step, config.max_steps)
+        num_kept = num_codes_kept(step, config)
+        solver.step(length, schedule.temperature, num_kept)
+        num_fallbacks += solver.num_fallbacks
+        if not math.isfinite(solver.objective):
+            outcome = "non_finite"
+            break
+        feasible = num_kept is None or num_kept == config.support
+        if feasible:
+            best.offer(solver.objective, solver.codes, solver.bases)
+        steps.append(_record(step, best, solver.objective, solver.codes, schedule, length))
+        on_step(steps[-1])
+        schedule = next_schedule(schedule, step, True, steps[-1].median_support, config)
+        if feasible and solver.objective > best.objective * (1 + config.window) ** 2 and step > config.patience:
+            solver.restart(best.codes, best.bases, schedule.temperature)
+            shrink, num_restarts = shrink / 2, num_restarts + 1
+        if feasible and _settled(steps, config):
+            outcome = "converged"
+            break
+    return best, outcome, steps, {"num_fallbacks": num_fallbacks, "num_restarts": num_restarts}
+
+
+def _alternate(problem: Problem, start: WarmStart, config: FitConfig, on_step: Callable[[StepRecord], None]) -> Run:
+    best, num_fallbacks = _feasible_start(problem, start, config)
+    alpha, bases, schedule = best.codes, best.bases, first_schedule(config)
+    steps = [_record(0, best, best.objective, alpha, schedule, 0.0)]
+    on_step(steps[0])
+    outcome: Outcome = "max_steps"
+    if not math.isfinite(best.objective):
+        return best, "non_finite", steps, {"num_fallbacks": num_fallbacks, "num_rejected": 0}
+    num_rejected = rejected_in_a_row = 0
+    for step in range(1, config.max_steps + 1):
+        now = project(problem, alpha, bases, config.activation, schedule.activation_lambda, adapters=True)
+        assert now.adapters is not None
+        taken, size = None, 0.0
+        for size in (*BACKTRACKS, 0.0):
+            taken = am_step(
+                problem,
+                now.adapters,
+                alpha,
+                bases,
+                start.targets,
+                activation=config.activation,
+                activation_lambda=schedule.activation_lambda,
+                route_beta=schedule.route_beta,
+                use_weight_aware_targets=schedule.use_weight_aware_targets,
+                codes=config.codes,
+                num_kept=config.support if config.codes == "ridge" else None,
+                temperature=schedule.temperature,
+                step_size=size or 1.0,
+                bank_update="gauss_newton" if size == 0.0 else "optimal_directions",
+                lambda_b=config.lambda_b,
+            )
+            if taken.accepted:
+                break
+        assert taken is not None
+        if not math.isfinite(taken.candidate_objective):
+            outcome = "non_finite"
+            break
+        alpha, bases = taken.alpha, taken.bases
+        num_fallbacks += taken.num_fallbacks
+        final = taken.objective
+        if schedule.activation_lambda < 1.0:
+            final = project(problem, alpha, bases, config.activation).objective
+        best.offer(final, alpha, bases)
+        rejected_in_a_row = 0 if taken.accepted else rejected_in_a_row + 1
+        num_rejected += not taken.accepted
+        steps.append(_record(step, best, taken.objective, alpha, schedule, size if taken.accepted else 0.0))
+        on_step(steps[-1])
+        if schedule.activation_lambda == 1.0 and schedule.use_weight_aware_targets:
+            if rejected_in_a_row >= MAX_REJECTED:
+                outcome = "stalled"
+                break
+            if _settled(steps, config):
+                outcome = "converged"
+                break
+        schedule = next_schedule(schedule, step, taken.accepted, steps[-1].median_support, config)
+    return best, outcome, steps, {"num_fallbacks": num_fallbacks, "num_rejected": num_rejected}

@@ -1,0 +1,113 @@
+"""Variable projection: adapters eliminated exactly, accelerated first-order steps on codes and bases.
+
+The gradient of min_A f flows through T alone (`globe.bank.objective`). The step is Adam's (Kingma and Ba 2015) with
+betas (0.9, 0.95), its size in standard deviations of each factor, which makes it invariant to the scale of f and of
+the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from globe.bank.codes import on_simplex, simplex_preimage, top_mask
+from globe.bank.objective import Problem, Projection, project
+
+FIRST_DECAY, SECOND_DECAY = 0.9, 0.95
+
+
+@dataclasses.dataclass
+class Accelerated:
+    """One factor and its moments, moved in place."""
+
+    value: Tensor
+    scale: float
+    """Step size at length 1."""
+    first: Tensor = dataclasses.field(init=False)
+    second: Tensor = dataclasses.field(init=False)
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self.first, self.second = torch.zeros_like(self.value), torch.zeros_like(self.value)
+
+    def step(self, gradient: Tensor, length: float) -> None:
+        self.count += 1
+        self.first.lerp_(gradient, 1 - FIRST_DECAY)
+        self.second.mul_(SECOND_DECAY).addcmul_(gradient, gradient, value=1 - SECOND_DECAY)
+        root = (self.second / (1 - SECOND_DECAY**self.count)).sqrt_().add_(torch.finfo(gradient.dtype).tiny)
+        self.value.addcdiv_(self.first, root, value=-length * self.scale / (1 - FIRST_DECAY**self.count))
+
+    def restart(self, value: Tensor) -> None:
+        self.value.copy_(value)
+        self.first.zero_()
+        self.second.zero_()
+        self.count = 0
+
+
+class VariableProjection:
+    """The iterate (a, B) of the solver, its exact adapters implied.
+
+    Signed codes are moved themselves; codes on the simplex are moved through scores z with a = map(z / T).
+    """
+
+    def __init__(
+        self, problem: Problem, codes: Tensor, bases: Tensor, activation: str, code_map: str, learning_rate: float
+    ) -> None:
+        self._problem, self._activation, self._code_map = problem, activation, code_map
+        self._energy = problem.energy()
+        self.codes = codes
+        self._bases = Accelerated(bases.clone(), learning_rate * float(bases.std()))
+        scores = codes.clone() if code_map == "ridge" else simplex_preimage(codes, code_map)
+        spread = float(scores.std()) if scores.numel() > 1 else 1.0
+        self._scores = Accelerated(scores, learning_rate * max(spread, 1e-3))
+        self._projection = self._project()
+
+    @property
+    def bases(self) -> Tensor:
+        return self._bases.value
+
+    @property
+    def objective(self) -> float:
+        return self._projection.objective
+
+    @property
+    def num_fallbacks(self) -> int:
+        return self._projection.num_fallbacks
+
+    def step(self, length: float, temperature: float, num_kept: int | None) -> None:
+        """Move codes and bases by `length` of the full step, then keep the `num_kept` largest signed codes."""
+        grad_codes, grad_bases = self._projection.grad_codes, self._projection.grad_bases
+        assert grad_codes is not None
+        assert grad_bases is not None
+        if self._code_map == "ridge":
+            self._scores.step(grad_codes, length)
+            if num_kept is not None:
+                size = self._scores.value * self.bases.flatten(1).norm(dim=1)
+                self._scores.value.mul_(top_mask(size, num_kept))
+            self.codes = self._scores.value
+        else:
+            self._scores.step(self._through_map(grad_codes, temperature), length)
+            self.codes = on_simplex(self._scores.value / temperature, self._code_map)
+        self._bases.step(grad_bases, length)
+        self._projection = self._project()
+
+    def restart(self, codes: Tensor, bases: Tensor, temperature: float) -> None:
+        """Return to given factors with the moments forgotten."""
+        scores = codes if self._code_map == "ridge" else simplex_preimage(codes, self._code_map) * temperature
+        self._scores.restart(scores)
+        self._bases.restart(bases)
+        self.codes = codes.clone() if self._code_map != "ridge" else self._scores.value
+        self._projection = self._project()
+
+    def _project(self) -> Projection:
+        return project(
+            self._problem, self.codes, self.bases, self._activation, energy=self._energy, gradient=True
+        )
+
+    def _through_map(self, grad_codes: Tensor, temperature: float) -> Tensor:
+        scores = self._scores.value.detach().requires_grad_()
+        with torch.enable_grad():
+            mapped = on_simplex(scores / temperature, self._code_map)
+        return torch.autograd.grad(mapped, scores, grad_codes)[0]
