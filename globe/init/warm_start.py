@@ -65,6 +65,8 @@ def warm_start(
     b, targets = b / scale, targets / scale
     if codes != "ridge":
         a, b = to_simplex(a, b)
+        if codes == "softmax":  # which is never at the boundary: leave every atom a share
+            a = 0.9 * a + 0.1 / num_bases
     metrics["target_error"] = float((mix(a, b) - targets).norm() / targets.norm())
     return WarmStart(a, b, targets, metrics)
 

@@ -13,11 +13,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from globe.bank.codes import entropy, popularity, support, update_temperature
+from globe.bank.codes import entropy, popularity, ridge_codes, support, update_temperature
 from globe.bank.factors import Factors
-from globe.bank.objective import Problem, project
+from globe.bank.objective import Problem, objective, project
 from globe.errors import GlobeError, SettingsError
-from globe.init.init_bank import am_step
+from globe.init.init_bank import AMStep, BankUpdate, am_step
 from globe.init.warm_start import WarmStart, warm_start
 from globe.train.config import FitConfig
 from globe.train.result import FitResult, Outcome, StepRecord
@@ -25,6 +25,7 @@ from globe.train.varpro import VariableProjection
 
 TEMPERATURE_RATE = 0.1
 BACKTRACKS = (1.0, 0.5, 0.25)
+SLOW = 0.99
 MAX_REJECTED = 5
 
 
@@ -154,8 +155,6 @@ def fit_bank(experts: Tensor, config: FitConfig, on_step: Callable[[StepRecord],
 
 def _feasible_start(problem: Problem, start: WarmStart, config: FitConfig) -> tuple[Best, int]:
     """The warm start with its codes cut to the support, which is what a fit must improve on."""
-    from globe.bank.codes import ridge_codes
-
     codes = start.codes
     if config.codes == "ridge" and config.support is not None:
         codes = ridge_codes(start.targets, start.bases, num_kept=config.support)
@@ -221,6 +220,52 @@ def _varpro(problem: Problem, start: WarmStart, config: FitConfig, on_step: Call
     return best, outcome, steps, {"num_fallbacks": num_fallbacks, "num_restarts": num_restarts}
 
 
+def _backtrack(
+    problem: Problem,
+    adapters: Tensor,
+    alpha: Tensor,
+    bases: Tensor,
+    warm_targets: Tensor,
+    schedule: Schedule,
+    config: FitConfig,
+) -> tuple[AMStep, float]:
+    """The longest accepted step of the method of optimal directions; where that gains less than 1 %, or nothing, a
+    Gauss–Newton update of the bank follows. Returns the step and its share of the full step."""
+
+    def step(adapters: Tensor, alpha: Tensor, bases: Tensor, size: float, bank_update: BankUpdate) -> AMStep:
+        return am_step(
+            problem,
+            adapters,
+            alpha,
+            bases,
+            warm_targets,
+            activation=config.activation,
+            activation_lambda=schedule.activation_lambda,
+            route_beta=schedule.route_beta,
+            use_weight_aware_targets=schedule.use_weight_aware_targets,
+            codes=config.codes,
+            num_kept=config.support if config.codes == "ridge" else None,
+            temperature=schedule.temperature,
+            step_size=size,
+            bank_update=bank_update,
+            lambda_b=config.lambda_b,
+        )
+
+    before = objective(problem, adapters, alpha, bases, config.activation, schedule.activation_lambda)
+    taken, size = step(adapters, alpha, bases, BACKTRACKS[0], "optimal_directions"), BACKTRACKS[0]
+    for size in BACKTRACKS[1:]:
+        if taken.accepted:
+            break
+        taken = step(adapters, alpha, bases, size, "optimal_directions")
+    if taken.accepted and taken.objective <= SLOW * before:
+        return taken, size
+    for size in BACKTRACKS:
+        refined = step(taken.adapters, taken.alpha, taken.bases, size, "gauss_newton")
+        if refined.accepted:
+            return refined, size
+    return taken, size
+
+
 def _alternate(problem: Problem, start: WarmStart, config: FitConfig, on_step: Callable[[StepRecord], None]) -> Run:
     best, num_fallbacks = _feasible_start(problem, start, config)
     alpha, bases, schedule = best.codes, best.bases, first_schedule(config)
@@ -233,28 +278,7 @@ def _alternate(problem: Problem, start: WarmStart, config: FitConfig, on_step: C
     for step in range(1, config.max_steps + 1):
         now = project(problem, alpha, bases, config.activation, schedule.activation_lambda, adapters=True)
         assert now.adapters is not None
-        taken, size = None, 0.0
-        for size in (*BACKTRACKS, 0.0):
-            taken = am_step(
-                problem,
-                now.adapters,
-                alpha,
-                bases,
-                start.targets,
-                activation=config.activation,
-                activation_lambda=schedule.activation_lambda,
-                route_beta=schedule.route_beta,
-                use_weight_aware_targets=schedule.use_weight_aware_targets,
-                codes=config.codes,
-                num_kept=config.support if config.codes == "ridge" else None,
-                temperature=schedule.temperature,
-                step_size=size or 1.0,
-                bank_update="gauss_newton" if size == 0.0 else "optimal_directions",
-                lambda_b=config.lambda_b,
-            )
-            if taken.accepted:
-                break
-        assert taken is not None
+        taken, size = _backtrack(problem, now.adapters, alpha, bases, start.targets, schedule, config)
         if not math.isfinite(taken.candidate_objective):
             outcome = "non_finite"
             break
