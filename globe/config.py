@@ -1,0 +1,92 @@
+"""The settings of a compression: the API, the command line and the record of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+from globe.bank.activations import Activation
+from globe.bank.codes import CodeMap
+from globe.errors import SettingsError
+from globe.init.warm_start import WarmStartName
+from globe.train.config import FitConfig, Solver
+
+Family = Literal["gate", "up", "down"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressConfig:
+    """How a model is compressed."""
+
+    keep: float | None = None
+    """Stored parameters of the compressed families over the original ones; chooses rank and bases. 0.75 if no ratio is
+    given."""
+    rank_ratio: float | None = None
+    """R / P, with `basis_ratio`, instead of `keep`."""
+    basis_ratio: float | None = None
+    """M / E, E counting all the matrices that share a bank, with `rank_ratio`, instead of `keep`."""
+    families: tuple[Family, ...] = FAMILIES
+    """Matrices of an expert to compress: any of gate, up, down."""
+    scope: str = "layer"
+    """Experts that share a bank: `layer`, `model`, or a number of consecutive layers."""
+    share_families: bool = True
+    """One bank for all families of a scope; otherwise one for each family."""
+    layers: tuple[int, ...] | None = None
+    """Indices of the layers to compress; None: all that hold experts."""
+    max_experts: int | None = None
+    """Most expert matrices that one bank serves: a wider scope is split into runs of whole layers."""
+    activation: Activation = "tanh"
+    """φ between bank and adapter."""
+    codes: CodeMap = "ridge"
+    """Codes: signed (ridge) or on the simplex."""
+    support: int | None = None
+    """Bases each expert mixes; None: all."""
+    solver: Solver = "varpro"
+    """varpro: adapters eliminated, accelerated steps; am: closed-form alternating minimisation."""
+    warm_start: WarmStartName = "procrustes"
+    """Where each fit begins."""
+    steps: int = 300
+    """Steps of each fit at most."""
+    seed: int = 0
+    """Seeds what is random in a warm start."""
+    device: str = "cpu"
+    """Where the fits run: cpu, cuda or mps."""
+    dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
+    """Precision that the factors are stored in; source: that of the weights."""
+
+    def __post_init__(self) -> None:
+        ratios = (self.rank_ratio, self.basis_ratio)
+        if self.keep is None and ratios == (None, None):
+            object.__setattr__(self, "keep", 0.75)
+        if (self.rank_ratio is None) != (self.basis_ratio is None):
+            raise SettingsError("rank_ratio and basis_ratio go together; give both, or keep alone")
+        if self.keep is not None and ratios != (None, None):
+            raise SettingsError("give keep, or rank_ratio with basis_ratio, not both")
+        for name in ("rank_ratio", "basis_ratio"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise SettingsError(f"{name} is {value}; it must be above 0 and at most 1")
+        unknown = [family for family in self.families if family not in FAMILIES]
+        if unknown or not self.families:
+            found = ", ".join(map(repr, unknown)) or "none"
+            raise SettingsError(f"families must be any of {', '.join(FAMILIES)}; found {found}")
+        object.__setattr__(self, "families", tuple(f for f in FAMILIES if f in self.families))
+        if self.scope not in ("layer", "model") and not (self.scope.isdecimal() and int(self.scope) > 0):
+            raise SettingsError(f"scope {self.scope!r} is unknown; choose layer, model or a number of layers")
+        self.fit_config(rank=1, num_bases=self.support or 1)
+
+    def fit_config(self, rank: int, num_bases: int) -> FitConfig:
+        """The settings of one bank's fit."""
+        return FitConfig(
+            rank=rank,
+            num_bases=num_bases,
+            activation=self.activation,
+            codes=self.codes,
+            support=None if self.support is None else min(self.support, num_bases),
+            solver=self.solver,
+            warm_start=self.warm_start,
+            max_steps=self.steps,
+            seed=self.seed,
+            device=self.device,
+        )

@@ -1,0 +1,161 @@
+"""From settings and shapes to banks: which experts share one, and of what rank and size, before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+from globe.config import CompressConfig
+from globe.errors import SettingsError
+
+ADAPTER_SHARE = 0.68
+"""Share of the kept parameters that goes to the adapters while R < P; measured, see docs/log.md."""
+
+
+class ExpertShape(Protocol):
+    """What planning needs to know of a layer's experts."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class BankPlan:
+    """One bank: whom it serves and its shape."""
+
+    layers: tuple[int, ...]
+    families: tuple[str, ...]
+    num_matrices: int
+    """E: expert matrices that share the bank."""
+    rows: int
+    """P."""
+    columns: int
+    """D."""
+    rank: int
+    """R."""
+    num_bases: int
+    """M."""
+
+    @property
+    def original_parameters(self) -> int:
+        return self.num_matrices * self.rows * self.columns
+
+    @property
+    def stored_parameters(self) -> int:
+        return stored_parameters(self.num_matrices, self.rows, self.columns, self.rank, self.num_bases)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """The unit of work: layers whose experts are read, fitted, written and forgotten together."""
+
+    layers: tuple[int, ...]
+    banks: tuple[BankPlan, ...]
+
+
+def stored_parameters(num_matrices: int, rows: int, columns: int, rank: int, num_bases: int) -> int:
+    """E·P·R + M·R·D + E·M."""
+    return num_matrices * rows * rank + num_bases * rank * columns + num_matrices * num_bases
+
+
+def choose_shape(num_matrices: int, rows: int, columns: int, keep: float) -> tuple[int, int]:
+    """Rank and number of bases that store at most `keep` of E·P·D parameters.
+
+    R = P while the adapters then take at most two thirds of what is kept, else the rank that gives them that share; the
+    bank takes the rest. Raises `SettingsError` with the reachable range when no bank fits.
+    """
+    total = num_matrices * rows * columns
+    lowest = stored_parameters(num_matrices, rows, columns, 1, 1) / total
+    if not lowest <= keep < 1:
+        raise SettingsError(
+            f"keep {keep:g} is out of reach for {num_matrices} experts of {rows} x {columns}; "
+            f"choose from {math.ceil(lowest * 1000) / 1000:g} to below 1"
+        )
+    rank = min(rows, max(1, round(ADAPTER_SHARE * keep * columns)))
+    while True:
+        spare = keep * total - num_matrices * rows * rank
+        num_bases = min(num_matrices, int(spare / (rank * columns + num_matrices)))
+        if num_bases >= 1:
+            return rank, num_bases
+        rank -= 1
+
+
+def make_plan(layers: Sequence[ExpertShape], config: CompressConfig) -> list[Scope]:
+    """The scopes of a compression, in layer order.
+
+    Raises `SettingsError` for a layer that holds no experts, experts of different shapes in one scope, or settings out
+    of reach.
+    """
+    chosen = _chosen_layers(layers, config)
+    return [_scope(run, config) for run in _runs(chosen, config)]
+
+
+def _chosen_layers(layers: Sequence[ExpertShape], config: CompressConfig) -> list[ExpertShape]:
+    if config.layers is None:
+        return list(layers)
+    by_index = {layer.index: layer for layer in layers}
+    missing = sorted(set(config.layers) - by_index.keys())
+    if missing or not config.layers:
+        raise SettingsError(
+            f"layers {', '.join(map(str, missing)) or '(none)'} hold no routed experts; "
+            f"the layers that do are {compact(sorted(by_index))}"
+        )
+    return [by_index[index] for index in sorted(set(config.layers))]
+
+
+def _runs(layers: list[ExpertShape], config: CompressConfig) -> list[list[ExpertShape]]:
+    """Split the layers into scopes: by the setting, then so that no bank serves more than `max_experts` matrices."""
+    width = {"layer": 1, "model": len(layers)}.get(config.scope) or int(config.scope)
+    per_expert = len(config.families) if config.share_families else 1
+    if config.max_experts is not None:
+        widest = max(layer.num_experts for layer in layers) * per_expert
+        if config.max_experts < widest:
+            raise SettingsError(
+                f"max_experts is {config.max_experts}, but one layer alone has {widest} expert matrices that share a "
+                f"bank; raise it to at least {widest}, or use separate banks for the families"
+            )
+        width = min(width, config.max_experts // widest)
+    return [layers[start : start + width] for start in range(0, len(layers), width)]
+
+
+def _scope(layers: list[ExpertShape], config: CompressConfig) -> Scope:
+    shapes = {(layer.rows, layer.columns) for layer in layers}
+    if len(shapes) > 1:
+        raise SettingsError(
+            f"layers {compact([layer.index for layer in layers])} have experts of different shapes "
+            f"{sorted(shapes)} and cannot share a bank; choose scope layer, or fewer layers"
+        )
+    (rows, columns), indices = shapes.pop(), tuple(layer.index for layer in layers)
+    num_experts = sum(layer.num_experts for layer in layers)
+    groups = [config.families] if config.share_families else [(family,) for family in config.families]
+    banks: list[BankPlan] = []
+    for families in groups:
+        num_matrices = num_experts * len(families)
+        if config.keep is not None:
+            rank, num_bases = choose_shape(num_matrices, rows, columns, config.keep)
+        else:
+            assert config.rank_ratio is not None
+            assert config.basis_ratio is not None
+            rank, num_bases = round(config.rank_ratio * rows), round(config.basis_ratio * num_matrices)
+            rank, num_bases = max(1, rank), max(1, num_bases)
+        banks.append(BankPlan(indices, tuple(families), num_matrices, rows, columns, rank, num_bases))
+    return Scope(indices, tuple(banks))
+
+
+def compact(indices: Sequence[int]) -> str:
+    """Sorted indices as runs: 0-3, 5."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"
