@@ -7,7 +7,7 @@ from torch import Tensor
 
 from globe.bank.activations import activate, jacobian
 from globe.bank.factors import mix
-from globe.bank.linalg import solve_positive
+from globe.bank.linalg import inner, norms, solve_positive
 
 NORM_FLOOR = 1e-8
 
@@ -54,23 +54,25 @@ def gauss_newton_bases(
 
     def precondition(x_mrd: Tensor) -> Tensor:
         left = solve_positive(codes_gram, x_mrd.flatten(1), lambda_b)[0].view_as(x_mrd)
-        return solve_positive(mean_gram, left.movedim(1, 0).flatten(1), lambda_b)[0].view(
-            bases.shape[1], bases.shape[0], bases.shape[2]
-        ).movedim(0, 1)
+        return (
+            solve_positive(mean_gram, left.movedim(1, 0).flatten(1), lambda_b)[0]
+            .view(bases.shape[1], bases.shape[0], bases.shape[2])
+            .movedim(0, 1)
+        )
 
     residual = adjoint(adapters.mT @ (weights - adapters @ activate(mixed, activation, activation_lambda)))
     delta, direction = torch.zeros_like(bases), precondition(residual)
-    power = first = torch.linalg.vecdot(residual.flatten(), direction.flatten())
+    power = first = inner(residual, direction).sum()
     for _ in range(max_iterations):
         image = operator(direction)
-        curvature = torch.linalg.vecdot(direction.flatten(), image.flatten())
+        curvature = inner(direction, image).sum()
         if not curvature > 0:
             break
         length = power / curvature
         delta += length * direction
         residual -= length * image
         preconditioned = precondition(residual)
-        last, power = power, torch.linalg.vecdot(residual.flatten(), preconditioned.flatten())
+        last, power = power, inner(residual, preconditioned).sum()
         if not power > tolerance**2 * first:
             break
         direction = preconditioned + (power / last) * direction
@@ -82,5 +84,5 @@ def normalize_atoms(codes: Tensor, bases: Tensor) -> tuple[Tensor, Tensor]:
 
     Norms are held above a floor of 1e-8, so a dead atom is not blown up.
     """
-    scale = bases.flatten(1).norm(dim=1).clamp_min(NORM_FLOOR)
+    scale = norms(bases).clamp_min(NORM_FLOOR)
     return codes * scale, bases / scale[:, None, None]

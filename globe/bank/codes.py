@@ -15,7 +15,7 @@ import entmax  # pyright: ignore[reportMissingTypeStubs]
 import torch
 from torch import Tensor
 
-from globe.bank.linalg import solve_positive
+from globe.bank.linalg import norms, solve_positive
 from globe.errors import SettingsError
 
 CodeMap = Literal["ridge", "entmax15", "sparsemax", "softmax"]
@@ -56,7 +56,7 @@ def ridge_codes(targets: Tensor, bases: Tensor, lambda_: float = 1e-6, num_kept:
     codes = solve_positive(gram, cross, lambda_)[0].mT
     if num_kept is None or num_kept >= codes.shape[1]:
         return codes
-    mask = top_mask(codes * b.norm(dim=1), num_kept)
+    mask = top_mask(codes * norms(b), num_kept)
     masked = gram * mask[:, :, None] * mask[:, None, :]
     masked = masked + torch.diag_embed((~mask).to(gram.dtype) * gram.diagonal().mean())
     restricted = solve_positive(masked, (cross.mT * mask)[:, :, None], lambda_)[0][..., 0]
@@ -80,7 +80,7 @@ def simplex_codes(
     """
     s, b = targets.flatten(1), bases.flatten(1)
     gram, cross = b @ b.mT, s @ b.mT
-    length = 1 / gram.norm().clamp_min(epsilon)  # the Frobenius norm bounds the largest eigenvalue
+    length = 1 / gram.square().sum().sqrt().clamp_min(epsilon)  # the Frobenius norm bounds the largest eigenvalue
     for _ in range(10):
         z = simplex_preimage(alpha, codes) - length * (alpha @ gram - cross)
         alpha = on_simplex(z, codes)

@@ -1,9 +1,14 @@
-"""Batched factorisations, and the one place that knows which devices lack them.
+"""Batched factorisations and products, and the one place that knows which devices lack them.
 
 Apple's MPS has no symmetric eigensolver, SVD or Cholesky with a status, so those run on the CPU there.
 """
 
+# `torch.linalg` has no type stubs: it is called from this module alone, where every result is cast.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,15 +18,25 @@ def _capable(x: Tensor) -> Tensor:
     return x.cpu() if x.device.type == "mps" else x
 
 
+def inner(x: Tensor, y: Tensor) -> Tensor:
+    """Inner product of each pair of items along the leading dimension: (N, ...), (N, ...) -> (N,)."""
+    return cast(Tensor, torch.linalg.vecdot(x.flatten(1), y.flatten(1)))
+
+
+def norms(x: Tensor) -> Tensor:
+    """Frobenius norm of each item along the leading dimension: (N, ...) -> (N,)."""
+    return cast(Tensor, torch.linalg.vector_norm(x.flatten(1), dim=1))
+
+
 def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues in ascending order and eigenvectors of symmetric matrices (..., N, N)."""
-    values, vectors = torch.linalg.eigh(_capable(x))
+    values, vectors = cast(tuple[Tensor, Tensor], torch.linalg.eigh(_capable(x)))
     return values.to(x.device), vectors.to(x.device)
 
 
 def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin singular value decomposition U, S, Vh of matrices (..., N, K)."""
-    u, s, vh = torch.linalg.svd(_capable(x), full_matrices=False)
+    u, s, vh = cast(tuple[Tensor, Tensor, Tensor], torch.linalg.svd(_capable(x), full_matrices=False))
     return u.to(x.device), s.to(x.device), vh.to(x.device)
 
 
@@ -42,7 +57,7 @@ def solve_positive(gram: Tensor, rhs: Tensor, ridge: float) -> tuple[Tensor, int
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     shift = ridge * diagonal.mean(-1, keepdim=True) + torch.finfo(gram.dtype).tiny
     shifted = gram + torch.diag_embed(shift.expand_as(diagonal))
-    factor, info = torch.linalg.cholesky_ex(shifted)
+    factor, info = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(shifted))
     failed = info > 0
     num_failed = int(failed.sum())
     if num_failed == 0:
@@ -56,7 +71,7 @@ def solve_positive(gram: Tensor, rhs: Tensor, ridge: float) -> tuple[Tensor, int
 def _pseudo_solve(gram: Tensor, rhs: Tensor) -> Tensor:
     """Minimum-norm solution with eigenvalues below eps·N·max dropped; NaN in gives NaN out."""
     finite = gram.isfinite().all(-1).all(-1)
-    values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], gram, 0.0))
+    values, vectors = eigh(torch.where(finite[:, None, None], gram, 0.0))
     floor = torch.finfo(gram.dtype).eps * gram.shape[-1] * values.amax(-1, keepdim=True).clamp_min(0)
     inverse = torch.where(values > floor, 1 / values, 0.0)
     solution = vectors @ (inverse[..., None] * (vectors.mT @ rhs))

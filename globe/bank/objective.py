@@ -16,6 +16,7 @@ from torch import Tensor
 from globe.bank.activations import activate, jacobian
 from globe.bank.adapters import refit_adapters
 from globe.bank.factors import mix
+from globe.bank.linalg import inner, norms
 
 CHUNK_BYTES = 32 * 2**20
 """Bound on one temporary (experts x R x D) while experts are visited in chunks."""
@@ -43,7 +44,7 @@ class Problem:
 
     def _squared(self, x: Tensor, part: slice) -> Tensor:
         weighed = x if self.second_moment is None else x @ self.second_moment
-        per_expert = torch.linalg.vecdot(weighed.flatten(1), x.flatten(1))
+        per_expert = inner(weighed, x)
         return (per_expert if self.expert_weights is None else per_expert * self.expert_weights[part]).sum()
 
 
@@ -122,5 +123,5 @@ def objective(
 
 def relative_errors(weights: Tensor, approximation: Tensor) -> Tensor:
     """‖W_e − What_e‖_F / ‖W_e‖_F of each expert, (E,); 0 for a zero expert that is met exactly."""
-    missed = (weights - approximation).flatten(1).norm(dim=1)
-    return torch.where(missed == 0, missed, missed / weights.flatten(1).norm(dim=1))
+    missed = norms(weights - approximation)
+    return torch.where(missed == 0, missed, missed / norms(weights))
