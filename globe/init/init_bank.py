@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from globe.bank.adapters import refit_adapters
 from globe.bank.activations import activate
+from globe.bank.adapters import refit_adapters
 from globe.bank.bases import gauss_newton_bases, normalize_atoms, optimal_directions
 from globe.bank.codes import ridge_codes, simplex_codes
 from globe.bank.factors import mix
@@ -75,7 +75,6 @@ def am_step(
         new_alpha = alpha
         new_bases = gauss_newton_bases(weights, adapters, alpha, bases, activation, activation_lambda)
     else:
-
 
         def targets(mixed: Tensor) -> Tensor:
             if not use_weight_aware_targets and route_beta == 0:

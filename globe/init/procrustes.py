@@ -43,10 +43,10 @@ def align(weights: Tensor, rank: int, num_bases: int, steps: int) -> tuple[Tenso
     """
     energy = weights.square().sum()
     frames, errors = initial_frames(weights, rank), list[float]()
-    for step in range(steps):
+    while True:
         aligned = frames.mT @ weights
         codes, bases, spectrum = low_rank(aligned, num_bases)
         errors.append(float((1 - spectrum[:num_bases].square().sum() / energy).clamp_min(0).sqrt()))
-        if step + 1 < steps:
-            frames = polar(weights @ mix(codes, bases).mT)
-    return codes, bases, aligned, errors
+        if len(errors) == steps:
+            return codes, bases, aligned, errors
+        frames = polar(weights @ mix(codes, bases).mT)

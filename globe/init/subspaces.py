@@ -15,7 +15,7 @@ def right_singular_rows(weights: Tensor, rank: int) -> Tensor:
 
 
 def left_gram_rows(weights: Tensor, rank: int) -> Tensor:
-    """U_Rᵀ W_e with U_R the leading eigenvectors of the P x P left Gram matrix W_e W_eᵀ: the rows carry their energy."""
+    """U_Rᵀ W_e, U_R the leading eigenvectors of the P x P left Gram matrix W_e W_eᵀ: the rows carry their energy."""
     vectors = eigh(weights @ weights.mT)[1].flip(2)[:, :, :rank]
     rows = vectors.mT @ weights
     peak = rows.gather(2, rows.abs().argmax(2, keepdim=True))

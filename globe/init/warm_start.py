@@ -10,15 +10,13 @@ from torch import Tensor
 
 from globe.bank.codes import on_simplex, ridge_codes
 from globe.bank.factors import mix
-from globe.bank.linalg import solve_positive
+from globe.bank.linalg import eigh, norms, solve_positive
+from globe.errors import SettingsError
 from globe.init.clusters import residual_greedy, spherical_kmeans
 from globe.init.procrustes import align, low_rank
 from globe.init.subspaces import left_gram_rows, right_singular_rows, tangent_rows
-from globe.errors import SettingsError
 
-WarmStartName = Literal[
-    "procrustes", "svd", "ts_pca", "left_gram_pca", "spherical_kmeans", "residual_greedy", "hybrid"
-]
+WarmStartName = Literal["procrustes", "svd", "ts_pca", "left_gram_pca", "spherical_kmeans", "residual_greedy", "hybrid"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +65,7 @@ def warm_start(
         a, b = to_simplex(a, b)
         if codes == "softmax":  # which is never at the boundary: leave every atom a share
             a = 0.9 * a + 0.1 / num_bases
-    metrics["target_error"] = float((mix(a, b) - targets).norm() / targets.norm())
+    metrics["target_error"] = float(((mix(a, b) - targets).square().sum() / targets.square().sum()).sqrt())
     return WarmStart(a, b, targets, metrics)
 
 
@@ -77,14 +75,14 @@ def to_simplex(codes: Tensor, bases: Tensor) -> tuple[Tensor, Tensor]:
     The pivots are chosen greedily (successive projection, Araújo 2001) on the rows of the codes; every expert's
     coordinates in them are projected to the simplex. codes (E, M) and bases (M, R, D) in and out.
     """
-    gram = (bases.flatten(1) @ bases.flatten(1).mT).double()
-    values, vectors = torch.linalg.eigh(gram.cpu())
+    gram = bases.flatten(1) @ bases.flatten(1).mT
+    values, vectors = eigh(gram.cpu().double())
     metric = (vectors * values.clamp_min(0).sqrt()).to(codes)  # rows of codes @ metric have the mixtures' geometry
     residual, pivots = codes @ metric, list[int]()
     for _ in range(codes.shape[1]):
-        norms = residual.norm(dim=1)
-        norms[pivots] = -1
-        pivots.append(int(norms.argmax()))
+        size = norms(residual)
+        size[pivots] = -1
+        pivots.append(int(size.argmax()))
         direction = torch.nn.functional.normalize(residual[pivots[-1]], dim=0)
         residual = residual - (residual @ direction)[:, None] * direction
     corners = codes[pivots]
@@ -154,7 +152,7 @@ def _hybrid(weights: Tensor, rank: int, num_bases: int, _: int, seed: int):
 
 
 def _largest_residual(rows: Tensor, codes: Tensor, bases: Tensor) -> float:
-    missed = (rows - mix(codes, bases)).flatten(1).norm(dim=1) / rows.flatten(1).norm(dim=1)
+    missed = norms(rows - mix(codes, bases)) / norms(rows)
     return float(missed.max())
 
 

@@ -71,7 +71,9 @@ class FitConfig:
         if self.solver not in ("varpro", "am"):
             raise SettingsError(f"solver {self.solver!r} is unknown; choose varpro or am")
         if self.support is not None and not 1 <= self.support <= self.num_bases:
-            raise SettingsError(f"support is {self.support}; with {self.num_bases} bases it must be 1 to {self.num_bases}")
+            raise SettingsError(
+                f"support is {self.support}; with {self.num_bases} bases it must be 1 to {self.num_bases}"
+            )
         if not 0 < self.min_temperature <= self.temperature <= self.max_temperature:
             raise SettingsError(
                 f"temperature {self.temperature} must lie in [min_temperature, max_temperature] = "
@@ -81,7 +83,9 @@ class FitConfig:
     def check_shape(self, num_experts: int, rows: int) -> None:
         """Raise `SettingsError` if the bank does not fit experts of `rows` rows."""
         if self.rank > rows:
-            raise SettingsError(f"rank {self.rank} exceeds the {rows} rows of an expert; choose a rank of at most {rows}")
+            raise SettingsError(
+                f"rank {self.rank} exceeds the {rows} rows of an expert; choose a rank of at most {rows}"
+            )
         if self.num_bases > num_experts:
             raise SettingsError(
                 f"{self.num_bases} bases for {num_experts} experts save nothing; choose at most {num_experts} bases, "

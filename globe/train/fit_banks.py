@@ -148,7 +148,7 @@ def fit_bank(experts: Tensor, config: FitConfig, on_step: Callable[[StepRecord],
     metrics |= {
         "trajectory": [record.raw_error for record in steps],
         "warm_start": start.metrics,
-        "popularity": popularity(best.codes).tolist(),
+        "popularity": [float(share) for share in popularity(best.codes)],
     }
     return FitResult(factors, outcome, tuple(steps), metrics)
 

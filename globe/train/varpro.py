@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from globe.bank.codes import on_simplex, simplex_preimage, top_mask
+from globe.bank.linalg import norms
 from globe.bank.objective import Problem, Projection, project
 
 FIRST_DECAY, SECOND_DECAY = 0.9, 0.95
@@ -84,7 +85,7 @@ class VariableProjection:
         if self._code_map == "ridge":
             self._scores.step(grad_codes, length)
             if num_kept is not None:
-                size = self._scores.value * self.bases.flatten(1).norm(dim=1)
+                size = self._scores.value * norms(self.bases)
                 self._scores.value.mul_(top_mask(size, num_kept))
             self.codes = self._scores.value
         else:
@@ -102,9 +103,7 @@ class VariableProjection:
         self._projection = self._project()
 
     def _project(self) -> Projection:
-        return project(
-            self._problem, self.codes, self.bases, self._activation, energy=self._energy, gradient=True
-        )
+        return project(self._problem, self.codes, self.bases, self._activation, energy=self._energy, gradient=True)
 
     def _through_map(self, grad_codes: Tensor, temperature: float) -> Tensor:
         scores = self._scores.value.detach().requires_grad_()
