@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from globe.bank.linalg import solve_positive
+from globe.bank.linalg import norms, solve_positive
 
 
 def spherical_kmeans(rows: Tensor, num_bases: int, seed: int, max_iterations: int = 50) -> tuple[Tensor, Tensor]:
     """k-means on the unit sphere (Dhillon and Modha 2001) with k-means++ seeding by cosine distance.
 
-    `rows` (E, R, D). Returns the unit centroids (M, R, D) and each expert's cluster (E,). An empty cluster takes the
-    expert that its own centroid serves worst.
+    `rows` (E, R, D). Returns the unit centroids (M, R, D) and each expert's cluster (E,). An empty cluster takes, of
+    the experts that share a cluster, the one that its centroid serves worst.
     """
     flat = torch.nn.functional.normalize(rows.flatten(1), dim=1)
     similarity_ee = flat @ flat.mT
@@ -21,14 +21,15 @@ def spherical_kmeans(rows: Tensor, num_bases: int, seed: int, max_iterations: in
     while len(chosen) < num_bases:
         distance = (1 - similarity_ee[:, chosen].amax(1)).clamp_min(1e-12).cpu()
         distance[chosen] = 0
-        chosen.append(int(torch.multinomial(distance + 1e-12, 1, generator=generator)))
+        chosen.append(int(torch.multinomial(distance, 1, generator=generator)))
     centroids, cluster = flat[chosen], torch.full((len(flat),), -1, device=flat.device)
     for _ in range(max_iterations):
         similarity, assigned = (flat @ centroids.mT).max(1)
         counts = assigned.bincount(minlength=num_bases)
-        for empty in (counts == 0).nonzero()[:, 0].tolist():
-            worst = int(similarity.argmin())
-            assigned[worst], similarity[worst] = empty, 1.0
+        for empty in [j for j in range(num_bases) if int(counts[j]) == 0]:
+            worst = int(torch.where(counts[assigned] > 1, similarity, torch.inf).argmin())
+            counts[assigned[worst]] -= 1
+            assigned[worst], counts[empty] = empty, 1
         if bool((assigned == cluster).all()):
             break
         cluster = assigned
@@ -48,8 +49,8 @@ def residual_greedy(rows: Tensor, num_bases: int, start: Tensor | None = None) -
     if len(atoms):
         residual = flat - solve_positive(atoms @ atoms.mT, atoms @ flat.mT, 1e-6)[0].mT @ atoms
     while len(atoms) < num_bases:
-        norms = residual.norm(dim=1)
-        atom = residual[norms.argmax()] / norms.max().clamp_min(1e-30)
+        size = norms(residual)
+        atom = residual[size.argmax()] / size.max().clamp_min(1e-30)
         residual = residual - (residual @ atom)[:, None] * atom
         atoms = torch.cat([atoms, atom[None]])
     return atoms.view(num_bases, *rows.shape[1:])
