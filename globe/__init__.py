@@ -1,0 +1,35 @@
+"""GloBE: Mixture-of-Experts models compressed by experts that share banks of basis matrices.
+
+Importing the package makes transformers load compressed checkpoints.
+"""
+
+from __future__ import annotations
+
+import globe.model  # noqa: F401  (registers the quantisation method "globe")
+from globe.bank.factors import Factors
+from globe.compress import compress
+from globe.config import CompressConfig
+from globe.errors import GlobeError
+from globe.evaluate import EvaluateConfig, Evaluation, evaluate
+from globe.export import export_dense
+from globe.report import Report
+from globe.train.config import FitConfig
+from globe.train.fit_banks import fit_bank
+from globe.train.result import FitResult
+from globe.version import __version__
+
+__all__ = [
+    "CompressConfig",
+    "EvaluateConfig",
+    "Evaluation",
+    "Factors",
+    "FitConfig",
+    "FitResult",
+    "GlobeError",
+    "Report",
+    "__version__",
+    "compress",
+    "evaluate",
+    "export_dense",
+    "fit_bank",
+]

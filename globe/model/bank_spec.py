@@ -1,0 +1,103 @@
+"""What a compressed model's config.json says about its banks."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from globe.checkpoint.layout import FAMILIES
+from globe.errors import CheckpointError
+
+PLAIN = {"bases": "plain", "codes": "plain", "adapters": "plain"}
+"""The one encoding that this version reads: the factor as it is, in a floating-point dtype."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BankSpec:
+    """One bank: whom it serves, its shape, and how its factors are stored.
+
+    Raises `CheckpointError` if a field is out of its domain or the encoding is not known.
+    """
+
+    layers: tuple[int, ...]
+    """Numbers of the decoder layers whose experts share the bank, increasing."""
+    families: tuple[str, ...]
+    """The families that share it, in the order gate, up, down."""
+    rank: int
+    """R."""
+    num_bases: int
+    """M."""
+    encoding: Mapping[str, str] = dataclasses.field(default_factory=PLAIN.copy, hash=False)
+    """How bases, codes and adapters are stored."""
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    """What else the entry held; written back unchanged."""
+
+    def __post_init__(self) -> None:
+        if not self.layers or any(not _is_count(layer, 0) for layer in self.layers) or not _increasing(self.layers):
+            raise CheckpointError(f"a bank's layers must be increasing layer numbers; found {list(self.layers)}")
+        if not self.families or self.families != tuple(family for family in FAMILIES if family in self.families):
+            expected = ", ".join(FAMILIES)
+            raise CheckpointError(
+                f"a bank's families must be some of {expected}, in this order; found {list(self.families)}"
+            )
+        for name in ("rank", "num_bases"):
+            if not _is_count(getattr(self, name), 1):
+                raise CheckpointError(f"bank {self.name}: {name} must be a positive int; found {getattr(self, name)!r}")
+        if dict(self.encoding) != PLAIN:
+            raise CheckpointError(
+                f"bank {self.name}: this version reads the encoding {PLAIN}; found {dict(self.encoding)}. "
+                "Install the version of globe-moe that wrote the checkpoint"
+            )
+
+    @property
+    def shared(self) -> bool:
+        """Whether several layers use the bank; a bank of one layer lives inside that layer's experts."""
+        return len(self.layers) > 1
+
+    @property
+    def name(self) -> str:
+        """Name of the bank's module: `gate_up` for a layer's own, `layers_0_13_gate_up` for a shared one."""
+        families = "_".join(self.families)
+        return f"layers_{self.layers[0]}_{self.layers[-1]}_{families}" if self.shared else families
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> BankSpec:
+        """Parse an entry of config.json's `banks`; `CheckpointError` if a field is missing or ill-formed."""
+        try:
+            fields = dict(entry)
+            return cls(
+                layers=tuple(fields.pop("layers")),
+                families=tuple(fields.pop("families")),
+                rank=fields.pop("rank"),
+                num_bases=fields.pop("num_bases"),
+                encoding=dict(fields.pop("encoding")),
+                extra=fields,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                "a bank needs layers, families, rank, num_bases and encoding; "
+                f"found {entry!r} ({type(error).__name__}: {error})"
+            ) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry for config.json."""
+        return {
+            **self.extra,
+            "layers": list(self.layers),
+            "families": list(self.families),
+            "rank": self.rank,
+            "num_bases": self.num_bases,
+            "encoding": dict(self.encoding),
+        }
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _increasing(numbers: tuple[int, ...]) -> bool:
+    return all(low < high for low, high in itertools.pairwise(numbers))

@@ -1,0 +1,122 @@
+"""Where a transformers model keeps its routed experts, and how it lays them out; a model on the meta device will do."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from globe.errors import UnsupportedModelError
+from globe.model.names import FactorNames
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsLayout:
+    """How an experts module holds its matrices: `gate_up_proj` and `down_proj`, of all experts each."""
+
+    num_experts: int
+    """E."""
+    intermediate_size: int
+    """P."""
+    hidden_size: int
+    """D."""
+    is_transposed: bool
+    """gate_up_proj is (E, D, 2P) and down_proj (E, P, D), instead of (E, 2P, D) and (E, D, P)."""
+    is_concatenated: bool
+    """The 2P are P of gate, then P of up; otherwise gate and up alternate."""
+    has_bias: bool
+    """gate_up_proj_bias (E, 2P) and down_proj_bias (E, D) are there too; GloBE leaves them as they are."""
+
+    @property
+    def dense_parameters(self) -> dict[str, tuple[int, int, int]]:
+        """Shapes of the dense parameters, by name."""
+        E, P, D = self.num_experts, self.intermediate_size, self.hidden_size
+        if self.is_transposed:
+            return {"gate_up_proj": (E, D, 2 * P), "down_proj": (E, P, D)}
+        return {"gate_up_proj": (E, 2 * P, D), "down_proj": (E, D, P)}
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutedExperts:
+    """The experts module of one decoder layer."""
+
+    layer: int
+    """Number of the decoder layer."""
+    path: str
+    """Of the module in the model: model.layers.0.mlp.experts."""
+    module: nn.Module
+    layout: ExpertsLayout
+
+
+def find_experts(model: nn.Module) -> list[RoutedExperts]:
+    """The dense routed experts of a model, by layer.
+
+    Raises `UnsupportedModelError` if there are none, if their class is not understood, or if a layer has more than one
+    set of them.
+    """
+    found = [_routed_experts(path, module) for path, module in model.named_modules() if _holds_experts(module)]
+    if not found:
+        others = sorted({type(module).__name__ for module in model.modules() if "Expert" in type(module).__name__})
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no routed experts that GloBE can factorise: it looks for modules that hold "
+            f"them in 3-D parameters gate_up_proj and down_proj; found {', '.join(others) or 'no experts at all'}"
+        )
+    by_layer: dict[int, RoutedExperts] = {}
+    for experts in found:
+        if (other := by_layer.setdefault(experts.layer, experts)) is not experts:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has two sets of routed experts numbered {experts.layer}: "
+                f"{other.path} and {experts.path}"
+            )
+    return [by_layer[layer] for layer in sorted(by_layer)]
+
+
+def experts_layout(module: nn.Module) -> ExpertsLayout:
+    """Read the layout off an experts module.
+
+    transformers' `use_experts_implementation` leaves flags on the instance that say how the module's forward uses its
+    parameters. Raises `UnsupportedModelError` naming the class if they are not there or do not fit the parameters.
+    """
+    name = type(module).__name__
+    missing = [
+        flag for flag in ("is_transposed", "is_concatenated", "has_bias", "has_gate") if not hasattr(module, flag)
+    ]
+    if missing:
+        raise UnsupportedModelError(
+            f"{name} is not supported: it does not say how its experts are laid out ({', '.join(missing)} not set)"
+        )
+    if not module.has_gate:
+        raise UnsupportedModelError(f"{name} is not supported: its experts have no gate")
+    shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters(recurse=False)}
+    transposed = bool(module.is_transposed)
+    E, *sides = shapes["down_proj"]
+    P, D = sides if transposed else reversed(sides)
+    layout = ExpertsLayout(E, P, D, transposed, bool(module.is_concatenated), bool(module.has_bias))
+    biases = {"gate_up_proj_bias": (E, 2 * P), "down_proj_bias": (E, D)} if layout.has_bias else {}
+    if shapes != layout.dense_parameters | biases:
+        raise UnsupportedModelError(
+            f"{name} is not supported: expected parameters {layout.dense_parameters | biases}, found {shapes}"
+        )
+    return layout
+
+
+def factor_names(model: nn.Module) -> FactorNames:
+    """The names that the factors of a dense model will have, read off its modules; raises as `find_experts` does."""
+    base = getattr(model, "base_model", model)
+    path = next(path for path, module in model.named_modules() if module is base)
+    return FactorNames(experts={experts.layer: experts.path for experts in find_experts(model)}, base=path)
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    parameters = dict(module.named_parameters(recurse=False))
+    stacked = {name for name, parameter in parameters.items() if parameter.dim() == 3}
+    # fused shared experts keep gate_proj apart
+    return "down_proj" in stacked and bool(stacked & {"gate_up_proj", "up_proj"}) and "gate_proj" not in stacked
+
+
+def _routed_experts(path: str, module: nn.Module) -> RoutedExperts:
+    layout = experts_layout(module)
+    numbers = [int(part) for part in path.split(".") if part.isdigit()]
+    if len(numbers) != 1:
+        raise UnsupportedModelError(f"{path} ({type(module).__name__}) is not supported: cannot tell its layer number")
+    return RoutedExperts(numbers[0], path, module, layout)

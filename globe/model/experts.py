@@ -1,0 +1,169 @@
+"""Factorised experts inside a transformers model.
+
+An experts module is swapped in place: its dense parameters go, the factors come, and its class becomes a subclass of
+the family's own, so the gate function, limits, biases and norms stay the family's. See `factorise`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from globe.errors import UnsupportedModelError
+from globe.model import bank_module
+from globe.model.bank_module import Bank
+from globe.model.expert_modules import ExpertsLayout
+from globe.model.names import (
+    BANKS,
+    DENSE_PARAMETER,
+    adapters_parameter,
+    codes_parameter,
+    dense_halves,
+    dense_parameter,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BankUse:
+    """A bank and the families of one layer that it serves."""
+
+    bank: Bank
+    families: tuple[str, ...]
+    own: str | None
+    """The bank's name if it belongs to this layer alone; `None` if the base model owns it."""
+
+
+class GlobeExperts(nn.Module):
+    """Mixin that computes a family's experts from factors. Instances are made by `factorise`."""
+
+    _is_hf_initialized = True  # the family's _init_weights would look for the dense parameters
+    globe_layout: ExpertsLayout
+    globe_uses: tuple[BankUse, ...]
+
+    @torch.compiler.disable  # which experts are hit is read back to the host; compiled callers break the graph here
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Weighted sum over each token's experts: (T, D), (T, K), (T, K) -> (T, D).
+
+        This is not dispatched by `config._experts_implementation`. Only the experts that are hit are composed, as many
+        at a time as `WORKING_BYTES` holds, and composed again in the backward pass instead of kept for it. Indices from
+        E on stand for experts of other devices and add nothing.
+        """
+        if self.training and torch.is_grad_enabled() and getattr(self, "_is_hooked", False):
+            raise UnsupportedModelError(
+                "training GloBE experts under tensor or expert parallelism is not supported: the gradients of codes "
+                "and bases would not be summed; use data parallelism (FSDP, DDP) or call eval()"
+            )
+        num_tokens, top_k = top_k_index.shape
+        parameters = dict(self.named_parameters(recurse=False))
+        num_experts = parameters[codes_parameter(self.globe_uses[0].families[0])].shape[0]
+        counts = torch.bincount(top_k_index.flatten(), minlength=num_experts)[:num_experts].tolist()
+        slots = top_k_index.flatten().argsort(stable=True)[: sum(counts)]
+        states = hidden_states[slots // top_k]
+        run = self._globe_run
+        if torch.is_grad_enabled():
+            run = functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+        outputs: list[Tensor] = [states[:0]]
+        start = 0
+        for experts in self.globe_batches(parameters, [expert for expert, count in enumerate(counts) if count]):
+            sizes = [counts[expert] for expert in experts]
+            outputs.append(run(parameters, experts, states[start : start + sum(sizes)].split(sizes)))
+            start += sum(sizes)
+        weighted = torch.cat(outputs) * top_k_weights.flatten()[slots, None]
+        per_slot = weighted.new_zeros(num_tokens * top_k, weighted.shape[1]).index_copy(0, slots, weighted)
+        return per_slot.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+
+    def globe_batches(self, parameters: Mapping[str, Tensor], experts: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Split the experts so that the composed matrices of a batch fit `WORKING_BYTES`."""
+        adapters = [parameters[adapters_parameter(family)] for use in self.globe_uses for family in use.families]
+        per_expert = sum(A.shape[1] * self.globe_layout.hidden_size * A.element_size() for A in adapters)
+        size = max(1, bank_module.WORKING_BYTES // per_expert)
+        return (experts[start : start + size] for start in range(0, len(experts), size))
+
+    def _globe_run(self, parameters: Mapping[str, Tensor], experts: Sequence[int], states: Sequence[Tensor]) -> Tensor:
+        """Each expert on its own tokens: a (T_e, D) for each expert -> (ΣT_e, D)."""
+        gate_up, down = self.globe_matrices(parameters, experts, states[0])
+        outputs: list[Tensor] = []
+        for expert, state, gate_up_2PD, down_PD in zip(experts, states, gate_up, down, strict=True):
+            hidden = nn.functional.linear(state, gate_up_2PD)
+            if self.globe_layout.has_bias:
+                hidden = hidden + parameters["gate_up_proj_bias"][expert]
+            output = self._apply_gate(hidden) @ down_PD
+            if self.globe_layout.has_bias:
+                output = output + parameters["down_proj_bias"][expert]
+            outputs.append(self.post_expert_norm(output) if self.has_post_expert_norm else output)
+        return torch.cat(outputs)
+
+    def globe_matrices(
+        self, parameters: Mapping[str, Tensor], experts: Sequence[int], like: Tensor
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """gate_up (2P, D), its rows in the family's order, and down (P, D) of each expert."""
+        layout = self.globe_layout
+        index = torch.tensor(experts, device=like.device)
+        matrices = self._globe_compose(parameters, index, like)
+        for family in ("gate", "up"):
+            if dense_parameter(family) in parameters:
+                matrices[family] = parameters[dense_parameter(family)][index]
+        if "gate" in matrices:
+            both = [matrices["gate"], matrices["up"]]
+            gate_up = torch.cat(both, dim=1) if layout.is_concatenated else torch.stack(both, dim=2).flatten(1, 2)
+        else:
+            dense = parameters["gate_up_proj"]
+            gate_up = [dense[expert].T if layout.is_transposed else dense[expert] for expert in experts]
+        if "down" in matrices:
+            return gate_up, matrices["down"]
+        dense = parameters["down_proj"]
+        return gate_up, [dense[expert] if layout.is_transposed else dense[expert].T for expert in experts]
+
+    def _globe_compose(self, parameters: Mapping[str, Tensor], index: Tensor, like: Tensor) -> dict[str, Tensor]:
+        """The experts' matrices of every family in a bank, (e, P, D) each, from one call of each bank."""
+        matrices: dict[str, Tensor] = {}
+        for use in self.globe_uses:
+            adapters = torch.cat([parameters[adapters_parameter(family)][index] for family in use.families])
+            codes = torch.cat([parameters[codes_parameter(family)][index] for family in use.families])
+            composed = use.bank(adapters, codes).to(like)
+            matrices.update(zip(use.families, composed.split(len(index)), strict=True))
+        return matrices
+
+
+def factorise(module: nn.Module, layout: ExpertsLayout, uses: Sequence[BankUse]) -> None:
+    """Swap the dense matrices of an experts module for factors, in place.
+
+    The factors are made empty, in the dtype and on the device (normally meta) of the parameters they replace; a family
+    that is in no bank stays dense.
+
+    Args:
+        module: an experts module of transformers.
+        layout: what `experts_layout` says of it.
+        uses: the banks that serve the layer, at least one; the layer's own ones become part of the module.
+    """
+    like = next(module.parameters(recurse=False))
+    E, P, D = layout.num_experts, layout.intermediate_size, layout.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {}
+    for use in uses:
+        num_bases, rank, _ = use.bank.bases.shape
+        for family in use.families:
+            shapes[adapters_parameter(family)] = (E, P, rank)
+            shapes[codes_parameter(family)] = (E, num_bases)
+    factorised = {family for use in uses for family in use.families}
+    for half in dense_halves(factorised):
+        shapes[dense_parameter(half)] = (E, P, D)
+    for parameter in {DENSE_PARAMETER[family] for family in factorised}:
+        delattr(module, parameter)
+    for name, shape in shapes.items():
+        module.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device)))
+    own = {use.own: use.bank for use in uses if use.own is not None}
+    if own:
+        module.add_module(BANKS, nn.ModuleDict(own))
+    module.__class__ = _globe_class(type(module))
+    module.globe_layout = layout
+    module.globe_uses = tuple(uses)  # a shared bank is only referred to: its one owner is the base model
+
+
+@functools.cache
+def _globe_class(original: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Globe{original.__name__}", (GlobeExperts, original), {"__module__": __name__})

@@ -1,0 +1,72 @@
+"""No model with random factors: refuse a checkpoint whose factors are not the ones that its config.json describes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, rename_source_key
+
+from globe.errors import CheckpointError
+from globe.model.names import is_factor
+
+_NAMED = 8
+
+
+def check_factors_in_files(
+    model: PreTrainedModel, files: Iterable[str], conversions: Sequence[WeightTransform]
+) -> None:
+    """Compare the factors that the model has with those in the files, by their headers.
+
+    transformers would fill a missing factor with random numbers and only mention it, and would not look at the shape of
+    one that is offloaded to disk.
+
+    Args:
+        model: on the meta device, its experts factorised.
+        files: safetensors.
+        conversions: how transformers will rename the files' tensors.
+
+    Raises `CheckpointError` naming the factors that are missing, not expected, or of another shape.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if is_factor(name)}
+    found = _factors_in_files(model, files, conversions)
+    _refuse("lacks", expected.keys() - found.keys(), "the checkpoint is incomplete")
+    _refuse("has", found.keys() - expected.keys(), "its config.json does not mention them")
+    wrong = {f"{name} {found[name]} instead of {shape}" for name, shape in expected.items() if found[name] != shape}
+    _refuse("has factors of a wrong shape,", wrong, "its config.json does not describe them")
+
+
+def check_factors_loaded(model: PreTrainedModel) -> None:
+    """The same for a model loaded from a state dict: raise `CheckpointError` naming the factors that got no value."""
+    missing = {
+        name
+        for name, parameter in model.named_parameters()
+        if is_factor(name) and not getattr(parameter, "_is_hf_initialized", False)
+    }
+    _refuse("lacks", missing, "the state dict is incomplete")
+
+
+def _factors_in_files(
+    model: PreTrainedModel, files: Iterable[str], conversions: Sequence[WeightTransform]
+) -> Mapping[str, tuple[int, ...]]:
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    state_dict = model.state_dict()
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for key in filter(is_factor, tensors.keys()):
+                name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state_dict)
+                found[name] = tuple(tensors.get_slice(key).get_shape())
+    return found
+
+
+def _refuse(problem: str, names: Iterable[str], reason: str) -> None:
+    listed = sorted(names)
+    if listed:
+        more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
+        raise CheckpointError(
+            f"the compressed checkpoint {problem} {', '.join(listed[:_NAMED])}{more}: {reason}; "
+            "fetch it again or repeat the compression"
+        )

@@ -1,0 +1,81 @@
+"""The `quantization_config` section of a compressed model's config.json."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from globe.bank.activations import check_activation
+from globe.errors import CheckpointError
+from globe.model.bank_spec import BankSpec
+
+QUANT_METHOD = "globe"
+FORMAT_VERSION = 1
+
+
+class GlobeQuantizationConfig(QuantizationConfigMixin):
+    """Which experts are factorised, and how.
+
+    Args:
+        banks: entries of config.json, or `BankSpec`s; each (layer, family) is in at most one.
+        activation: φ of every bank: identity, silu or tanh.
+        format_version: of the checkpoint; anything but 1 is refused.
+        globe_version: what wrote the checkpoint.
+        extra: what else the section holds; it is kept and written back.
+
+    Raises `CheckpointError` or `SettingsError`, both `GlobeError`s, if the section cannot be understood.
+    """
+
+    def __init__(
+        self,
+        banks: Sequence[BankSpec | Mapping[str, Any]] = (),
+        activation: str = "tanh",
+        format_version: int = FORMAT_VERSION,
+        globe_version: str | None = None,
+        **extra: Any,
+    ) -> None:
+        extra.pop("quant_method", None)
+        if format_version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"this version reads GloBE checkpoints of format_version {FORMAT_VERSION}; found {format_version!r}. "
+                "Install the version of globe-moe that wrote the checkpoint"
+            )
+        check_activation(activation)
+        if not isinstance(banks, (list, tuple)):
+            raise CheckpointError(f"quantization_config's banks must be a list; found {banks!r}")
+        self.quant_method = QUANT_METHOD
+        self.format_version = format_version
+        self.globe_version = globe_version
+        self.activation = activation
+        self.banks = tuple(bank if isinstance(bank, BankSpec) else BankSpec.from_dict(bank) for bank in banks)
+        self.extra = extra
+        _check_coverage(self.banks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section as config.json holds it."""
+        return {
+            **self.extra,
+            "quant_method": self.quant_method,
+            "format_version": self.format_version,
+            "globe_version": self.globe_version,
+            "activation": self.activation,
+            "banks": [bank.to_dict() for bank in self.banks],
+        }
+
+    def banks_of(self, layer: int) -> list[BankSpec]:
+        """The banks that serve a layer."""
+        return [bank for bank in self.banks if layer in bank.layers]
+
+
+def _check_coverage(banks: tuple[BankSpec, ...]) -> None:
+    if not banks:
+        raise CheckpointError("quantization_config has no banks: it says nothing about how to read this checkpoint")
+    owner: dict[tuple[int, str], str] = {}
+    for bank in banks:
+        for place in itertools.product(bank.layers, bank.families):
+            if place in owner:
+                raise CheckpointError(f"{place[1]} of layer {place[0]} is in two banks: {owner[place]} and {bank.name}")
+            owner[place] = bank.name

@@ -1,0 +1,155 @@
+"""How transformers loads and saves a compressed model: the hooks of its quantiser interface."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
+from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+from transformers.quantizers import HfQuantizer
+
+from globe.errors import CheckpointError, SettingsError
+from globe.model.bank_module import Bank
+from globe.model.bank_spec import BankSpec
+from globe.model.dequantize import restore_dense
+from globe.model.expert_modules import RoutedExperts, factor_names, find_experts
+from globe.model.experts import BankUse, GlobeExperts, factorise
+from globe.model.factor_check import check_factors_in_files, check_factors_loaded
+from globe.model.names import BANKS, DENSE_PARAMETER, is_factor, tripwire_tensor
+from globe.model.quantization_config import GlobeQuantizationConfig
+
+_FACTOR_STYLES = {"moe_tp_experts": "colwise", "ep_dispatch_experts": "grouped_gemm"}
+"""How to shard (E, P, …) factors where the plan has the experts: their P for tensor, their E for expert parallelism."""
+
+
+class GlobeQuantizer(HfQuantizer):
+    """Gives a model on the meta device factorised experts before its weights load, and guards what is loaded.
+
+    One instance serves one model.
+    """
+
+    quantization_config: GlobeQuantizationConfig
+
+    def __init__(self, quantization_config: GlobeQuantizationConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise SettingsError(
+                "a dense model cannot be compressed while it loads; run `globe compress` and load its output"
+            )
+        self._files: list[str] = []
+        self._tripwire = ""
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        experts = {found.layer: found for found in find_experts(model)}
+        config = self.quantization_config
+        for bank in config.banks:
+            if unknown := set(bank.layers) - experts.keys():
+                raise CheckpointError(
+                    f"config.json has bank {bank.name} for layers {sorted(unknown)}, "
+                    f"but {type(model).__name__} has routed experts in layers {sorted(experts)} only"
+                )
+        self._tripwire = factor_names(model).tripwire(config.banks)
+        # the end of a name: a base model may load from the checkpoint of a model with a head
+        model._keys_to_ignore_on_load_unexpected.add(rf"(^|\.){re.escape(self._tripwire)}$")
+        shared = {bank.name: self._empty_bank(bank, experts) for bank in config.banks if bank.shared}
+        if shared:
+            model.base_model.add_module(BANKS, nn.ModuleDict(shared))
+        for layer, found in experts.items():
+            uses = [
+                BankUse(shared[bank.name], bank.families, own=None)
+                if bank.shared
+                else BankUse(self._empty_bank(bank, experts), bank.families, own=bank.name)
+                for bank in config.banks
+                if layer in bank.layers
+            ]
+            if uses:
+                factorise(found.module, found.layout, uses)
+        self._files = [file for file in checkpoint_files or [] if file.endswith(".safetensors")]
+
+    def _empty_bank(self, bank: BankSpec, experts: Mapping[int, RoutedExperts]) -> Bank:
+        found = experts[bank.layers[0]]
+        like = next(found.module.parameters(recurse=False))
+        return Bank(
+            bank.num_bases,
+            bank.rank,
+            found.layout.hidden_size,
+            self.quantization_config.activation,
+            dtype=like.dtype,
+            device=like.device,
+        )
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: PreTrainedModel
+    ) -> list[WeightTransform]:
+        """Called last before weights load: all that can be checked is known."""
+        if self._files:
+            check_factors_in_files(model, self._files, weight_conversions)
+        # The family's rule that splits gate_up_proj on saving must not meet the tripwire. On saving, rules are tried
+        # from the last to the first, and only those that matched on loading.
+        keep_tripwire = WeightConverter(self._tripwire, self._tripwire, [_Keep()])
+        keep_tripwire.rename_source_key(self._tripwire)
+        return [*super().update_weight_conversions(weight_conversions, model), keep_tripwire]
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        if not self._files:
+            check_factors_loaded(model)
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Shard adapters like the rows of the matrices they make; bases, and codes but for experts, are replicated."""
+        parameters = {replace_layer_number_by_wildcard(name): parameter for name, parameter in model.named_parameters()}
+        paths = {replace_layer_number_by_wildcard(path) for path, module in model.named_modules() if _is_globe(module)}
+        for path in paths:
+            for dense in set(DENSE_PARAMETER.values()):
+                if f"{path}.{dense}" not in parameters:
+                    plan.pop(f"{path}.{dense}", None)
+            experts_style = plan.get(path)
+            if style := _FACTOR_STYLES.get(experts_style):
+                for name, parameter in parameters.items():
+                    owner, _, leaf = name.rpartition(".")
+                    if owner == path and is_factor(leaf) and (parameter.dim() == 3 or style == "grouped_gemm"):
+                        plan[name] = style
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes: the model's tensors and the tripwire."""
+        return {**model.state_dict(), self._tripwire: tripwire_tensor(model.dtype)}, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        restore_dense(model)
+        return model.to(dtype)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True  # the factors are ordinary parameters: no adapters needed
+
+    @property
+    def is_compileable(self) -> bool:
+        return False  # generate() would compile by itself into CUDA graphs, which the experts' forward breaks up
+
+
+class _Keep(ConversionOps):
+    """The conversion that changes nothing, in both directions."""
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
+        return input_dict
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+
+def _is_globe(module: nn.Module) -> bool:
+    return isinstance(module, GlobeExperts)
