@@ -11,6 +11,7 @@ from torch import Tensor
 from globe.bank.codes import on_simplex, ridge_codes
 from globe.bank.factors import mix
 from globe.bank.linalg import eigh, norms, solve_positive
+from globe.bank.objective import relative_errors
 from globe.errors import SettingsError
 from globe.init.clusters import residual_greedy, spherical_kmeans
 from globe.init.procrustes import align, low_rank
@@ -152,8 +153,7 @@ def _hybrid(weights: Tensor, rank: int, num_bases: int, _: int, seed: int):
 
 
 def _largest_residual(rows: Tensor, codes: Tensor, bases: Tensor) -> float:
-    missed = norms(rows - mix(codes, bases)) / norms(rows)
-    return float(missed.max())
+    return float(relative_errors(rows, mix(codes, bases)).max())
 
 
 _METHODS = {
