@@ -40,6 +40,12 @@ class Checkpoint:
     repo: HubRepo | None = None
     """Where shards come from that are not in the folder yet; None for a local folder."""
 
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The language model's part of the configuration: all of it, unless the model has other parts too."""
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, dict) else self.config
+
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU in its stored dtype. A shard on the Hub is downloaded when first read."""
         return next(self.read_many([name]))[1]
@@ -52,7 +58,9 @@ class Checkpoint:
                     for name in group:
                         yield name, file.get_tensor(name)
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{shard} cannot be read any more: {error}; was it changed or removed?") from error
+                raise CheckpointError(
+                    f"{shard} cannot be read any more: {error}; was it changed or removed?"
+                ) from error
 
     def shard_path(self, shard: str) -> Path:
         """The shard's file, downloaded first if it is on the Hub; `CheckpointError` unless it is what was announced."""
@@ -157,7 +165,9 @@ def _read_weight_map(folder: Path) -> dict[str, str]:
         if not isinstance(shard, str) or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{INDEX} places tensor {name!r} in {shard!r}; only safetensors files are read")
         if "\\" in shard or PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
-            raise CheckpointError(f"{INDEX} places tensor {name!r} in {shard!r}, outside the folder: it is not followed")
+            raise CheckpointError(
+                f"{INDEX} places tensor {name!r} in {shard!r}, outside the folder: it is not followed"
+            )
     return weight_map
 
 
@@ -197,7 +207,9 @@ def _check_index(indexed: set[str], found: list[TensorInfo], shard: str) -> None
     if absent := sorted(indexed - held):
         raise CheckpointError(f"{INDEX} places {len(absent)} tensors in {shard} that it lacks: {_some(absent)}")
     if unlisted := sorted(held - indexed):
-        raise CheckpointError(f"{shard} holds {len(unlisted)} tensors that {INDEX} does not place there: {_some(unlisted)}")
+        raise CheckpointError(
+            f"{shard} holds {len(unlisted)} tensors that {INDEX} does not place there: {_some(unlisted)}"
+        )
 
 
 def _is_side_file(name: str) -> bool:
@@ -205,7 +217,7 @@ def _is_side_file(name: str) -> bool:
         name != CONFIG
         and not name.startswith(".")
         and not name.endswith(".index.json")
-        and any(fnmatch.fnmatch(name, pattern) for pattern in SMALL_FILES)
+        and any(fnmatch.fnmatchcase(name, pattern) for pattern in SMALL_FILES)
     )
 
 
