@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from globe.bank.factors import mix
+from globe.bank.linalg import polar
+from globe.init.procrustes import align, initial_frames, low_rank
+from tests.random_experts import F64, normal, orthonormal, planted_alignment
+
+E, P, D = 8, 5, 12
+
+
+@pytest.mark.parametrize("num_bases", [1, 3, 8])
+def test_low_rank_is_the_truncated_svd(num_bases: int):
+    stacked = normal(E, P, D)
+    codes, bases, spectrum = low_rank(stacked, num_bases)
+    u, s, vh = torch.linalg.svd(stacked.flatten(1), full_matrices=False)
+    torch.testing.assert_close(mix(codes, bases).flatten(1), u[:, :num_bases] * s[:num_bases] @ vh[:num_bases])
+    torch.testing.assert_close(spectrum, s)
+    torch.testing.assert_close(codes.mT @ codes, torch.eye(num_bases, dtype=F64))
+    torch.testing.assert_close(bases.flatten(1).norm(dim=1), s[:num_bases])
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_initial_frames_are_orthonormal(rank: int):
+    weights = normal(E, P, D)
+    frames = initial_frames(weights, rank)
+    assert frames.shape == (E, P, rank)
+    torch.testing.assert_close(frames.mT @ frames, torch.eye(rank, dtype=F64).expand(E, rank, rank))
+    kept = (frames.mT @ weights).square().sum((1, 2))
+    torch.testing.assert_close(kept, torch.linalg.svdvals(weights)[:, :rank].square().sum(1))
+
+
+def implied_frames(weights: Tensor, aligned: Tensor) -> Tensor:
+    """Q_e from Q_eᵀ W_e, unique because W_e has full row rank."""
+    return torch.linalg.lstsq(weights.mT, aligned.mT).solution
+
+
+@given(rank=st.integers(1, P), num_bases=st.integers(1, E), seed=st.integers(0, 1000))
+def test_errors_fall_and_are_those_of_orthonormal_frames(rank: int, num_bases: int, seed: int):
+    weights = normal(E, P, D, seed=seed)
+    codes, bases, aligned, errors = align(weights, rank, num_bases, 6)
+    assert len(errors) == 6
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(errors))
+    frames = implied_frames(weights, aligned)
+    torch.testing.assert_close(frames.mT @ frames, torch.eye(rank, dtype=F64).expand(E, rank, rank))
+    missed = (weights - frames @ mix(codes, bases)).norm() / weights.norm()
+    assert errors[-1] == pytest.approx(float(missed), abs=1e-7)
+
+
+def test_each_step_is_exact():
+    """One more alternation by hand, from what four steps return."""
+    weights = normal(E, P, D)
+    codes, bases, _, errors = align(weights, 3, 2, 4)
+    frames = polar(weights @ mix(codes, bases).mT)
+    again, bases_again, _ = low_rank(frames.mT @ weights, 2)
+    missed = (weights - frames @ mix(again, bases_again)).norm() / weights.norm()
+    five = align(weights, 3, 2, 5)
+    assert five[3][:4] == errors
+    assert five[3][4] == pytest.approx(float(missed))
+    assert five[3][4] < errors[3]
+
+
+@pytest.mark.parametrize(("rank", "num_bases"), [(8, 4), (4, 1)])
+@pytest.mark.parametrize("seed", range(3))
+def test_recovers_planted_factors(rank: int, num_bases: int, seed: int):
+    """The problem is not convex, but with many experts for few bases the planted factors are found."""
+    weights = planted_alignment(64, 8, 24, rank, num_bases, seed=10 * seed)
+    codes, bases, _, errors = align(weights, rank, num_bases, 100)
+    frames = polar(weights @ mix(codes, bases).mT)
+    assert errors[0] > 0.3
+    assert errors[-1] < 1e-3
+    assert (weights - frames @ mix(codes, bases)).norm() < 1e-3 * weights.norm()
+
+
+def test_the_row_frames_decide_the_start_but_not_the_end():
+    """An expert's row order and rotation are arbitrary; the first frame, the identity, sees them."""
+    weights = planted_alignment(64, 8, 24, 8, 4) + 0.1 * normal(64, 8, 24, seed=9)
+    turned = orthonormal(64, 8, 8, seed=4) @ weights
+    before, after = align(weights, 8, 4, 100)[3], align(turned, 8, 4, 100)[3]
+    assert abs(before[0] - after[0]) > 1e-3
+    assert before[-1] == pytest.approx(after[-1], rel=1e-3)
+
+
+def test_below_full_rank_the_row_frames_do_not_matter_at_all():
+    """There the first frames are singular vectors, which turn with the expert; only their signs are left open."""
+    weights = normal(E, P, D)
+    flips = torch.diag_embed(torch.sign(normal(E, P, seed=2)))
+    before, after = align(weights, 3, 8, 2)[3], align(flips @ weights, 3, 8, 2)[3]
+    assert before == pytest.approx(after, abs=1e-7)
+
+
+def test_scale_and_order_of_the_experts_do_not_matter():
+    weights = normal(E, P, D)
+    _, _, _, errors = align(weights, P, 3, 5)
+    assert align(1e-4 * weights, P, 3, 5)[3] == pytest.approx(errors, rel=1e-9)
+    assert align(weights.flip(0), P, 3, 5)[3] == pytest.approx(errors, rel=1e-9)
+
+
+def test_as_many_bases_as_experts_are_exact_at_once():
+    codes, bases, aligned, errors = align(normal(E, P, D), P, E, 1)
+    assert errors[0] < 1e-6
+    torch.testing.assert_close(mix(codes, bases), aligned)
