@@ -48,8 +48,8 @@ def simplex_preimage(alpha: Tensor, codes: str) -> Tensor:
 def ridge_codes(targets: Tensor, bases: Tensor, lambda_: float = 1e-6, num_kept: int | None = None) -> Tensor:
     """Signed least squares a_e = argmin ‖S_e − Σ_j a_ej B_j‖² + λ‖a_e‖², optionally with `num_kept` non-zeros.
 
-    `targets` S (E, R, D), `bases` B (M, R, D). With `num_kept` the largest entries of the dense solution (in units of
-    their atoms' norms) are kept and solved for again. Returns (E, M).
+    `targets` S (E, R, D), `bases` B (M, R, D); λ in units of the atoms' mean squared norm. With `num_kept` the largest
+    entries of the dense solution (in units of their atoms' norms) are kept and solved for again. Returns (E, M).
     """
     s, b = targets.flatten(1), bases.flatten(1)
     gram, cross = b @ b.mT, b @ s.mT
