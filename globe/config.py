@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
 from globe.bank.activations import Activation
 from globe.bank.codes import CodeMap
+from globe.checkpoint.layout import FAMILIES, Family
 from globe.errors import SettingsError
 from globe.init.warm_start import WarmStartName
 from globe.train.config import FitConfig, Solver
-
-Family = Literal["gate", "up", "down"]
-FAMILIES: tuple[Family, ...] = get_args(Family)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
+from globe.checkpoint.layout import Family
 from globe.config import CompressConfig
 from globe.errors import SettingsError
 
@@ -22,9 +23,9 @@ class ExpertShape(Protocol):
     @property
     def num_experts(self) -> int: ...
     @property
-    def rows(self) -> int: ...
+    def intermediate_size(self) -> int: ...
     @property
-    def columns(self) -> int: ...
+    def hidden_size(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class BankPlan:
     """One bank: whom it serves and its shape."""
 
     layers: tuple[int, ...]
-    families: tuple[str, ...]
+    families: tuple[Family, ...]
     num_matrices: int
     """E: expert matrices that share the bank."""
     rows: int
@@ -127,7 +128,7 @@ def _runs(layers: list[ExpertShape], config: CompressConfig) -> list[list[Expert
 
 
 def _scope(layers: list[ExpertShape], config: CompressConfig) -> Scope:
-    shapes = {(layer.rows, layer.columns) for layer in layers}
+    shapes = {(layer.intermediate_size, layer.hidden_size) for layer in layers}
     if len(shapes) > 1:
         raise SettingsError(
             f"layers {compact([layer.index for layer in layers])} have experts of different shapes "
@@ -135,7 +136,7 @@ def _scope(layers: list[ExpertShape], config: CompressConfig) -> Scope:
         )
     (rows, columns), indices = shapes.pop(), tuple(layer.index for layer in layers)
     num_experts = sum(layer.num_experts for layer in layers)
-    groups = [config.families] if config.share_families else [(family,) for family in config.families]
+    groups: list[tuple[Family, ...]] = [config.families] if config.share_families else [(family,) for family in config.families]
     banks: list[BankPlan] = []
     for families in groups:
         num_matrices = num_experts * len(families)
@@ -146,7 +147,7 @@ def _scope(layers: list[ExpertShape], config: CompressConfig) -> Scope:
             assert config.basis_ratio is not None
             rank, num_bases = round(config.rank_ratio * rows), round(config.basis_ratio * num_matrices)
             rank, num_bases = max(1, rank), max(1, num_bases)
-        banks.append(BankPlan(indices, tuple(families), num_matrices, rows, columns, rank, num_bases))
+        banks.append(BankPlan(indices, families, num_matrices, rows, columns, rank, num_bases))
     return Scope(indices, tuple(banks))
 
 

@@ -24,3 +24,8 @@ def read_text(source: str | Path) -> str:
     if not path.is_file():
         raise SettingsError(f"text {str(source)!r} is neither a file nor one of the shipped splits {', '.join(SPLITS)}")
     return path.read_text(encoding="utf-8", errors="replace")
+
+
+def resolve_model(model: str | Path) -> str | Path:
+    """`shipped` stands for the model that ships with the package; anything else is returned as it is."""
+    return MODEL if str(model) == "shipped" else model

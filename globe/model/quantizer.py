@@ -55,9 +55,12 @@ class GlobeQuantizer(HfQuantizer):
                     f"config.json has bank {bank.name} for layers {sorted(unknown)}, "
                     f"but {type(model).__name__} has routed experts in layers {sorted(experts)} only"
                 )
-        self._tripwire = factor_names(model).tripwire(config.banks)
-        # the end of a name: a base model may load from the checkpoint of a model with a head
-        model._keys_to_ignore_on_load_unexpected.add(rf"(^|\.){re.escape(self._tripwire)}$")
+        names = factor_names(model)
+        self._tripwire = names.tripwire(config.banks)
+        # without the base model's path, which the file may have or lack: a base model also loads from the checkpoint of
+        # a model with a head, and the other way round
+        ending = re.escape(self._tripwire.removeprefix(f"{names.base}."))
+        model._keys_to_ignore_on_load_unexpected.add(rf"(^|\.){ending}$")
         shared = {bank.name: self._empty_bank(bank, experts) for bank in config.banks if bank.shared}
         if shared:
             model.base_model.add_module(BANKS, nn.ModuleDict(shared))

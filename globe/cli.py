@@ -1,0 +1,134 @@
+"""The command line: compress, evaluate, export, inspect, env."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from globe.config import CompressConfig
+from globe.errors import GlobeError
+from globe.evaluate import EvaluateConfig
+from globe.track import Track
+
+Model = Annotated[str, tyro.conf.Positional]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compress:
+    """Compress a model's routed experts into a Hugging Face checkpoint."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to write; a killed run on the same folder is gone on with."""
+    model: Model = "shipped"
+    """Local folder or Hub id; without one, the small model that ships with GloBE."""
+    config: Annotated[CompressConfig, tyro.conf.arg(name="")] = CompressConfig()
+    track: Track = "none"
+    """Experiment tracker."""
+
+    def run(self, console: Console) -> None:
+        from globe.compress import compress
+        from globe.progress import LiveProgress, Observer, PlainProgress
+        from globe.show import show_report
+        from globe.track import make_tracker
+
+        live = LiveProgress(console, self.config.steps) if console.is_terminal else PlainProgress(console)
+        observers: list[Observer] = [live]
+        if self.track != "none":
+            observers.append(make_tracker(self.track, self.config, self.output.with_name(f"{self.output.name}.track")))
+        try:
+            report = compress(self.model, self.output, self.config, observers)
+        except KeyboardInterrupt:
+            console.print("interrupted; the same command goes on after the last finished scope", style="yellow")
+            raise
+        show_report(console, report, self.output)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Perplexity and size of a model, compressed or not, beside those of the one it came from."""
+
+    model: Model = "shipped"
+    """Folder or Hub id."""
+    reference: str | None = None
+    """Model to compare with; by default the source of a compressed model, where it is found; `none` for no comparison."""
+    prompt: str | None = None
+    """Also continue this text, greedily, with both models."""
+    config: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = EvaluateConfig()
+
+    def run(self, console: Console) -> None:
+        from globe.show import show_evaluation
+
+        show_evaluation(console, self.model, self.reference, self.prompt, self.config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Compose a compressed model back into a dense checkpoint that any server loads."""
+
+    model: Model
+    """Folder of a compressed model."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to write."""
+
+    def run(self, console: Console) -> None:
+        from globe.export import export_dense
+
+        export_dense(self.model, self.output)
+        console.print(f"dense checkpoint in {self.output}; it needs no GloBE")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """Show a model's experts, and what a compression would keep; no work is done."""
+
+    model: Model = "shipped"
+    """Local folder or Hub id, compressed or not."""
+    config: Annotated[CompressConfig, tyro.conf.arg(name="")] = CompressConfig()
+
+    def run(self, console: Console) -> None:
+        from globe.show import show_inspection
+
+        show_inspection(console, self.model, self.config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Env:
+    """Show versions, devices and optional packages, for a bug report."""
+
+    def run(self, console: Console) -> None:
+        from globe.show import show_environment
+
+        show_environment(console)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 for a `GlobeError`, 130 when interrupted."""
+    command = tyro.cli(
+        Annotated[Compress, tyro.conf.subcommand("compress")]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
+        | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+        | Annotated[Env, tyro.conf.subcommand("env")],
+        prog="globe",
+        description="Compress Mixture-of-Experts models by experts that share banks of basis matrices.",
+        args=arguments,
+    )
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        command.run(console)
+    except GlobeError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {error}", markup=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

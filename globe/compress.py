@@ -1,0 +1,282 @@
+"""From a checkpoint to a compressed one, a scope at a time: read its experts, fit, write its factors, forget it.
+
+The output is built beside its name, in `<output>.partial`. A scope is finished when its record is on disk, after its
+factors; a killed run goes on after the last finished scope, and only the whole output gets its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from globe.checkpoint.header import TORCH_DTYPES
+from globe.checkpoint.layout import ExpertLayer, find_expert_layers, source_names
+from globe.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
+from globe.checkpoint.stacks import read_family
+from globe.checkpoint.writer import claim, copy_tensors, finish, require_space, save_tensors, write_index, write_json
+from globe.config import CompressConfig
+from globe.errors import CheckpointError, OutputError, SettingsError, UnsupportedModelError
+from globe.experts import read_stack, to_storage
+from globe.model.bank_spec import BankSpec
+from globe.model.expert_modules import factor_names
+from globe.model.names import FactorNames, dense_halves, tripwire_tensor
+from globe.model.quantization_config import GlobeQuantizationConfig
+from globe.plan import BankPlan, Scope, make_plan
+from globe.progress import Observer, Observers
+from globe.report import REPORT, BankReport, Report, peak_memory, step_columns, versions
+from globe.source_layout import write_source_layout
+from globe.train.fit_banks import fit_bank
+
+RUN = "run.json"
+"""In an unfinished output: what it is being built from and how."""
+
+
+def compress(
+    model: str | Path,
+    output: str | Path,
+    config: CompressConfig = CompressConfig(),  # noqa: B008
+    observers: Iterable[Observer] = (),
+) -> Report:
+    """Compress the routed experts of `model`, a local folder or a Hub id, into the folder `output`.
+
+    The output is a Hugging Face checkpoint that `AutoModelForCausalLM` loads after `import globe`. Memory follows the
+    largest scope. A run on the output of a killed one goes on after its last finished scope.
+
+    Raises, all of them `GlobeError`: `SettingsError` for settings that do not fit the model or differ from those of the
+    run to go on with; `CheckpointError` for damaged files and weights that are not finite; `UnsupportedModelError` for
+    what is no mixture of experts that GloBE knows; `OutputError` if the output exists or the disk is full.
+    """
+    output = Path(output)
+    checkpoint = open_checkpoint(model)
+    job = Job(checkpoint, config)
+    partial = claim(output)
+    job.resume_or_begin(partial, str(model))
+    watch = Observers(observers)
+    finished = [_read_record(partial, number) for number in range(len(job.scopes))]
+    num_finished = next((number for number, record in enumerate(finished) if record is None), len(finished))
+    require_space(partial, job.predicted_bytes())
+    watch.start(job.scopes, num_finished)
+    try:
+        for number in range(num_finished, len(job.scopes)):
+            job.run_scope(partial, number, watch)
+            watch.scope(job.scopes[number])
+        report = job.assemble(partial, str(model))
+    finally:
+        watch.stop()
+    finish(partial, output)
+    return report
+
+
+def model_names(checkpoint: Checkpoint) -> FactorNames:
+    """Where transformers keeps the experts of this model, from its configuration alone.
+
+    Raises `UnsupportedModelError` if transformers does not know the model, or GloBE its experts.
+    """
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"transformers cannot build {checkpoint.folder} (model_type {checkpoint.config.get('model_type')!r}) "
+            f"without remote code: {error}"
+        ) from error
+    return factor_names(model)
+
+
+class Job:
+    """What a compression does, decided before any work."""
+
+    def __init__(self, checkpoint: Checkpoint, config: CompressConfig) -> None:
+        self.checkpoint, self.config = checkpoint, config
+        self.layers: dict[int, ExpertLayer] = {layer.index: layer for layer in find_expert_layers(checkpoint)}
+        self.scopes = make_plan(list(self.layers.values()), config)
+        self.names = model_names(checkpoint)
+        if missing := sorted(self.layers.keys() - self.names.experts.keys()):
+            raise CheckpointError(f"layers {missing} have experts in the files but not in the model of config.json")
+        self.specs = [_spec(bank) for scope in self.scopes for bank in scope.banks]
+        self._replaced = {name for scope in self.scopes for index in scope.layers for name in self._sources(index)}
+        self._kept = {
+            shard: [t.name for t in checkpoint.shard_tensors(shard) if t.name not in self._replaced]
+            for shard in checkpoint.shards
+        }
+        self._dense_shards = [shard for shard in checkpoint.shards if self._kept[shard]]
+
+    def dtype(self, layer: int) -> torch.dtype:
+        """What the factors of a layer are stored in."""
+        if self.config.dtype == "source":
+            return TORCH_DTYPES[self.layers[layer].dtype]
+        return getattr(torch, self.config.dtype)
+
+    def predicted_bytes(self) -> int:
+        """Of the output's tensors."""
+        kept = sum(self.checkpoint.tensors[name].nbytes for names in self._kept.values() for name in names)
+        factors = sum(
+            bank.stored_parameters * self.dtype(bank.layers[0]).itemsize for scope in self.scopes for bank in scope.banks
+        )
+        halves = sum(
+            layer.num_experts * layer.intermediate_size * layer.hidden_size * TORCH_DTYPES[layer.dtype].itemsize
+            for scope in self.scopes
+            for layer in (self.layers[index] for index in scope.layers)
+            for _ in dense_halves(self.config.families)
+        )
+        return kept + factors + halves
+
+    def original_bytes(self) -> int:
+        """Of the source's tensors."""
+        return sum(tensor.nbytes for tensor in self.checkpoint.tensors.values())
+
+    def resume_or_begin(self, partial: Path, source: str) -> None:
+        """Check that an unfinished output is of this very run, or begin one."""
+        run = {
+            "source": source,
+            "fingerprint": self.checkpoint.fingerprint(),
+            "globe_version": versions()["globe"],
+            "config": _plain(dataclasses.asdict(self.config)),
+        }
+        path = partial / RUN
+        if not path.exists():
+            if any(partial.iterdir()):
+                raise OutputError(f"{partial} holds files that are not of an unfinished run: remove it or choose another output")
+            write_json(path, run)
+            return
+        earlier = json.loads(path.read_text())
+        if earlier != run:
+            raise SettingsError(
+                f"{partial} holds an unfinished run with other settings: {_differences(earlier, run)}. "
+                f"Repeat those settings to go on with it, or remove {partial} to start anew"
+            )
+
+    def run_scope(self, partial: Path, number: int, watch: Observer) -> None:
+        """Fit the banks of one scope and write their factors, then their record."""
+        scope, tensors, reports = self.scopes[number], dict[str, Tensor](), list[BankReport]()
+        for bank in scope.banks:
+            bank_tensors, report = self._fit(bank, watch)
+            tensors |= bank_tensors
+            reports.append(report)
+        for index in scope.layers:
+            for family in dense_halves(self.config.families):
+                tensors[self.names.dense(index, family)] = read_family(self.checkpoint, self.layers[index], family)
+        if number == 0:
+            tensors[self.names.tripwire(self.specs)] = tripwire_tensor(self.dtype(scope.layers[0]))
+        save_tensors(partial / self._file(number), tensors)
+        record = [dataclasses.asdict(report) for report in reports]
+        write_json(partial / _record_file(number), {"banks": record, "tensors": _sizes(tensors)})
+
+    def assemble(self, partial: Path, source: str) -> Report:
+        """Add everything that is not a factor and check the whole."""
+        weight_map: dict[str, str] = {}
+        compressed_bytes = 0
+        banks: list[BankReport] = []
+        for number in range(len(self.scopes)):
+            record = _read_record(partial, number)
+            assert record is not None
+            banks += [BankReport(**bank) for bank in record["banks"]]
+            weight_map |= dict.fromkeys(record["tensors"], self._file(number))
+            compressed_bytes += sum(record["tensors"].values())
+        for offset, shard in enumerate(self._dense_shards):
+            file = self._file(len(self.scopes) + offset)
+            copy_tensors(self.checkpoint, shard, self._kept[shard], partial / file)
+            weight_map |= dict.fromkeys(self._kept[shard], file)
+            compressed_bytes += sum(self.checkpoint.tensors[name].nbytes for name in self._kept[shard])
+        report = Report(
+            source,
+            self.checkpoint.fingerprint(),
+            _plain(dataclasses.asdict(self.config)),
+            versions(),
+            banks,
+            self.original_bytes(),
+            compressed_bytes,
+            sum(bank.seconds for bank in banks),
+            peak_memory(),
+        )
+        for path in self.checkpoint.side_files():
+            target = partial / path.relative_to(self.checkpoint.folder)
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(path.read_bytes())
+        write_source_layout(partial, self.checkpoint)
+        write_index(partial, weight_map, compressed_bytes)
+        write_json(partial / REPORT, report.to_json())
+        section = GlobeQuantizationConfig(self.specs, self.config.activation, globe_version=versions()["globe"]).to_dict()
+        write_json(partial / CONFIG, {**self.checkpoint.config, "quantization_config": section})
+        open_checkpoint(partial)
+        for number in range(len(self.scopes)):
+            (partial / _record_file(number)).unlink()
+        (partial / RUN).unlink()
+        return report
+
+    def _fit(self, bank: BankPlan, watch: Observer) -> tuple[dict[str, Tensor], BankReport]:
+        began = time.monotonic()
+        stack = read_stack(self.checkpoint, self.layers, bank)
+        config = self.config.fit_config(bank.rank, bank.num_bases)
+        result = fit_bank(stack.weights, config, lambda record: watch.step(bank, record))
+        stored = to_storage(stack, result.factors, self.dtype(bank.layers[0]))
+        tensors = {self.names.bases(_spec(bank)): stored.bases}
+        errors: dict[str, dict[str, list[float]]] = {}
+        for group in stack.groups:
+            key = (group.layer, group.family)
+            tensors[self.names.adapters(*key)] = stored.adapters[key]
+            tensors[self.names.codes(*key)] = stored.codes[key]
+            errors.setdefault(str(group.layer), {})[group.family] = stored.errors[key]
+        metrics = {name: value for name, value in result.metrics.items() if name != "trajectory"}  # is in the steps
+        report = BankReport(
+            list(bank.layers),
+            list(bank.families),
+            bank.rank,
+            bank.num_bases,
+            bank.num_matrices,
+            bank.original_parameters,
+            bank.stored_parameters,
+            result.outcome,
+            time.monotonic() - began,
+            errors,
+            step_columns(result),
+            metrics,
+        )
+        watch.bank(bank, report.error, report.seconds)
+        return tensors, report
+
+    def _sources(self, index: int) -> list[str]:
+        """The layer's source tensors that the output replaces: of its families in banks and of the dense halves."""
+        families = {*self.config.families, *dense_halves(self.config.families)}
+        return [name for family in families for name in source_names(self.layers[index], family)]
+
+    def _file(self, number: int) -> str:
+        return f"model-{number + 1:05d}-of-{len(self.scopes) + len(self._dense_shards):05d}.safetensors"
+
+
+def _spec(bank: BankPlan) -> BankSpec:
+    return BankSpec(bank.layers, bank.families, bank.rank, bank.num_bases)
+
+
+def _record_file(number: int) -> str:
+    return f"scope-{number:05d}.json"
+
+
+def _read_record(partial: Path, number: int) -> dict[str, Any] | None:
+    path = partial / _record_file(number)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    return {name: tensor.nbytes for name, tensor in tensors.items()}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
+def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two run records, named one by one."""
+    then, wanted = ({**record, **record["config"]} for record in (earlier, now))
+    names: Sequence[str] = [name for name in wanted if name != "config" and then.get(name) != wanted[name]]
+    return "; ".join(f"{name} was {then.get(name)!r}, now {wanted[name]!r}" for name in names)

@@ -1,0 +1,105 @@
+"""The expert matrices of a bank as one normalised stack, and the bank's factors as they are stored."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from globe.bank.activations import activate
+from globe.bank.adapters import refit_adapters
+from globe.bank.factors import Factors, compose, mix
+from globe.bank.objective import expert_chunks, relative_errors
+from globe.checkpoint.layout import ExpertLayer, Family
+from globe.checkpoint.reader import Checkpoint
+from globe.checkpoint.stacks import read_family
+from globe.plan import BankPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The experts of one family in one layer, within a stack."""
+
+    layer: int
+    family: Family
+    part: slice
+    """Their places along E."""
+    sigma: float
+    """Standard deviation of their weights, by which the stack is divided."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertStack:
+    """All matrices that share a bank."""
+
+    weights: Tensor
+    """W / σ, (E, P, D), float32; the mean is not removed."""
+    groups: tuple[Group, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredFactors:
+    """Factors in the precision they are stored in, and what that costs."""
+
+    adapters: dict[tuple[int, Family], Tensor]
+    """A (E, P, R) by layer and family, in the units of the weights."""
+    codes: dict[tuple[int, Family], Tensor]
+    """a (E, M) by layer and family."""
+    bases: Tensor
+    """B (M, R, D)."""
+    errors: dict[tuple[int, Family], list[float]]
+    """Relative error of every expert, after rounding."""
+
+
+def read_stack(checkpoint: Checkpoint, layers: Mapping[int, ExpertLayer], bank: BankPlan) -> ExpertStack:
+    """Read a bank's experts: layer after layer, family after family, each divided by its standard deviation.
+
+    Raises `CheckpointError` naming the tensor that holds NaN or Inf.
+    """
+    weights = torch.empty(bank.num_matrices, bank.rows, bank.columns)
+    groups: list[Group] = []
+    start = 0
+    for index in bank.layers:
+        for family in bank.families:
+            part = slice(start, start + layers[index].num_experts)
+            weights[part] = read_family(checkpoint, layers[index], family)
+            sigma = float(weights[part].std(correction=0)) or 1.0
+            weights[part] /= sigma
+            groups.append(Group(index, family, part, sigma))
+            start = part.stop
+    return ExpertStack(weights, tuple(groups))
+
+
+@torch.no_grad()
+def to_storage(stack: ExpertStack, factors: Factors, dtype: torch.dtype, lambda_a: float = 1e-6) -> StoredFactors:
+    """Round codes and bases to `dtype`, refit the adapters to what was rounded, fold σ in and round them too.
+
+    The adapters are ill-conditioned enough to amplify the bank's rounding; refitted, they make up for most of it.
+    """
+    codes, bases = factors.codes.to(dtype), factors.bases.to(dtype)
+    stored = StoredFactors({}, {}, bases, {})
+    wide_codes, wide_bases = codes.to(stack.weights.dtype), bases.to(stack.weights.dtype)
+    for group in stack.groups:
+        key, adapters, errors = (group.layer, group.family), [], []
+        weights, own_codes = stack.weights[group.part], wide_codes[group.part]
+        for part in expert_chunks(weights):
+            features = activate(mix(own_codes[part], wide_bases), factors.activation)
+            exact, _ = refit_adapters(weights[part], features, lambda_a=lambda_a)
+            adapters.append((exact * group.sigma).to(dtype))
+            approximation = adapters[-1].to(weights.dtype) / group.sigma @ features
+            errors += relative_errors(weights[part], approximation).tolist()
+        stored.adapters[key], stored.codes[key] = torch.cat(adapters), codes[group.part].contiguous()
+        stored.errors[key] = errors
+    return stored
+
+
+def restore(adapters: Tensor, codes: Tensor, bases: Tensor, activation: str) -> Tensor:
+    """The experts (E, P, D) of one layer and family from stored factors, composed in float32."""
+    return torch.cat(
+        [
+            compose(adapters[part].float(), codes[part].float(), bases.float(), activation)
+            for part in expert_chunks(adapters)
+        ]
+    )

@@ -1,0 +1,134 @@
+"""The record of a compression: settings, versions, errors, time and memory; enough to redraw every figure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import resource
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+
+from globe.errors import CheckpointError
+from globe.train.result import FitResult, StepRecord
+from globe.version import __version__
+
+REPORT = "report.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class BankReport:
+    """How one bank was fitted."""
+
+    layers: list[int]
+    families: list[str]
+    rank: int
+    num_bases: int
+    num_matrices: int
+    original_parameters: int
+    stored_parameters: int
+    outcome: str
+    """Why the fit stopped."""
+    seconds: float
+    errors: dict[str, dict[str, list[float]]]
+    """Relative error of every expert as stored, by layer and family."""
+    steps: dict[str, list[float]]
+    """The step records, a list for each field: error, raw_error, activation_lambda, route_beta, temperature, …"""
+    metrics: dict[str, Any]
+    """Warm-start quality, popularity of the bases, fallbacks, restarts or rejected steps."""
+
+    @property
+    def error(self) -> float:
+        """Root mean square of the experts' relative errors."""
+        return root_mean_square(e for families in self.errors.values() for experts in families.values() for e in experts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A whole compression."""
+
+    source: str
+    """The model as it was named."""
+    fingerprint: str
+    """Of the source checkpoint."""
+    config: dict[str, Any]
+    """The resolved settings."""
+    versions: dict[str, str]
+    banks: list[BankReport]
+    original_bytes: int
+    """Of all tensors of the source."""
+    compressed_bytes: int
+    """Of all tensors of the output."""
+    seconds: float
+    """Spent on finished scopes, over all runs that it took."""
+    peak_memory_bytes: int
+    """Largest resident memory of the process."""
+
+    @property
+    def kept(self) -> float:
+        """Stored parameters of the compressed families over the original ones."""
+        return sum(bank.stored_parameters for bank in self.banks) / sum(bank.original_parameters for bank in self.banks)
+
+    @property
+    def error(self) -> float:
+        """Root mean square of all experts' relative errors."""
+        return root_mean_square(
+            e for bank in self.banks for families in bank.errors.values() for experts in families.values() for e in experts
+        )
+
+    def family_errors(self) -> dict[str, float]:
+        """Root mean square relative error by family."""
+        by_family: dict[str, list[float]] = {}
+        for bank in self.banks:
+            for families in bank.errors.values():
+                for family, experts in families.items():
+                    by_family.setdefault(family, []).extend(experts)
+        return {family: root_mean_square(errors) for family, errors in by_family.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        summary = {"kept": self.kept, "error": self.error, "family_errors": self.family_errors()}
+        return {**summary, **dataclasses.asdict(self)}
+
+    @classmethod
+    def read(cls, folder: Path) -> Report:
+        """The report of a compressed model; `CheckpointError` if the folder has none."""
+        try:
+            content = json.loads((folder / REPORT).read_text())
+            fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
+            return cls(**{**fields, "banks": [BankReport(**bank) for bank in fields["banks"]]})
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder / REPORT} cannot be read: {error!r}; is it the output of globe compress?") from error
+
+
+def root_mean_square(errors: Iterable[float]) -> float:
+    squares = [error**2 for error in errors]
+    return math.sqrt(sum(squares) / len(squares))
+
+
+def step_columns(result: FitResult) -> dict[str, list[float]]:
+    """The step records as columns, rounded to six significant digits."""
+    names = [field.name for field in dataclasses.fields(StepRecord)]
+    return {name: [float(f"{getattr(record, name):.6g}") for record in result.steps] for name in names}
+
+
+def versions() -> dict[str, str]:
+    return {
+        "globe": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,45 @@
+"""How the source arranged its tensors: written by compress, read by the dense export."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from globe.checkpoint.header import TORCH_DTYPES, TensorInfo
+from globe.checkpoint.reader import Checkpoint
+from globe.checkpoint.writer import write_json
+from globe.errors import CheckpointError
+
+SOURCE_LAYOUT = "globe_source.json"
+
+
+def write_source_layout(folder: Path, source: Checkpoint) -> None:
+    """Record name, dtype and shape of every tensor of the source, by shard and in order."""
+    shards = {
+        shard: [[tensor.name, tensor.dtype, list(tensor.shape)] for tensor in source.shard_tensors(shard)]
+        for shard in source.shards
+    }
+    write_json(folder / SOURCE_LAYOUT, {"shards": shards})
+
+
+def read_source_layout(compressed: Checkpoint) -> Checkpoint:
+    """The source as it was, without its data: its configuration, and the names, dtypes, shapes and shards.
+
+    Raises `CheckpointError` if the compressed checkpoint's folder has no readable record of its source.
+    """
+    path = compressed.folder / SOURCE_LAYOUT
+    try:
+        shards: dict[str, list[tuple[str, str, list[int]]]] = json.loads(path.read_text())["shards"]
+        tensors = {
+            name: TensorInfo(name, dtype, tuple(shape), shard, 0, math.prod(shape) * TORCH_DTYPES[dtype].itemsize)
+            for shard, entries in shards.items()
+            for name, dtype, shape in entries
+        }
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error!r}): the dense export needs it; copy it from the folder that "
+            "globe compress wrote"
+        ) from error
+    config = {key: value for key, value in compressed.config.items() if key != "quantization_config"}
+    return Checkpoint(compressed.folder, config, tensors, tuple(shards))
