@@ -176,8 +176,9 @@ def _record(step: int, best: Best, raw: float, codes: Tensor, schedule: Schedule
     )
 
 
-def _settled(steps: list[StepRecord], config: FitConfig) -> bool:
-    if len(steps) <= config.patience:
+def _settled(steps: list[StepRecord], num_eligible: int, config: FitConfig) -> bool:
+    """Whether the error has stopped falling, judged over the last `num_eligible` steps, which could lower it."""
+    if num_eligible <= config.patience:
         return False
     earlier = steps[-1 - config.patience].error
     return earlier - steps[-1].error <= config.tolerance * earlier
@@ -191,7 +192,7 @@ def _varpro(problem: Problem, start: WarmStart, config: FitConfig, on_step: Call
     solver = VariableProjection(
         problem, start.codes, start.bases, config.activation, config.codes, config.learning_rate
     )
-    schedule, shrink, num_restarts = first_schedule(config), 1.0, 0
+    schedule, shrink, num_restarts, num_feasible = first_schedule(config), 1.0, 0, 0
     steps = [_record(0, best, best.objective, best.codes, schedule, 0.0)]
     on_step(steps[0])
     outcome: Outcome = "max_steps"
@@ -206,15 +207,16 @@ def _varpro(problem: Problem, start: WarmStart, config: FitConfig, on_step: Call
             outcome = "non_finite"
             break
         feasible = num_kept is None or num_kept == config.support
+        num_feasible += feasible
         if feasible:
             best.offer(solver.objective, solver.codes, solver.bases)
         steps.append(_record(step, best, solver.objective, solver.codes, schedule, length))
         on_step(steps[-1])
         schedule = next_schedule(schedule, step, True, steps[-1].median_support, config)
-        if feasible and solver.objective > best.objective * (1 + config.window) ** 2 and step > config.patience:
+        if num_feasible > config.patience and solver.objective > best.objective * (1 + config.window) ** 2:
             solver.restart(best.codes, best.bases, schedule.temperature)
             shrink, num_restarts = shrink / 2, num_restarts + 1
-        if feasible and _settled(steps, config):
+        if _settled(steps, num_feasible, config):
             outcome = "converged"
             break
     return best, outcome, steps, {"num_fallbacks": num_fallbacks, "num_restarts": num_restarts}
@@ -274,7 +276,7 @@ def _alternate(problem: Problem, start: WarmStart, config: FitConfig, on_step: C
     outcome: Outcome = "max_steps"
     if not math.isfinite(best.objective):
         return best, "non_finite", steps, {"num_fallbacks": num_fallbacks, "num_rejected": 0}
-    num_rejected = rejected_in_a_row = 0
+    num_rejected = rejected_in_a_row = num_final = 0
     for step in range(1, config.max_steps + 1):
         now = project(problem, alpha, bases, config.activation, schedule.activation_lambda, adapters=True)
         assert now.adapters is not None
@@ -293,10 +295,11 @@ def _alternate(problem: Problem, start: WarmStart, config: FitConfig, on_step: C
         steps.append(_record(step, best, taken.objective, alpha, schedule, size if taken.accepted else 0.0))
         on_step(steps[-1])
         if schedule.activation_lambda == 1.0 and schedule.use_weight_aware_targets:
+            num_final += 1
             if rejected_in_a_row >= MAX_REJECTED:
                 outcome = "stalled"
                 break
-            if _settled(steps, config):
+            if _settled(steps, num_final, config):
                 outcome = "converged"
                 break
         schedule = next_schedule(schedule, step, taken.accepted, steps[-1].median_support, config)
