@@ -190,7 +190,7 @@ Run = tuple[Best, Outcome, list[StepRecord], dict[str, object]]
 def _varpro(problem: Problem, start: WarmStart, config: FitConfig, on_step: Callable[[StepRecord], None]) -> Run:
     best, num_fallbacks = _feasible_start(problem, start, config)
     solver = VariableProjection(
-        problem, start.codes, start.bases, config.activation, config.codes, config.learning_rate
+        problem, start.codes, start.bases, config.activation, config.codes, config.learning_rate, config.temperature
     )
     schedule, shrink, num_restarts, num_feasible = first_schedule(config), 1.0, 0, 0
     steps = [_record(0, best, best.objective, best.codes, schedule, 0.0)]

@@ -54,13 +54,20 @@ class VariableProjection:
     """
 
     def __init__(
-        self, problem: Problem, codes: Tensor, bases: Tensor, activation: str, code_map: str, learning_rate: float
+        self,
+        problem: Problem,
+        codes: Tensor,
+        bases: Tensor,
+        activation: str,
+        code_map: str,
+        learning_rate: float,
+        temperature: float,
     ) -> None:
         self._problem, self._activation, self._code_map = problem, activation, code_map
         self._energy = problem.energy()
         self.codes = codes
         self._bases = Accelerated(bases.clone(), learning_rate * float(bases.std()))
-        scores = codes.clone() if code_map == "ridge" else simplex_preimage(codes, code_map)
+        scores = self._scores_of(codes, temperature)
         spread = float(scores.std()) if scores.numel() > 1 else 1.0
         self._scores = Accelerated(scores, learning_rate * max(spread, 1e-3))
         self._projection = self._project()
@@ -96,11 +103,13 @@ class VariableProjection:
 
     def restart(self, codes: Tensor, bases: Tensor, temperature: float) -> None:
         """Return to given factors with the moments forgotten."""
-        scores = codes if self._code_map == "ridge" else simplex_preimage(codes, self._code_map) * temperature
-        self._scores.restart(scores)
+        self._scores.restart(self._scores_of(codes, temperature))
         self._bases.restart(bases)
         self.codes = codes.clone() if self._code_map != "ridge" else self._scores.value
         self._projection = self._project()
+
+    def _scores_of(self, codes: Tensor, temperature: float) -> Tensor:
+        return codes.clone() if self._code_map == "ridge" else simplex_preimage(codes, self._code_map) * temperature
 
     def _project(self) -> Projection:
         return project(self._problem, self.codes, self.bases, self._activation, energy=self._energy, gradient=True)
