@@ -80,11 +80,12 @@ class FitConfig:
                 f"[{self.min_temperature}, {self.max_temperature}], all above 0"
             )
 
-    def check_shape(self, num_experts: int, rows: int) -> None:
-        """Raise `SettingsError` if the bank does not fit experts of `rows` rows."""
-        if self.rank > rows:
+    def check_shape(self, num_experts: int, rows: int, columns: int) -> None:
+        """Raise `SettingsError` if the bank does not fit `num_experts` matrices of `rows` x `columns`."""
+        if self.rank > min(rows, columns):
             raise SettingsError(
-                f"rank {self.rank} exceeds the {rows} rows of an expert; choose a rank of at most {rows}"
+                f"rank {self.rank} exceeds the {rows} rows or {columns} columns of an expert; "
+                f"choose a rank of at most {min(rows, columns)}"
             )
         if self.num_bases > num_experts:
             raise SettingsError(

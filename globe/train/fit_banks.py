@@ -15,6 +15,7 @@ from torch import Tensor
 
 from globe.bank.codes import entropy, popularity, ridge_codes, support, update_temperature
 from globe.bank.factors import Factors
+from globe.bank.linalg import norms
 from globe.bank.objective import Problem, objective, project
 from globe.errors import GlobeError, SettingsError
 from globe.init.init_bank import AMStep, BankUpdate, am_step
@@ -118,9 +119,9 @@ def fit_bank(experts: Tensor, config: FitConfig, on_step: Callable[[StepRecord],
     """
     if experts.dim() != 3:
         raise SettingsError(f"experts must be (E, P, D); found shape {tuple(experts.shape)}")
-    config.check_shape(experts.shape[0], experts.shape[1])
+    config.check_shape(*experts.shape)
     weights = experts.detach().to(config.device, config.torch_dtype)
-    sigma = weights.std(correction=0)
+    sigma = (norms(weights).square().mean() / weights[0].numel()).sqrt()  # the standard deviation, for a mean near 0
     if not bool(sigma.isfinite()):
         raise GlobeError("experts hold NaN or Inf; mend the weights before fitting them")
     if sigma == 0:
