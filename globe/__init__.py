@@ -9,7 +9,7 @@ import globe.model  # noqa: F401  (registers the quantisation method "globe")
 from globe.bank.factors import Factors
 from globe.compress import compress
 from globe.config import CompressConfig
-from globe.errors import GlobeError
+from globe.errors import CheckpointError, GlobeError, OutputError, SettingsError, UnsupportedModelError
 from globe.evaluate import EvaluateConfig, Evaluation, evaluate
 from globe.export import export_dense
 from globe.report import Report
@@ -19,6 +19,7 @@ from globe.train.result import FitResult
 from globe.version import __version__
 
 __all__ = [
+    "CheckpointError",
     "CompressConfig",
     "EvaluateConfig",
     "Evaluation",
@@ -26,7 +27,10 @@ __all__ = [
     "FitConfig",
     "FitResult",
     "GlobeError",
+    "OutputError",
     "Report",
+    "SettingsError",
+    "UnsupportedModelError",
     "__version__",
     "compress",
     "evaluate",

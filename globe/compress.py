@@ -32,6 +32,7 @@ from globe.model.quantization_config import GlobeQuantizationConfig
 from globe.plan import BankPlan, Scope, make_plan
 from globe.progress import Observer, Observers
 from globe.report import REPORT, BankReport, Report, peak_memory, step_columns, versions
+from globe.shipped import resolve_model
 from globe.source_layout import write_source_layout
 from globe.train.fit_banks import fit_bank
 
@@ -45,7 +46,7 @@ def compress(
     config: CompressConfig = CompressConfig(),  # noqa: B008
     observers: Iterable[Observer] = (),
 ) -> Report:
-    """Compress the routed experts of `model`, a local folder or a Hub id, into the folder `output`.
+    """Compress the routed experts of `model` (a local folder, a Hub id, or "shipped") into the folder `output`.
 
     The output is a Hugging Face checkpoint that `AutoModelForCausalLM` loads after `import globe`. Memory follows the
     largest scope. A run on the output of a killed one goes on after its last finished scope.
@@ -55,7 +56,7 @@ def compress(
     what is no mixture of experts that GloBE knows; `OutputError` if the output exists or the disk is full.
     """
     output = Path(output)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(resolve_model(model))
     job = Job(checkpoint, config)
     partial = claim(output)
     job.resume_or_begin(partial, str(model))
@@ -96,9 +97,9 @@ class Job:
     """What a compression does, decided before any work."""
 
     def __init__(self, checkpoint: Checkpoint, config: CompressConfig) -> None:
-        self.checkpoint, self.config = checkpoint, config
+        self.checkpoint, self.config = checkpoint, config.resolved()
         self.layers: dict[int, ExpertLayer] = {layer.index: layer for layer in find_expert_layers(checkpoint)}
-        self.scopes = make_plan(list(self.layers.values()), config)
+        self.scopes = make_plan(list(self.layers.values()), self.config)
         self.names = model_names(checkpoint)
         if missing := sorted(self.layers.keys() - self.names.experts.keys()):
             raise CheckpointError(f"layers {missing} have experts in the files but not in the model of config.json")

@@ -18,8 +18,8 @@ class CompressConfig:
     """How a model is compressed."""
 
     keep: float | None = None
-    """Stored parameters of the compressed families over the original ones; chooses rank and bases. 0.75 if no ratio is
-    given."""
+    """Stored parameters of the compressed families over the original ones; chooses rank and bases. 0.75 unless ratios
+    are given."""
     rank_ratio: float | None = None
     """R / P, with `basis_ratio`, instead of `keep`."""
     basis_ratio: float | None = None
@@ -55,8 +55,6 @@ class CompressConfig:
 
     def __post_init__(self) -> None:
         ratios = (self.rank_ratio, self.basis_ratio)
-        if self.keep is None and ratios == (None, None):
-            object.__setattr__(self, "keep", 0.75)
         if (self.rank_ratio is None) != (self.basis_ratio is None):
             raise SettingsError("rank_ratio and basis_ratio go together; give both, or keep alone")
         if self.keep is not None and ratios != (None, None):
@@ -73,6 +71,10 @@ class CompressConfig:
         if self.scope not in ("layer", "model") and not (self.scope.isdecimal() and int(self.scope) > 0):
             raise SettingsError(f"scope {self.scope!r} is unknown; choose layer, model or a number of layers")
         self.fit_config(rank=1, num_bases=self.support or 1)
+
+    def resolved(self) -> CompressConfig:
+        """The same settings with `keep` filled in where neither it nor the ratios were given."""
+        return self if self.keep is not None or self.rank_ratio is not None else dataclasses.replace(self, keep=0.75)
 
     def fit_config(self, rank: int, num_bases: int) -> FitConfig:
         """The settings of one bank's fit."""

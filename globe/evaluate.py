@@ -14,8 +14,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import globe.model  # noqa: F401  (registers the native format)
-from globe.errors import SettingsError
-from globe.shipped import read_text
+from globe.errors import CheckpointError, SettingsError
+from globe.shipped import read_text, resolve_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,16 +98,42 @@ def _log_probabilities(model: Any, reference: Any | None, ids: Tensor) -> Iterat
 
 
 def load(model: str | Path, device: str = "cpu") -> Any:
-    """A causal language model from a directory or the Hub, compressed or not, in its own precision, for inference."""
-    return AutoModelForCausalLM.from_pretrained(str(model), dtype="auto").to(device).eval()
+    """A causal language model from a folder or the Hub, compressed or not, in its own precision, for inference.
+
+    Raises `CheckpointError` with the cause when transformers cannot load it.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(str(model), dtype="auto").to(device).eval()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model} cannot be loaded: {error}") from error
+
+
+def load_tokenizer(model: str | Path) -> Any:
+    """The tokenizer of a model; raises `CheckpointError` with the cause when it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(str(model))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the tokenizer of {model} cannot be loaded: {error}") from error
+
+
+@torch.no_grad()
+def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64) -> str:
+    """The greedy continuation of a prompt."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def evaluate(
-    model: str | Path, config: EvaluateConfig = EvaluateConfig(), reference: str | Path | None = None  # noqa: B008
+    model: str | Path,
+    config: EvaluateConfig = EvaluateConfig(),  # noqa: B008
+    reference: str | Path | None = None,
 ) -> Evaluation:
-    """Perplexity of the model in a directory (or on the Hub) on the configured text, against `reference` where given."""
-    windows, bytes_per_token = token_windows(AutoTokenizer.from_pretrained(str(model)), read_text(config.text), config)
-    other = None if reference is None else load(reference, config.device)
-    return evaluate_model(
-        load(model, config.device), windows, bytes_per_token, batch=config.batch, reference=other
-    )
+    """Quality of a model (`shipped`, a folder or a Hub id) on the configured text, against `reference` where given.
+
+    Raises `CheckpointError` for what cannot be loaded and `SettingsError` for a text that is missing or too short.
+    """
+    model = resolve_model(model)
+    windows, bytes_per_token = token_windows(load_tokenizer(model), read_text(config.text), config)
+    other = None if reference is None else load(resolve_model(reference), config.device)
+    return evaluate_model(load(model, config.device), windows, bytes_per_token, batch=config.batch, reference=other)

@@ -71,7 +71,7 @@ def choose_shape(num_matrices: int, rows: int, columns: int, keep: float) -> tup
     """Rank and number of bases that store at most `keep` of E·P·D parameters.
 
     R = P while the adapters then take at most two thirds of what is kept, else the rank that gives them that share; the
-    bank takes the rest. Raises `SettingsError` with the reachable range when no bank fits.
+    bank takes the rest, and of the ranks within 5 % of that the one that leaves least of the budget unused. Raises `SettingsError` with the reachable range when no bank fits.
     """
     total = num_matrices * rows * columns
     lowest = stored_parameters(num_matrices, rows, columns, 1, 1) / total
@@ -80,17 +80,20 @@ def choose_shape(num_matrices: int, rows: int, columns: int, keep: float) -> tup
             f"keep {keep:g} is out of reach for {num_matrices} experts of {rows} x {columns}; "
             f"choose from {math.ceil(lowest * 1000) / 1000:g} to below 1"
         )
-    rank = min(rows, max(1, round(ADAPTER_SHARE * keep * columns)))
-    while True:
+    highest = min(rows, max(1, round(ADAPTER_SHARE * keep * columns)))
+    shapes: list[tuple[int, int, int]] = []
+    for rank in range(highest, 0, -1):
         spare = keep * total - num_matrices * rows * rank
         num_bases = min(num_matrices, int(spare / (rank * columns + num_matrices)))
         if num_bases >= 1:
-            return rank, num_bases
-        rank -= 1
+            shapes.append((stored_parameters(num_matrices, rows, columns, rank, num_bases), rank, num_bases))
+        if shapes and rank < 0.95 * shapes[0][1]:
+            break
+    return max(shapes)[1:]
 
 
 def make_plan(layers: Sequence[ExpertShape], config: CompressConfig) -> list[Scope]:
-    """The scopes of a compression, in layer order.
+    """The scopes of a compression with resolved settings, in layer order.
 
     Raises `SettingsError` for a layer that holds no experts, experts of different shapes in one scope, or settings out
     of reach.

@@ -1,0 +1,28 @@
+.PHONY: demo test bench check
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/ready  ## compress the shipped model, load it, compare it with the original
+	rm -rf runs/demo runs/demo.partial
+	$(BIN)/globe compress -o runs/demo
+	$(BIN)/globe evaluate runs/demo --prompt 'def read_lines(path):'
+
+test: .venv/ready  ## the test suite
+	$(BIN)/python -m pytest
+
+check: .venv/ready  ## style, types, and the direction of the imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: .venv/ready  ## the measured figures of the README
+	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.convergence
+	$(BIN)/python -m benchmarks.quality

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import globe.compress
+from globe.cli import main
+from tests.tiny_sources import write_source
+
+FAST = ("--steps", "3", "--keep", "0.7", "--layers", "3")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_compress_evaluate_inspect_and_export_the_shipped_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = run(capsys, "compress", "-o", tmp_path / "out", *FAST)
+    assert status == 0
+    assert "layer 3 gate+up+down: error" in out
+    status, out, _ = run(capsys, "evaluate", tmp_path / "out", "--max-tokens", 1024, "--prompt", "import os\n")
+    assert status == 0
+    assert "original" in out
+    assert "KL to the original" in out
+    assert "relative error, down" in out
+    status, out, _ = run(capsys, "inspect", tmp_path / "out")
+    assert status == 0
+    assert "compressed from shipped" in out
+    status, out, _ = run(capsys, "export", tmp_path / "out", "-o", tmp_path / "dense")
+    assert status == 0
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+def test_inspect_shows_the_plan_and_does_no_work(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "inspect", "--keep", "0.5", "--scope", "model")
+    assert status == 0
+    assert "layers 0-13 gate+up+down" in out
+    assert "whole model" in out
+
+
+def test_coarse_experts_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "coarse")
+    status, out, _ = run(capsys, "inspect", tmp_path / "coarse")
+    assert status == 0
+    assert "coarse" in out
+
+
+def test_env_names_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "env")
+    assert status == 0
+    assert "transformers" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("compress", "no/such/model/anywhere", "-o", "x"), "does not exist"),
+        (("compress", "-o", "x", "--keep", "0.00001"), "choose from"),
+        (("compress", "-o", "x", "--layers", "99"), "layers 99 hold no routed experts"),
+        (("evaluate", "--text", "nothing"), "neither a file nor"),
+        (("export", "shipped", "-o", "x"), "not compressed"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_and_leave_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(capsys, *arguments)
+    assert status == 1
+    assert err.startswith("error: ")
+    assert message in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    write_source(tmp_path / "source")
+    with monkeypatch.context() as patch:
+        patch.setattr(globe.compress, "fit_bank", interrupt)
+        status, out, _ = run(capsys, "compress", tmp_path / "source", "-o", tmp_path / "out", "--steps", 2)
+    assert status == 130
+    assert "the same command goes on" in out
+    assert run(capsys, "compress", tmp_path / "source", "-o", tmp_path / "out", "--steps", 2)[0] == 0
+
+
+def test_a_missing_tracker_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "compress", "-o", tmp_path / "out", "--track", "trackio", *FAST)
+    assert status == 1
+    assert "pip install 'globe-moe[trackio]'" in err
+
+
+def test_the_core_imports_no_tracker() -> None:
+    code = "import globe, globe.cli, sys; sys.exit(any(m in sys.modules for m in ('wandb', 'trackio', 'tensorboard')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

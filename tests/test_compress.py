@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import globe.checkpoint.writer
+import globe.compress
+from globe import CheckpointError, CompressConfig, GlobeError, OutputError, SettingsError, UnsupportedModelError, compress
+from globe.checkpoint.reader import open_checkpoint
+from globe.export import export_dense
+from globe.report import Report
+from tests.model.compressed import FAMILY_SETTINGS, LAYERS
+from tests.tiny_sources import write_source
+
+QUICK = CompressConfig(keep=0.8, steps=5)
+LAYOUTS = ("per_expert", "fused")
+IDS = torch.tensor([[3, 5, 7, 11, 13, 17, 19, 23]])
+
+
+def logits(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    write_source(folder)
+    return folder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model_type", FAMILY_SETTINGS)
+def test_a_bank_that_compresses_nothing_away_leaves_the_logits(tmp_path: Path, model_type: str, layout: str) -> None:
+    model = write_source(tmp_path / "source", model_type, layout)
+    config = CompressConfig(rank_ratio=1, basis_ratio=1, activation="identity", steps=5)
+    report = compress(tmp_path / "source", tmp_path / "out", config)
+    assert report.error < 1e-4
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+    torch.testing.assert_close(logits(tmp_path / "out"), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model_type", FAMILY_SETTINGS)
+def test_the_compressed_model_has_the_logits_of_its_dense_export(tmp_path: Path, model_type: str, layout: str) -> None:
+    write_source(tmp_path / "source", model_type, layout)
+    compress(tmp_path / "source", tmp_path / "out", QUICK)
+    export_dense(tmp_path / "out", tmp_path / "dense")
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(tmp_path / "dense"), rtol=0, atol=1e-5)
+
+    before, after = open_checkpoint(tmp_path / "source"), open_checkpoint(tmp_path / "dense")
+    assert after.config == before.config
+    assert after.shards == before.shards
+    for shard in before.shards:
+        described = [(t.name, t.dtype, t.shape) for t in before.shard_tensors(shard)]
+        assert [(t.name, t.dtype, t.shape) for t in after.shard_tensors(shard)] == described
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"families": ("up",)},
+        {"families": ("gate", "down")},
+        {"families": ("down",)},
+        {"share_families": False},
+        {"scope": "model"},
+        {"scope": "2"},
+        {"layers": (1,)},
+        {"scope": "model", "max_experts": 36},
+        {"codes": "entmax15", "support": 3},
+        {"solver": "am", "activation": "silu"},
+        {"dtype": "bfloat16"},
+    ],
+)
+def test_every_choice_of_scope_and_families_loads_as_it_exports(
+    tmp_path: Path, layout: str, settings: dict[str, Any]
+) -> None:
+    write_source(tmp_path / "source", layout=layout)
+    config = CompressConfig(keep=0.7, steps=3, **settings)
+    report = compress(tmp_path / "source", tmp_path / "out", config)
+    assert 0 < report.error < 1
+    assert 0.5 < report.kept <= 0.7
+    export_dense(tmp_path / "out", tmp_path / "dense")
+    tolerance = 1e-5 if config.dtype == "source" else 1e-4
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(tmp_path / "dense"), rtol=0, atol=tolerance)
+
+    source, output = open_checkpoint(tmp_path / "source"), open_checkpoint(tmp_path / "out")
+    dense = open_checkpoint(tmp_path / "dense")
+    untouched = [name for name in source.tensors if ".experts." not in name]
+    assert untouched
+    for name in untouched:
+        assert torch.equal(output.read(name), source.read(name))
+        assert torch.equal(dense.read(name), source.read(name))
+    if config.layers is not None:
+        kept = [name for name in source.tensors if ".experts" in name and "layers.1." not in name]
+        assert all(torch.equal(dense.read(name), source.read(name)) for name in kept)
+
+
+def test_families_left_out_come_back_bit_for_bit(source: Path, tmp_path: Path) -> None:
+    compress(source, tmp_path / "out", CompressConfig(keep=0.6, steps=2, families=("up",)))
+    export_dense(tmp_path / "out", tmp_path / "dense")
+    before, after = open_checkpoint(source), open_checkpoint(tmp_path / "dense")
+    for name in before.tensors:
+        assert torch.equal(before.read(name), after.read(name)) == ("up_proj" not in name or "shared" in name), name
+
+
+def test_the_report_holds_the_errors_of_the_weights_as_stored(source: Path, tmp_path: Path) -> None:
+    report = compress(source, tmp_path / "out", CompressConfig(keep=0.7, steps=3, scope="2"))
+    assert Report.read(tmp_path / "out") == report
+    export_dense(tmp_path / "out", tmp_path / "dense")
+    before, after = open_checkpoint(source), open_checkpoint(tmp_path / "dense")
+    seen = 0
+    for bank in report.banks:
+        for layer, families in bank.errors.items():
+            for family, errors in families.items():
+                for expert, error in enumerate(errors):
+                    name = f"model.layers.{layer}.mlp.experts.{expert}.{family}_proj.weight"
+                    w, what = before.read(name).double(), after.read(name).double()
+                    assert error == pytest.approx(float((w - what).norm() / w.norm()), rel=1e-4)
+                    seen += 1
+    assert seen == LAYERS * 3 * 6
+    sizes = [tensor.nbytes for tensor in open_checkpoint(tmp_path / "out").tensors.values()]
+    assert report.compressed_bytes == sum(sizes)
+    assert report.original_bytes == sum(tensor.nbytes for tensor in before.tensors.values())
+
+
+def test_the_same_seed_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        compress(source, tmp_path / name, QUICK)
+    for shard in open_checkpoint(tmp_path / "one").shards:
+        assert (tmp_path / "one" / shard).read_bytes() == (tmp_path / "two" / shard).read_bytes()
+
+
+class Fault(Exception):
+    pass
+
+
+def fail_after(monkeypatch: pytest.MonkeyPatch, num_banks: int, fault: BaseException) -> None:
+    calls, fit = 0, globe.compress.fit_bank
+
+    def fit_or_fail(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > num_banks:
+            raise fault
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(globe.compress, "fit_bank", fit_or_fail)
+
+
+@pytest.mark.parametrize("fault", [Fault(), KeyboardInterrupt()])
+def test_a_killed_run_goes_on_after_its_last_finished_scope(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException
+) -> None:
+    compress(source, tmp_path / "whole", QUICK)
+    with monkeypatch.context() as patch:
+        fail_after(patch, 2, fault)
+        with pytest.raises(type(fault)):
+            compress(source, tmp_path / "out", QUICK)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError):  # nothing half-written is loadable
+        open_checkpoint(tmp_path / "out.partial")
+    with monkeypatch.context() as patch:
+        fail_after(patch, 1, Fault())  # one scope is left, so one fit is enough
+        compress(source, tmp_path / "out", QUICK)
+    assert not (tmp_path / "out.partial").exists()
+    for shard in open_checkpoint(tmp_path / "whole").shards:
+        assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "whole" / shard).read_bytes()
+
+
+def test_going_on_with_other_settings_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        fail_after(patch, 1, Fault())
+        with pytest.raises(Fault):
+            compress(source, tmp_path / "out", QUICK)
+    with pytest.raises(SettingsError, match=r"steps was 5, now 6"):
+        compress(source, tmp_path / "out", CompressConfig(keep=0.8, steps=6))
+    changed = load_file(next(source.glob("*.safetensors")))
+    save_file({k: v + 1 for k, v in changed.items()}, next(source.glob("*.safetensors")), metadata={"format": "pt"})
+    with pytest.raises(SettingsError, match="fingerprint"):
+        compress(source, tmp_path / "out", QUICK)
+
+
+def test_a_finished_output_is_never_overwritten(source: Path, tmp_path: Path) -> None:
+    compress(source, tmp_path / "out", QUICK)
+    before = (tmp_path / "out" / "config.json").read_bytes()
+    with pytest.raises(OutputError, match="exists"):
+        compress(source, tmp_path / "out", QUICK)
+    assert (tmp_path / "out" / "config.json").read_bytes() == before
+
+
+def test_a_full_disk_leaves_nothing_loadable_and_can_be_gone_on_with(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = globe.compress.save_tensors, 0
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise OutputError(errno.ENOSPC, "the disk is full")
+        real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(globe.compress, "save_tensors", full)
+        with pytest.raises(OutputError, match="disk is full"):
+            compress(source, tmp_path / "out", QUICK)
+    assert not (tmp_path / "out").exists()
+    compress(source, tmp_path / "out", QUICK)
+    assert logits(tmp_path / "out").isfinite().all()
+
+
+def test_too_little_space_is_said_before_any_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(globe.checkpoint.writer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
+    fail_after(monkeypatch, 0, Fault())
+    with pytest.raises(OutputError, match="free"):
+        compress(source, tmp_path / "out", QUICK)
+
+
+def test_a_nan_in_a_weight_is_named(source: Path, tmp_path: Path) -> None:
+    name = "model.layers.2.mlp.experts.3.down_proj.weight"
+    checkpoint = open_checkpoint(source)
+    shard = source / checkpoint.tensors[name].shard
+    tensors = load_file(shard)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=name):
+        compress(source, tmp_path / "out", QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": (7,)}, "layers 7 hold no routed experts"),
+        ({"keep": 0.001}, r"keep 0.001 is out of reach .* choose from 0\.\d+ to below 1"),
+        ({"keep": 1.5}, "out of reach"),
+        ({"max_experts": 5}, "raise it to at least 18"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_refused_before_any_work(
+    source: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        compress(source, tmp_path / "out", CompressConfig(**{"keep": 0.7, **settings}))
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_is_not_a_mixture_of_experts_is_refused_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "dense"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    save_file({"model.layers.0.mlp.gate_proj.weight": torch.ones(2, 2)}, folder / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match="llama"):
+        compress(folder, tmp_path / "out", QUICK)
+
+
+def test_a_quantised_source_is_refused_by_name(source: Path, tmp_path: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(UnsupportedModelError, match="fp8"):
+        compress(source, tmp_path / "out", QUICK)
+
+
+def test_a_compressed_model_is_not_compressed_again(source: Path, tmp_path: Path) -> None:
+    compress(source, tmp_path / "out", QUICK)
+    with pytest.raises(GlobeError, match="already compressed"):
+        compress(tmp_path / "out", tmp_path / "again", QUICK)
+
+
+def test_exporting_a_dense_model_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not compressed"):
+        export_dense(source, tmp_path / "dense")
+
+
+def test_bfloat16_experts_are_those_of_the_dense_export_bit_for_bit(tmp_path: Path) -> None:
+    write_source(tmp_path / "source", dtype=torch.bfloat16)
+    compress(tmp_path / "source", tmp_path / "out", QUICK)
+    export_dense(tmp_path / "out", tmp_path / "dense")
+    ours, dense = logits(tmp_path / "out", torch.bfloat16), logits(tmp_path / "dense", torch.bfloat16)
+    scale = dense.float().abs().max()
+    torch.testing.assert_close(ours.float() / scale, dense.float() / scale, rtol=0, atol=2e-2)

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from globe.config import CompressConfig
+from globe.errors import SettingsError
+from globe.plan import choose_shape, compact, make_plan, stored_parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    index: int
+    num_experts: int = 4
+    intermediate_size: int = 6
+    hidden_size: int = 16
+
+
+@given(
+    num_matrices=st.integers(1, 400),
+    rows=st.integers(1, 300),
+    columns=st.integers(1, 300),
+    keep=st.floats(0.001, 1.2),
+)
+def test_a_chosen_shape_stays_within_the_budget_or_the_range_is_named(
+    num_matrices: int, rows: int, columns: int, keep: float
+) -> None:
+    total = num_matrices * rows * columns
+    try:
+        rank, num_bases = choose_shape(num_matrices, rows, columns, keep)
+    except SettingsError as error:
+        assert "choose from" in str(error)
+        assert keep >= 1 or keep * total < stored_parameters(num_matrices, rows, columns, 1, 1)
+        return
+    assert 1 <= rank <= rows
+    assert 1 <= num_bases <= num_matrices
+    assert stored_parameters(num_matrices, rows, columns, rank, num_bases) <= keep * total * (1 + 1e-9)
+
+
+def test_real_shapes_use_nearly_all_of_the_budget() -> None:
+    for num_matrices, rows, columns in ((384, 768, 2048), (192, 1024, 2048), (180, 1408, 2048), (24, 14336, 4096)):
+        for keep in (0.75, 0.5, 0.35):
+            rank, num_bases = choose_shape(num_matrices, rows, columns, keep)
+            kept = stored_parameters(num_matrices, rows, columns, rank, num_bases) / (num_matrices * rows * columns)
+            assert 0.98 * keep < kept <= keep
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [(0,), (1,), (2,), (3,), (5,)]),
+        ({"scope": "model"}, [(0, 1, 2, 3, 5)]),
+        ({"scope": "2"}, [(0, 1), (2, 3), (5,)]),
+        ({"scope": "model", "max_experts": 24}, [(0, 1), (2, 3), (5,)]),
+        ({"layers": (5, 1)}, [(1,), (5,)]),
+    ],
+)
+def test_scopes_are_runs_of_the_layers_that_hold_experts(
+    settings: dict[str, object], expected: list[tuple[int, ...]]
+) -> None:
+    layers = [Layer(index) for index in (0, 1, 2, 3, 5)]
+    scopes = make_plan(layers, CompressConfig(keep=0.7, **settings))  # pyright: ignore[reportArgumentType]
+    assert [scope.layers for scope in scopes] == expected
+
+
+def test_families_share_a_bank_or_have_their_own() -> None:
+    together = make_plan([Layer(0)], CompressConfig(keep=0.7))[0].banks
+    assert [(bank.families, bank.num_matrices) for bank in together] == [(("gate", "up", "down"), 12)]
+    apart = make_plan([Layer(0)], CompressConfig(keep=0.7, share_families=False))[0].banks
+    assert [(bank.families, bank.num_matrices) for bank in apart] == [(("gate",), 4), (("up",), 4), (("down",), 4)]
+
+
+def test_ratios_set_the_shape_directly() -> None:
+    (scope,) = make_plan([Layer(0)], CompressConfig(rank_ratio=0.5, basis_ratio=0.25))
+    assert (scope.banks[0].rank, scope.banks[0].num_bases) == (3, 3)
+
+
+def test_experts_of_different_shapes_do_not_share_a_bank() -> None:
+    layers = [Layer(0), Layer(1, intermediate_size=8)]
+    with pytest.raises(SettingsError, match="different shapes"):
+        make_plan(layers, CompressConfig(keep=0.7, scope="model"))
+    assert len(make_plan(layers, CompressConfig(keep=0.7))) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank_ratio": 0.5}, "go together"),
+        ({"keep": 0.5, "rank_ratio": 0.5, "basis_ratio": 0.5}, "not both"),
+        ({"rank_ratio": 1.5, "basis_ratio": 0.5}, "at most 1"),
+        ({"families": ("gate", "side")}, "side"),
+        ({"families": ()}, "none"),
+        ({"scope": "half"}, "half"),
+        ({"activation": "gelu"}, "gelu"),
+        ({"codes": "topk"}, "topk"),
+    ],
+)
+def test_settings_at_odds_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        CompressConfig(**settings)  # pyright: ignore[reportArgumentType]
+
+
+def test_indices_are_shown_as_runs() -> None:
+    assert compact([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert compact([]) == "none"
