@@ -18,6 +18,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -172,6 +173,59 @@ def write_text(path: Path, text: str) -> None:
     path.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
+def write_card(record: dict[str, Any], path: Path) -> None:
+    """The model card: what it is, what it was trained on and how well it predicts."""
+    files, sizes = record["files"], record["bytes"]
+    splits = "\n".join(f"| {split} | {files[split]} | {sizes[split]:,} |" for split in files)
+    curve = record["loss_curve"]
+    points = curve[:: max(1, len(curve) // 18)] + curve[-1:]
+    losses = "\n".join(f"| {step} | {loss:.3f} |" for step, loss in dict(points).items())
+    path.write_text(
+        f"""---
+license: apache-2.0
+language: en
+tags: [mixture-of-experts, qwen2_moe]
+---
+
+# pystdlib-moe
+
+A Qwen2-MoE of {record["parameters"]:,} parameters that continues Python source code. It ships with GloBE so that every
+command works on a real, trained mixture of experts without a download; it is of no other use.
+
+14 layers of 16 routed experts (top 4) and a small shared expert; hidden size 128, expert size 48; byte-level BPE with
+2,048 tokens; bfloat16.
+
+## Data
+
+The sources of the standard library of Python {record["python"]} (PSF licence), documentation and tests included,
+split by a hash of the file's name. The calibration and held-out texts are in the package: `globe.shipped.read_text`.
+
+| split | files | bytes |
+|---|---|---|
+{splits}
+
+## Training
+
+`python scripts/train_shipped_model.py`: {record["steps"]} steps of {record["tokens_per_step"]} tokens, AdamW, peak step
+size {record["settings"]["learning_rate"]} with warm-up and a cosine, weight decay {record["settings"]["weight_decay"]},
+seed {record["seed"]}, float32 on a CPU (torch {record["torch"]}, transformers {record["transformers"]}).
+
+| step | loss (nats per token, mean of 50 steps) |
+|---|---|
+{losses}
+
+## Quality
+
+| on all held-out files | bits per byte |
+|---|---|
+| the model | {record["heldout_bits_per_byte"]:.4f} |
+| without its routed experts | {record["heldout_bits_per_byte_without_routed_experts"]:.4f} |
+
+Without its routed experts its perplexity is {record["perplexity_ratio_without_routed_experts"]:.1f} times as high.
+"""
+    )
+
+
 def main(config: TrainConfig) -> None:
     torch.manual_seed(config.seed)
     config.output.mkdir(parents=True, exist_ok=True)
@@ -213,10 +267,11 @@ def main(config: TrainConfig) -> None:
         "heldout_bits_per_byte_without_routed_experts": without,
         "heldout_bytes_per_token": bytes_per_token,
         "perplexity_ratio_without_routed_experts": 2 ** ((without - whole) * bytes_per_token),
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()},
+        "settings": {name: value for name, value in dataclasses.asdict(config).items() if name != "output"},
         "loss_curve": curve,
     }
     (config.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_card(record, config.output / "README.md")
     print(json.dumps({k: v for k, v in record.items() if k != "loss_curve"}, indent=1))
 
 
