@@ -1,0 +1,1 @@
+"""Measurements of GloBE against its rivals and of the claims it makes: `python -m benchmarks.quality` and others."""

@@ -1,0 +1,67 @@
+"""The experts of a model as stacks, one for each layer and family: what every method of compression is given."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from globe.bank.objective import relative_errors
+from globe.checkpoint.header import TORCH_DTYPES
+from globe.checkpoint.layout import FAMILIES, Family, find_expert_layers
+from globe.checkpoint.reader import open_checkpoint
+from globe.checkpoint.stacks import read_family
+from globe.model.expert_modules import factor_names
+from globe.report import root_mean_square
+
+Stacks = Mapping[tuple[int, Family], Tensor]
+"""Experts (E, P, D) by layer and family, float32; `down` is transposed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Approximation:
+    """Experts rebuilt from what a method stores, and what that costs."""
+
+    stacks: Stacks
+    """What (E, P, D), composed in float32 from factors rounded to the precision they are stored in."""
+    stored_parameters: int
+    shape: str
+    """Ranks and numbers of bases, in words."""
+    seconds: float
+    """Spent on fitting."""
+
+
+def read_stacks(model: str | Path, layers: Collection[int] | None) -> tuple[Stacks, torch.dtype]:
+    """The routed experts of a checkpoint's `layers` (None: all), and the precision they are stored in."""
+    checkpoint = open_checkpoint(model)
+    found = [layer for layer in find_expert_layers(checkpoint) if layers is None or layer.index in layers]
+    stacks = {
+        (layer.index, family): read_family(checkpoint, layer, family).float() for layer in found for family in FAMILIES
+    }
+    return stacks, TORCH_DTYPES[found[0].dtype]
+
+
+@torch.no_grad()
+def write_stacks(model: Any, stacks: Stacks) -> None:
+    """Replace experts of a transformers model in place: gate_up_proj (E, 2P, D) = [gate; up], down_proj (E, D, P)."""
+    paths = factor_names(model).experts
+    for (layer, family), stack in stacks.items():
+        experts = model.get_submodule(paths[layer])
+        if family == "down":
+            experts.down_proj.copy_(stack.mT)
+        else:
+            experts.gate_up_proj.chunk(2, dim=1)[0 if family == "gate" else 1].copy_(stack)
+
+
+def family_errors(stacks: Stacks, approximation: Stacks) -> dict[str, float]:
+    """Root mean square of the experts' relative errors: over all (`error`) and by family."""
+    errors = {key: relative_errors(stack, approximation[key]).tolist() for key, stack in stacks.items()}
+    by_family = {
+        family: root_mean_square(e for key, found in errors.items() if key[1] == family for e in found)
+        for family in FAMILIES
+    }
+    return {"error": root_mean_square(e for found in errors.values() for e in found), **by_family}
