@@ -11,6 +11,7 @@ from torch import Tensor
 
 from globe.bank.factors import mix
 from globe.bank.linalg import eigh, polar, svd
+from globe.init.subspaces import peak_signs
 
 
 def low_rank(stacked: Tensor, num_bases: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,11 +28,15 @@ def low_rank(stacked: Tensor, num_bases: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def initial_frames(weights: Tensor, rank: int) -> Tensor:
-    """Q_e (E, P, R): the identity when R = P, else the leading left singular vectors."""
+    """Q_e (E, P, R): the identity when R = P, else the leading left singular vectors.
+
+    The sign of a singular vector is the solver's whim; it is chosen so that Q_eᵀW_e are the experts' `left_gram_rows`.
+    """
     num_experts, rows, _ = weights.shape
     if rank == rows:
         return torch.eye(rows, dtype=weights.dtype, device=weights.device).expand(num_experts, rows, rows)
-    return svd(weights)[0][:, :, :rank]
+    frames, _, rows = svd(weights)
+    return (frames * peak_signs(rows).mT)[:, :, :rank]
 
 
 def align(weights: Tensor, rank: int, num_bases: int, steps: int) -> tuple[Tensor, Tensor, Tensor, list[float]]:

@@ -7,19 +7,22 @@ from torch import Tensor
 from globe.bank.linalg import eigh, polar, svd
 
 
+def peak_signs(rows: Tensor) -> Tensor:
+    """The sign of each row's largest entry, (E, R, 1): singular vectors are given up to that sign only."""
+    return rows.gather(2, rows.abs().argmax(2, keepdim=True)).sign()
+
+
 def right_singular_rows(weights: Tensor, rank: int) -> Tensor:
     """The leading R right singular vectors of every expert as rows, (E, R, D); signs fixed by the largest entry."""
     rows = svd(weights)[2][:, :rank]
-    peak = rows.gather(2, rows.abs().argmax(2, keepdim=True))
-    return rows * peak.sign()
+    return rows * peak_signs(rows)
 
 
 def left_gram_rows(weights: Tensor, rank: int) -> Tensor:
     """U_Rᵀ W_e, U_R the leading eigenvectors of the P x P left Gram matrix W_e W_eᵀ: the rows carry their energy."""
     vectors = eigh(weights @ weights.mT)[1].flip(2)[:, :, :rank]
     rows = vectors.mT @ weights
-    peak = rows.gather(2, rows.abs().argmax(2, keepdim=True))
-    return rows * peak.sign()
+    return rows * peak_signs(rows)
 
 
 def tangent_rows(weights: Tensor, rank: int) -> tuple[Tensor, Tensor]:
