@@ -109,9 +109,13 @@ def entropy(codes: Tensor) -> Tensor:
 
 
 def popularity(codes: Tensor) -> Tensor:
-    """Share of each basis in the experts' mixtures, mean over e of |a_ej| / Σ_k |a_ek|; (M,), sums to 1."""
-    p = codes.abs()
-    return (p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)).mean(0)
+    """Share of each basis in the experts' mixtures, mean over e of |a_ej| / Σ_k |a_ek|; (M,), sums to 1.
+
+    An expert without codes does not count.
+    """
+    tiny = torch.finfo(codes.dtype).tiny
+    shares = codes.abs() / codes.abs().sum(-1, keepdim=True).clamp_min(tiny)
+    return shares.sum(0) / shares.sum().clamp_min(tiny)
 
 
 def update_temperature(

@@ -239,6 +239,9 @@ def test_popularity_is_the_mean_share():
     codes = torch.tensor([[1.0, -1, 0], [0, 0, 5]], dtype=F64)
     assert popularity(codes).tolist() == [0.25, 0.25, 0.5]
     assert float(popularity(normal(E, M)).sum()) == pytest.approx(1)
+    with_an_empty_one = torch.cat([codes, torch.zeros(3, 3, dtype=F64)])
+    assert popularity(with_an_empty_one).tolist() == [0.25, 0.25, 0.5]
+    assert popularity(torch.zeros(2, 3)).tolist() == [0, 0, 0]
 
 
 def test_support_counts_non_zeros():
