@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from globe.errors import UnsupportedModelError
 from globe.model.experts import GlobeExperts
 from globe.model.names import BANKS, is_factor
 
@@ -13,8 +15,14 @@ from globe.model.names import BANKS, is_factor
 def restore_dense(model: PreTrainedModel) -> None:
     """Compose every expert and give the experts modules their own class and parameters back, in place.
 
-    The model then takes the memory of the dense one, and `save_pretrained` writes a dense checkpoint.
+    The model then takes the memory of the dense one, and `save_pretrained` writes a dense checkpoint. Raises
+    `UnsupportedModelError` if weights are offloaded or sharded.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or isinstance(parameter, DTensor):
+            raise UnsupportedModelError(
+                f"cannot make the experts dense while {name} is offloaded or sharded; load the model on one device"
+            )
     for module in model.modules():
         if isinstance(module, GlobeExperts):
             _restore(module)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +45,15 @@ class GlobeExperts(nn.Module):
     _is_hf_initialized = True  # the family's _init_weights would look for the dense parameters
     globe_layout: ExpertsLayout
     globe_uses: tuple[BankUse, ...]
+    # what the family's class brings
+    _apply_gate: Callable[[Tensor], Tensor]
+    has_post_expert_norm: bool
+    post_expert_norm: nn.Module
 
     @torch.compiler.disable  # which experts are hit is read back to the host; compiled callers break the graph here
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
         """Weighted sum over each token's experts: (T, D), (T, K), (T, K) -> (T, D).
 
         This is not dispatched by `config._experts_implementation`. Only the experts that are hit are composed, as many
@@ -58,7 +65,7 @@ class GlobeExperts(nn.Module):
                 "training GloBE experts under tensor or expert parallelism is not supported: the gradients of codes "
                 "and bases would not be summed; use data parallelism (FSDP, DDP) or call eval()"
             )
-        num_tokens, top_k = top_k_index.shape
+        top_k = top_k_index.shape[1]
         parameters = dict(self.named_parameters(recurse=False))
         num_experts = parameters[codes_parameter(self.globe_uses[0].families[0])].shape[0]
         counts = torch.bincount(top_k_index.flatten(), minlength=num_experts)[:num_experts].tolist()
@@ -74,13 +81,13 @@ class GlobeExperts(nn.Module):
             outputs.append(run(parameters, experts, states[start : start + sum(sizes)].split(sizes)))
             start += sum(sizes)
         weighted = torch.cat(outputs) * top_k_weights.flatten()[slots, None]
-        per_slot = weighted.new_zeros(num_tokens * top_k, weighted.shape[1]).index_copy(0, slots, weighted)
-        return per_slot.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+        per_slot = weighted.new_zeros(top_k_index.numel(), weighted.shape[1]).index_copy(0, slots, weighted)
+        return per_slot.unflatten(0, top_k_index.shape).sum(dim=1).to(hidden_states.dtype)
 
     def globe_batches(self, parameters: Mapping[str, Tensor], experts: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Split the experts so that the composed matrices of a batch fit `WORKING_BYTES`."""
-        adapters = [parameters[adapters_parameter(family)] for use in self.globe_uses for family in use.families]
-        per_expert = sum(A.shape[1] * self.globe_layout.hidden_size * A.element_size() for A in adapters)
+        """Split the experts so that gate, up and down of a batch fit `WORKING_BYTES`."""
+        adapters = parameters[adapters_parameter(self.globe_uses[0].families[0])]
+        per_expert = 3 * adapters.shape[1] * self.globe_layout.hidden_size * adapters.element_size()
         size = max(1, bank_module.WORKING_BYTES // per_expert)
         return (experts[start : start + size] for start in range(0, len(experts), size))
 
@@ -115,9 +122,9 @@ class GlobeExperts(nn.Module):
             dense = parameters["gate_up_proj"]
             gate_up = [dense[expert].T if layout.is_transposed else dense[expert] for expert in experts]
         if "down" in matrices:
-            return gate_up, matrices["down"]
+            return tuple(gate_up), tuple(matrices["down"])
         dense = parameters["down_proj"]
-        return gate_up, [dense[expert] if layout.is_transposed else dense[expert].T for expert in experts]
+        return tuple(gate_up), [dense[expert] if layout.is_transposed else dense[expert].T for expert in experts]
 
     def _globe_compose(self, parameters: Mapping[str, Tensor], index: Tensor, like: Tensor) -> dict[str, Tensor]:
         """The experts' matrices of every family in a bank, (e, P, D) each, from one call of each bank."""
@@ -160,8 +167,9 @@ def factorise(module: nn.Module, layout: ExpertsLayout, uses: Sequence[BankUse])
     if own:
         module.add_module(BANKS, nn.ModuleDict(own))
     module.__class__ = _globe_class(type(module))
-    module.globe_layout = layout
-    module.globe_uses = tuple(uses)  # a shared bank is only referred to: its one owner is the base model
+    swapped = cast(GlobeExperts, module)
+    swapped.globe_layout = layout
+    swapped.globe_uses = tuple(uses)  # a shared bank is only referred to: its one owner is the base model
 
 
 @functools.cache

@@ -46,7 +46,7 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
         check_activation(activation)
         if not isinstance(banks, (list, tuple)):
             raise CheckpointError(f"quantization_config's banks must be a list; found {banks!r}")
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # pyright: ignore[reportAttributeAccessIssue] - an enum of the built-in ones
         self.format_version = format_version
         self.globe_version = globe_version
         self.activation = activation

@@ -1,5 +1,8 @@
 """How transformers loads and saves a compressed model: the hooks of its quantiser interface."""
 
+# transformers' base class is not annotated:
+# pyright: reportIncompatibleMethodOverride=false
+
 from __future__ import annotations
 
 import re
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
-from transformers.quantizers import HfQuantizer
+from transformers.quantizers.base import HfQuantizer
 
 from globe.errors import CheckpointError, SettingsError
 from globe.model.bank_module import Bank
@@ -46,7 +49,7 @@ class GlobeQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
-    ) -> None:
+    ) -> PreTrainedModel:
         experts = {found.layer: found for found in find_experts(model)}
         config = self.quantization_config
         for bank in config.banks:
@@ -60,7 +63,10 @@ class GlobeQuantizer(HfQuantizer):
         # without the base model's path, which the file may have or lack: a base model also loads from the checkpoint of
         # a model with a head, and the other way round
         ending = re.escape(self._tripwire.removeprefix(f"{names.base}."))
-        model._keys_to_ignore_on_load_unexpected.add(rf"(^|\.){ending}$")
+        model._keys_to_ignore_on_load_unexpected = {
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            rf"(^|\.){ending}$",
+        }
         shared = {bank.name: self._empty_bank(bank, experts) for bank in config.banks if bank.shared}
         if shared:
             model.base_model.add_module(BANKS, nn.ModuleDict(shared))
@@ -75,6 +81,7 @@ class GlobeQuantizer(HfQuantizer):
             if uses:
                 factorise(found.module, found.layout, uses)
         self._files = [file for file in checkpoint_files or [] if file.endswith(".safetensors")]
+        return model
 
     def _empty_bank(self, bank: BankSpec, experts: Mapping[int, RoutedExperts]) -> Bank:
         found = experts[bank.layers[0]]
@@ -100,9 +107,10 @@ class GlobeQuantizer(HfQuantizer):
         keep_tripwire.rename_source_key(self._tripwire)
         return [*super().update_weight_conversions(weight_conversions, model), keep_tripwire]
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         if not self._files:
             check_factors_loaded(model)
+        return model
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
         """Shard adapters like the rows of the matrices they make; bases, and codes but for experts, are replicated."""
@@ -112,8 +120,7 @@ class GlobeQuantizer(HfQuantizer):
             for dense in set(DENSE_PARAMETER.values()):
                 if f"{path}.{dense}" not in parameters:
                     plan.pop(f"{path}.{dense}", None)
-            experts_style = plan.get(path)
-            if style := _FACTOR_STYLES.get(experts_style):
+            if style := _FACTOR_STYLES.get(plan.get(path, "")):
                 for name, parameter in parameters.items():
                     owner, _, leaf = name.rpartition(".")
                     if owner == path and is_factor(leaf) and (parameter.dim() == 3 or style == "grouped_gemm"):
@@ -125,7 +132,8 @@ class GlobeQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         restore_dense(model)
-        return model.to(dtype)
+        nn.Module.to(model, dtype)
+        return model
 
     def is_serializable(self) -> bool:
         return True
