@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from globe.bank.codes import on_simplex, simplex_preimage, support
+from globe.bank.objective import Problem, project
+from globe.init.warm_start import warm_start
+from globe.train.varpro import Accelerated, VariableProjection
+from tests.random_experts import normal, simplex
+
+E, P, D, R, M = 8, 5, 9, 4, 3
+MAPS = ["ridge", "entmax15", "sparsemax", "softmax"]
+
+
+def begin(code_map: str, activation: str = "tanh", learning_rate: float = 0.5, temperature: float = 1.0):
+    problem = Problem(normal(E, P, D))
+    start = warm_start(problem.weights, R, M, codes=code_map, align_steps=2)
+    solver = VariableProjection(problem, start.codes, start.bases, activation, code_map, learning_rate, temperature)
+    return problem, start, solver
+
+
+def test_the_accelerated_step_is_adams():
+    """Against torch.optim.Adam at betas (0.9, 0.95), with a length that changes from step to step."""
+    start, scale = normal(4, 3), 0.3
+    mine = Accelerated(start.clone(), scale)
+    theirs = start.clone().requires_grad_()
+    adam = torch.optim.Adam([theirs], lr=scale, betas=(0.9, 0.95), eps=1e-300)
+    for step in range(1, 12):
+        gradient, length = normal(4, 3, seed=step), 1 / step
+        mine.step(gradient, length)
+        adam.param_groups[0]["lr"] = scale * length
+        theirs.grad = gradient
+        adam.step()
+        torch.testing.assert_close(mine.value, theirs.detach())
+    mine.restart(start)
+    assert torch.equal(mine.value, start)
+    mine.step(gradient, 1.0)
+    torch.testing.assert_close(mine.value, start - scale * gradient.sign())  # a first step knows no past
+
+
+def test_a_zero_gradient_moves_nothing():
+    factor = Accelerated(normal(4, 3), 0.5)
+    factor.step(torch.zeros(4, 3, dtype=torch.float64), 1.0)
+    assert torch.equal(factor.value, normal(4, 3))
+
+
+@pytest.mark.parametrize("code_map", MAPS)
+@pytest.mark.parametrize("activation", ["identity", "silu", "tanh"])
+def test_small_steps_lower_the_objective(code_map: str, activation: str):
+    _, _, solver = begin(code_map, activation)
+    objectives = [solver.objective]
+    for _ in range(8):
+        solver.step(0.02, 1.0, None)
+        objectives.append(solver.objective)
+    assert objectives[1] < objectives[0]
+    assert objectives[-1] < objectives[1]
+
+
+@pytest.mark.parametrize("code_map", MAPS)
+def test_the_objective_is_that_of_the_present_factors(code_map: str):
+    problem, start, solver = begin(code_map)
+    assert solver.objective == project(problem, start.codes, start.bases, "tanh").objective
+    for _ in range(3):
+        solver.step(0.3, 1.0, None)
+        assert solver.objective == project(problem, solver.codes, solver.bases, "tanh").objective
+        if code_map != "ridge":
+            assert (solver.codes >= 0).all()
+            torch.testing.assert_close(solver.codes.sum(1), torch.ones(E, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("code_map", MAPS)
+def test_the_start_is_left_alone(code_map: str):
+    _, start, solver = begin(code_map)
+    codes, bases = start.codes.clone(), start.bases.clone()
+    solver.step(1.0, 1.0, None)
+    assert torch.equal(start.codes, codes)
+    assert torch.equal(start.bases, bases)
+    assert not torch.equal(solver.bases, bases)
+
+
+@pytest.mark.parametrize("temperature", [0.2, 1.0, 5.0])
+@pytest.mark.parametrize("code_map", MAPS)
+def test_a_step_of_no_length_stays_at_the_start(code_map: str, temperature: float):
+    """The scores begin where map(z / T) is the warm start's codes, at any temperature."""
+    _, start, solver = begin(code_map, temperature=temperature)
+    solver.step(0.0, temperature, None)
+    torch.testing.assert_close(solver.codes, start.codes, rtol=1e-6, atol=1e-8)
+    assert torch.equal(solver.bases, start.bases)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("code_map", ["entmax15", "softmax"])
+def test_scores_follow_the_gradient_through_the_map(code_map: str, temperature: float):
+    """The first accelerated step is sign descent: on every score whose slope is not 0, against finite differences."""
+    problem = Problem(normal(E, P, D))
+    codes, bases = simplex(E, M), normal(M, R, D, seed=3)
+    scores = simplex_preimage(codes, code_map) * temperature
+    solver = VariableProjection(problem, codes, bases, "tanh", code_map, 1e-4, temperature)
+    solver.step(1.0, temperature, None)
+
+    def value(z: Tensor) -> float:
+        return project(problem, on_simplex(z / temperature, code_map), bases, "tanh").objective
+
+    slope = torch.empty_like(scores)
+    for index in range(scores.numel()):
+        bump = torch.zeros_like(scores)
+        bump.view(-1)[index] = 1e-6
+        slope.view(-1)[index] = (value(scores + bump) - value(scores - bump)) / 2e-6
+    expected = on_simplex((scores - 1e-4 * scores.std() * slope.sign()) / temperature, code_map)
+    certain = (slope.abs() > 1e-6).all(1)
+    assert certain.sum() > E // 2
+    torch.testing.assert_close(solver.codes[certain], expected[certain], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_kept", [1, 2])
+def test_pruning_keeps_the_largest_codes_and_holds_in_later_steps(num_kept: int):
+    _, _, solver = begin("ridge")
+    for _ in range(3):
+        solver.step(0.3, 1.0, num_kept)
+        assert (support(solver.codes) == num_kept).all()
+    solver.step(0.3, 1.0, None)
+    assert (support(solver.codes) == M).all()  # a pruned code may return while pruning is gradual
+
+
+@pytest.mark.parametrize("code_map", MAPS)
+def test_restart_returns_to_the_factors_and_forgets_the_past(code_map: str):
+    problem, start, solver = begin(code_map)
+    for _ in range(4):
+        solver.step(0.5, 1.0, None)
+    solver.restart(start.codes, start.bases, 1.0)
+    torch.testing.assert_close(solver.codes, start.codes)
+    assert solver.objective == pytest.approx(project(problem, start.codes, start.bases, "tanh").objective, rel=1e-9)
+    _, _, fresh = begin(code_map)
+    solver.step(0.1, 1.0, None)
+    fresh.step(0.1, 1.0, None)
+    assert solver.objective == pytest.approx(fresh.objective, rel=1e-6)
+    assert math.isfinite(solver.objective)
