@@ -34,14 +34,11 @@ def naive_step(
     weights: Tensor, adapters: Tensor, codes: Tensor, bases: Tensor, activation: str, activation_lambda: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, bank and adapters once, on weight-aware targets; returns A, a and B."""
+    wanted = [torch.linalg.pinv(a) @ w for w, a in zip(weights, adapters, strict=True)]
 
     def targets(now: Tensor) -> Tensor:
-        return torch.stack(
-            [
-                _target(w, a, c, bases, activation, activation_lambda)
-                for w, a, c in zip(weights, adapters, now, strict=True)
-            ]
-        )
+        experts = zip(wanted, now, strict=True)
+        return torch.stack([_target(n, _mixed(code, bases), activation, activation_lambda) for n, code in experts])
 
     flat = bases.flatten(1)
     solver = invert(flat @ flat.mT, 1e-6)
@@ -56,8 +53,7 @@ def _mixed(code: Tensor, bases: Tensor) -> Tensor:
     return (code @ bases.flatten(1)).view(bases.shape[1:])
 
 
-def _target(w: Tensor, a: Tensor, code: Tensor, bases: Tensor, activation: str, activation_lambda: float) -> Tensor:
-    mixed = _mixed(code, bases)
+def _target(wanted: Tensor, mixed: Tensor, activation: str, activation_lambda: float) -> Tensor:
     slope = jacobian(mixed, activation, activation_lambda)
     slope = slope.sign().where(slope != 0, 1.0) * slope.abs().clamp_min(JACOBIAN_FLOOR)
-    return mixed + (torch.linalg.pinv(a) @ w - activate(mixed, activation, activation_lambda)) / slope
+    return mixed + (wanted - activate(mixed, activation, activation_lambda)) / slope
