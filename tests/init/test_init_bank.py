@@ -9,7 +9,7 @@ from torch import Tensor
 from globe.bank.activations import activate
 from globe.bank.adapters import refit_adapters
 from globe.bank.bases import normalize_atoms, optimal_directions
-from globe.bank.codes import ridge_codes
+from globe.bank.codes import ridge_codes, top_mask
 from globe.bank.factors import mix
 from globe.bank.linalg import norms
 from globe.bank.objective import Problem, objective, project
@@ -88,16 +88,27 @@ def test_a_step_leaves_its_inputs_alone_and_repeats_itself(codes: str, bank_upda
 
 
 @pytest.mark.parametrize(("route_beta", "route_w"), [(0.0, False), (0.4, False), (1.0, False), (0.0, True)])
-def test_a_linear_step_is_codes_targets_bank_adapters(route_beta: float, route_w: bool):
-    """The same step written out: Route-L blends by β, Route-W takes the weight-aware targets whatever β is."""
+@pytest.mark.parametrize(("activation", "activation_lambda"), HOMOTOPIES)
+def test_a_step_is_codes_targets_bank_adapters(
+    activation: str, activation_lambda: float, route_beta: float, route_w: bool
+):
+    """The same step written out: Route-L blends by β, Route-W takes the weight-aware targets whatever β is.
+
+    The targets are computed twice, for the codes and afresh for the bank at the new codes.
+    """
     problem, adapters, alpha, bases, warm = begin()
-    aware = weight_aware_targets(problem.weights, adapters, mix(alpha, bases), "identity", 1.0)
-    targets = aware if route_w else blend_targets(warm, aware, route_beta)
-    new_alpha = ridge_codes(targets, bases)
-    new_alpha, new_bases = normalize_atoms(new_alpha, optimal_directions(new_alpha, targets)[0])
-    new_adapters, _ = refit_adapters(problem.weights, mix(new_alpha, new_bases))
-    expected = objective(problem, new_adapters, new_alpha, new_bases, "identity")
-    settings = SETTINGS | {"route_beta": route_beta, "use_weight_aware_targets": route_w}
+    phi = (activation, activation_lambda)
+
+    def targets(codes: Tensor) -> Tensor:
+        aware = weight_aware_targets(problem.weights, adapters, mix(codes, bases), *phi)
+        return aware if route_w else blend_targets(warm, aware, route_beta)
+
+    new_alpha = ridge_codes(targets(alpha), bases)
+    new_alpha, new_bases = normalize_atoms(new_alpha, optimal_directions(new_alpha, targets(new_alpha))[0])
+    new_adapters, _ = refit_adapters(problem.weights, activate(mix(new_alpha, new_bases), *phi))
+    expected = objective(problem, new_adapters, new_alpha, new_bases, *phi)
+    settings = {"route_beta": route_beta, "use_weight_aware_targets": route_w}
+    settings |= {"activation": activation, "activation_lambda": activation_lambda}
     step = am_step(problem, adapters, alpha, bases, warm, **settings)
     assert step.candidate_objective == pytest.approx(expected, rel=1e-9)
     if step.accepted:
@@ -174,12 +185,17 @@ def test_a_step_that_is_not_finite_is_rejected():
 @pytest.mark.parametrize("num_kept", [1, 2])
 @pytest.mark.parametrize("step_size", [1.0, 0.25])
 def test_support_is_respected_at_every_step_size(num_kept: int, step_size: float):
+    """From a poor support, so that the step is taken and the support changes: codes are never moved part of the way."""
     problem, _, _, bases, warm = begin()
-    alpha = ridge_codes(warm, bases, num_kept=num_kept)
+    alpha = normal(E, M, seed=8)
+    alpha = alpha * top_mask(alpha, num_kept)
     first = project(problem, alpha, bases, "identity", adapters=True)
     assert first.adapters is not None
-    step = am_step(problem, first.adapters, alpha, bases, warm, num_kept=num_kept, step_size=step_size, **SETTINGS)
-    assert ((step.alpha != 0).sum(1) <= num_kept).all()
+    settings = SETTINGS | {"route_beta": 0.0, "use_weight_aware_targets": False, "num_kept": num_kept}
+    step = am_step(problem, first.adapters, alpha, bases, warm, step_size=step_size, **settings)
+    assert step.accepted
+    assert ((step.alpha != 0) != (alpha != 0)).any()
+    assert ((step.alpha != 0).sum(1) == num_kept).all()
 
 
 def test_signed_atoms_are_normalised_and_simplex_codes_keep_their_sum():

@@ -154,3 +154,9 @@ def test_change_to_the_simplex_takes_experts_as_atoms():
     distance = torch.cdist(atoms.flatten(1), mix(signed, bases).flatten(1)).amin(1)
     assert distance.max() < 1e-6
     assert len({tuple(atom.flatten().tolist()) for atom in atoms}) == 4
+
+
+def test_change_to_the_simplex_takes_different_experts_even_of_low_rank():
+    signed = normal(E, 1) @ normal(1, 4, seed=1)
+    _, atoms = to_simplex(signed, normal(4, 3, 5, seed=2))
+    assert len({tuple(atom.flatten().tolist()) for atom in atoms}) == 4

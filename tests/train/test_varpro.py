@@ -126,6 +126,14 @@ def test_pruning_keeps_the_largest_codes_and_holds_in_later_steps(num_kept: int)
     assert (support(solver.codes) == M).all()  # a pruned code may return while pruning is gradual
 
 
+def test_pruning_measures_a_code_with_its_atom():
+    codes = torch.tensor([[1.0, -0.5, 0.1]], dtype=torch.float64).repeat(E, 1)
+    bases = normal(M, R, D) * torch.tensor([1.0, 4.0, 1.0], dtype=torch.float64)[:, None, None]
+    solver = VariableProjection(Problem(normal(E, P, D)), codes, bases, "tanh", "ridge", 0.5, 1.0)
+    solver.step(0.0, 1.0, 1)
+    assert (solver.codes.nonzero()[:, 1] == 1).all()
+
+
 @pytest.mark.parametrize("code_map", MAPS)
 def test_restart_returns_to_the_factors_and_forgets_the_past(code_map: str):
     problem, start, solver = begin(code_map)
