@@ -101,11 +101,9 @@ class Best:
     codes: Tensor
     bases: Tensor
 
-    def offer(self, objective: float, codes: Tensor, bases: Tensor) -> bool:
-        if not objective < self.objective:
-            return False
-        self.objective, self.codes, self.bases = objective, codes.clone(), bases.clone()
-        return True
+    def offer(self, objective: float, codes: Tensor, bases: Tensor) -> None:
+        if objective < self.objective:
+            self.objective, self.codes, self.bases = objective, codes.clone(), bases.clone()
 
 
 @torch.no_grad()
