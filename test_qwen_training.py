@@ -92,7 +92,9 @@ def extract_experts(model: str, family: Family = "up", max_experts: int | None =
 
 def train(settings: Training, console: Console) -> FitResult:
     if settings.use_single_layer:
-        experts = extract_single_layer_experts(settings.model, settings.layer_idx, settings.family)[: settings.max_experts]
+        experts = extract_single_layer_experts(settings.model, settings.layer_idx, settings.family)[
+            : settings.max_experts
+        ]
     else:
         experts = extract_experts(settings.model, settings.family, settings.max_experts)
     num_experts, rows, columns = experts.shape
@@ -123,7 +125,9 @@ def train(settings: Training, console: Console) -> FitResult:
 
     result = fit_bank(experts, config, show)
     kept = result.factors.num_parameters / experts.numel()
-    console.print(f"{result.outcome}: {MEANING[result.outcome]}; relative error {result.history[-1]:.5f}, kept {kept:.4f}")
+    console.print(
+        f"{result.outcome}: {MEANING[result.outcome]}; relative error {result.history[-1]:.5f}, kept {kept:.4f}"
+    )
     draw_trajectory(result, settings.picture)
     console.print(f"trajectory in {settings.picture}")
     return result

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.text import Text
+from transformers.utils import logging
 
 from globe.config import CompressConfig
 from globe.errors import GlobeError
@@ -58,7 +60,7 @@ class Evaluate:
     reference: str | None = None
     """Model to compare with; by default the source of a compressed model, where it is found; `none` for no comparison."""
     prompt: str | None = None
-    """Also continue this text, greedily, with both models."""
+    """Also continue this text with both models, sampled with the same seed."""
     config: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = EvaluateConfig()
 
     def run(self, console: Console) -> None:
@@ -119,11 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Compress Mixture-of-Experts models by experts that share banks of basis matrices.",
         args=arguments,
     )
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False)
+    logging.disable_progress_bar()
     try:
         command.run(console)
     except GlobeError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {error}", markup=True)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            Text("error: ", "red"), str(error), sep="", markup=False
+        )
         return 1
     except KeyboardInterrupt:
         return 130

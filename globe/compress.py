@@ -29,7 +29,7 @@ from globe.model.bank_spec import BankSpec
 from globe.model.expert_modules import factor_names
 from globe.model.names import FactorNames, dense_halves, tripwire_tensor
 from globe.model.quantization_config import GlobeQuantizationConfig
-from globe.plan import BankPlan, Scope, make_plan
+from globe.plan import BankPlan, make_plan
 from globe.progress import Observer, Observers
 from globe.report import REPORT, BankReport, Report, peak_memory, step_columns, versions
 from globe.shipped import resolve_model
@@ -121,7 +121,9 @@ class Job:
         """Of the output's tensors."""
         kept = sum(self.checkpoint.tensors[name].nbytes for names in self._kept.values() for name in names)
         factors = sum(
-            bank.stored_parameters * self.dtype(bank.layers[0]).itemsize for scope in self.scopes for bank in scope.banks
+            bank.stored_parameters * self.dtype(bank.layers[0]).itemsize
+            for scope in self.scopes
+            for bank in scope.banks
         )
         halves = sum(
             layer.num_experts * layer.intermediate_size * layer.hidden_size * TORCH_DTYPES[layer.dtype].itemsize
@@ -146,7 +148,9 @@ class Job:
         path = partial / RUN
         if not path.exists():
             if any(partial.iterdir()):
-                raise OutputError(f"{partial} holds files that are not of an unfinished run: remove it or choose another output")
+                raise OutputError(
+                    f"{partial} holds files that are not of an unfinished run: remove it or choose another output"
+                )
             write_json(path, run)
             return
         earlier = json.loads(path.read_text())
@@ -206,7 +210,9 @@ class Job:
         write_source_layout(partial, self.checkpoint)
         write_index(partial, weight_map, compressed_bytes)
         write_json(partial / REPORT, report.to_json())
-        section = GlobeQuantizationConfig(self.specs, self.config.activation, globe_version=versions()["globe"]).to_dict()
+        section = GlobeQuantizationConfig(
+            self.specs, self.config.activation, globe_version=versions()["globe"]
+        ).to_dict()
         write_json(partial / CONFIG, {**self.checkpoint.config, "quantization_config": section})
         open_checkpoint(partial)
         for number in range(len(self.scopes)):

@@ -87,7 +87,9 @@ def evaluate_model(
     )
 
 
-def _log_probabilities(model: Any, reference: Any | None, ids: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+def _log_probabilities(
+    model: Any, reference: Any | None, ids: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Next tokens (K,) and float32 log probabilities (K, vocabulary) of both models, one window at a time."""
     logits = model(input_ids=ids.to(model.device)).logits
     other = None if reference is None else reference(input_ids=ids.to(reference.device)).logits
@@ -117,16 +119,17 @@ def load_tokenizer(model: str | Path) -> Any:
 
 
 @torch.no_grad()
-def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64) -> str:
-    """The greedy continuation of a prompt."""
+def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 96, seed: int = 0) -> str:
+    """A sampled continuation of a prompt; models that agree continue it alike, since the seed is the same."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    torch.manual_seed(seed)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=True, top_p=0.8)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def evaluate(
     model: str | Path,
-    config: EvaluateConfig = EvaluateConfig(),  # noqa: B008
+    config: EvaluateConfig = EvaluateConfig(),
     reference: str | Path | None = None,
 ) -> Evaluation:
     """Quality of a model (`shipped`, a folder or a Hub id) on the configured text, against `reference` where given.

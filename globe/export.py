@@ -18,6 +18,7 @@ from globe.errors import CheckpointError, OutputError
 from globe.experts import restore
 from globe.model.quantization_config import QUANT_METHOD, GlobeQuantizationConfig
 from globe.report import REPORT
+from globe.shipped import resolve_model
 from globe.source_layout import SOURCE_LAYOUT, read_source_layout
 
 
@@ -32,7 +33,7 @@ def export_dense(model: str | Path, output: str | Path) -> Path:
     fit the disk.
     """
     output = Path(output)
-    compressed = open_checkpoint(model)
+    compressed = open_checkpoint(resolve_model(model))
     dense = DenseView(compressed)
     partial = claim(output)
     if any(partial.iterdir()):

@@ -70,8 +70,9 @@ def stored_parameters(num_matrices: int, rows: int, columns: int, rank: int, num
 def choose_shape(num_matrices: int, rows: int, columns: int, keep: float) -> tuple[int, int]:
     """Rank and number of bases that store at most `keep` of E·P·D parameters.
 
-    R = P while the adapters then take at most two thirds of what is kept, else the rank that gives them that share; the
-    bank takes the rest, and of the ranks within 5 % of that the one that leaves least of the budget unused. Raises `SettingsError` with the reachable range when no bank fits.
+    R = P while the adapters then take at most two thirds of what is kept, else the rank that gives them that share (more
+    where the bank could not use the rest); the bank takes the rest, and of the ranks within 5 % of that the one that
+    leaves least of the budget unused. Raises `SettingsError` with the reachable range when no bank fits.
     """
     total = num_matrices * rows * columns
     lowest = stored_parameters(num_matrices, rows, columns, 1, 1) / total
@@ -80,11 +81,16 @@ def choose_shape(num_matrices: int, rows: int, columns: int, keep: float) -> tup
             f"keep {keep:g} is out of reach for {num_matrices} experts of {rows} x {columns}; "
             f"choose from {math.ceil(lowest * 1000) / 1000:g} to below 1"
         )
+
+    def affordable(rank: int) -> int:
+        return int((keep * total - num_matrices * rows * rank) / (rank * columns + num_matrices))
+
     highest = min(rows, max(1, round(ADAPTER_SHARE * keep * columns)))
+    while highest < rows and affordable(highest) >= num_matrices:
+        highest += 1
     shapes: list[tuple[int, int, int]] = []
     for rank in range(highest, 0, -1):
-        spare = keep * total - num_matrices * rows * rank
-        num_bases = min(num_matrices, int(spare / (rank * columns + num_matrices)))
+        num_bases = min(num_matrices, affordable(rank))
         if num_bases >= 1:
             shapes.append((stored_parameters(num_matrices, rows, columns, rank, num_bases), rank, num_bases))
         if shapes and rank < 0.95 * shapes[0][1]:
@@ -139,7 +145,9 @@ def _scope(layers: list[ExpertShape], config: CompressConfig) -> Scope:
         )
     (rows, columns), indices = shapes.pop(), tuple(layer.index for layer in layers)
     num_experts = sum(layer.num_experts for layer in layers)
-    groups: list[tuple[Family, ...]] = [config.families] if config.share_families else [(family,) for family in config.families]
+    groups: list[tuple[Family, ...]] = (
+        [config.families] if config.share_families else [(family,) for family in config.families]
+    )
     banks: list[BankPlan] = []
     for families in groups:
         num_matrices = num_experts * len(families)

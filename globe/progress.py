@@ -106,9 +106,7 @@ class LiveProgress:
 
     def start(self, scopes: Sequence[Scope], num_finished: int) -> None:
         self._pace = _Pace(scopes, num_finished)
-        self._scopes: TaskID = self._progress.add_task(
-            "scopes", total=len(scopes), completed=num_finished, state=""
-        )
+        self._scopes: TaskID = self._progress.add_task("scopes", total=len(scopes), completed=num_finished, state="")
         self._fit: TaskID = self._progress.add_task("starting", total=self._max_steps, state="")
         self._progress.start()
 
@@ -152,7 +150,8 @@ class PlainProgress:
         self._pace.done += bank.num_matrices
         self._console.print(
             f"{describe(bank)}: error {error:.4f}  rank {bank.rank}, {bank.num_bases} bases  {seconds:.1f} s, "
-            f"{self._pace.rate():.1f} matrices/s, {self._pace.left()} left"
+            f"{self._pace.rate():.1f} matrices/s, {self._pace.left()} left",
+            soft_wrap=True,
         )
 
     def scope(self, scope: Scope) -> None:

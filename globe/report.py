@@ -47,7 +47,9 @@ class BankReport:
     @property
     def error(self) -> float:
         """Root mean square of the experts' relative errors."""
-        return root_mean_square(e for families in self.errors.values() for experts in families.values() for e in experts)
+        return root_mean_square(
+            e for families in self.errors.values() for experts in families.values() for e in experts
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,11 @@ class Report:
     def error(self) -> float:
         """Root mean square of all experts' relative errors."""
         return root_mean_square(
-            e for bank in self.banks for families in bank.errors.values() for experts in families.values() for e in experts
+            e
+            for bank in self.banks
+            for families in bank.errors.values()
+            for experts in families.values()
+            for e in experts
         )
 
     def family_errors(self) -> dict[str, float]:
@@ -104,7 +110,9 @@ class Report:
             fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
             return cls(**{**fields, "banks": [BankReport(**bank) for bank in fields["banks"]]})
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{folder / REPORT} cannot be read: {error!r}; is it the output of globe compress?") from error
+            raise CheckpointError(
+                f"{folder / REPORT} cannot be read: {error!r}; is it the output of globe compress?"
+            ) from error
 
 
 def root_mean_square(errors: Iterable[float]) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from globe.checkpoint.layout import ExpertLayer, find_expert_layers
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
@@ -41,10 +42,14 @@ def show_report(console: Console, report: Report, output: Path) -> None:
     console.print(f"took            {clock(report.seconds)}, at most {megabytes(report.peak_memory_bytes)} of memory")
     fallbacks = sum(bank.metrics["num_fallbacks"] for bank in report.banks)
     if fallbacks:
-        console.print(f"note            {fallbacks} adapter solves needed more than a Cholesky factorisation", style="yellow")
+        console.print(
+            f"note            {fallbacks} adapter solves needed more than a Cholesky factorisation", style="yellow"
+        )
     broken = [describe_report(bank.layers, bank.families) for bank in report.banks if bank.outcome == "non_finite"]
     if broken:
-        console.print(f"note            these fits met NaN or Inf and kept their best step: {'; '.join(broken)}", style="yellow")
+        console.print(
+            f"note            these fits met NaN or Inf and kept their best step: {'; '.join(broken)}", style="yellow"
+        )
     console.print(f"next            globe evaluate {output}")
 
 
@@ -87,8 +92,8 @@ def show_evaluation(
         models = {"original": other, "compressed": compressed} if other is not None else {"model": compressed}
         texts = Table(show_lines=True)
         for name in models:
-            texts.add_column(name, ratio=1)
-        texts.add_row(*(prompt + generate(one, tokenizer, prompt) for one in models.values()))
+            texts.add_column(name, ratio=1, overflow="fold")
+        texts.add_row(*(Text(prompt + generate(one, tokenizer, prompt)) for one in models.values()))
         console.print(texts)
 
 
@@ -133,6 +138,7 @@ def show_inspection(console: Console, model: str, config: CompressConfig) -> Non
             f"note: these experts are coarse (P/D = {ratio:.2f}). The bank is shared along D and every adapter carries P, "
             "so expect a high error unless little is removed; look at the errors of one layer first (--layers)",
             style="yellow",
+            soft_wrap=True,
         )
 
 

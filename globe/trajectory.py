@@ -17,7 +17,9 @@ def draw_trajectory(result: FitResult, path: Path) -> None:
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
         figure = Figure(figsize=(7, 7), layout="constrained")
         error, schedule, sparsity = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
-        error.plot(steps, [record.raw_error for record in result.steps], color="0.7", label="error of the step's iterate")
+        error.plot(
+            steps, [record.raw_error for record in result.steps], color="0.7", label="error of the step's iterate"
+        )
         error.plot(steps, result.history, color="C0", label="error of the best factors")
         error.set_ylabel("relative error")
         error.set_title(f"{result.outcome}: relative error {result.history[-1]:.4f}")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -11,15 +12,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import globe.checkpoint.writer
-import globe.compress
-from globe import CheckpointError, CompressConfig, GlobeError, OutputError, SettingsError, UnsupportedModelError, compress
+from globe import (
+    CheckpointError,
+    CompressConfig,
+    GlobeError,
+    OutputError,
+    SettingsError,
+    UnsupportedModelError,
+    compress,
+)
+from globe.checkpoint import writer
 from globe.checkpoint.reader import open_checkpoint
 from globe.export import export_dense
 from globe.report import Report
 from tests.model.compressed import FAMILY_SETTINGS, LAYERS
 from tests.tiny_sources import write_source
 
+compress_module = importlib.import_module("globe.compress")  # its name is the function in globe
 QUICK = CompressConfig(keep=0.8, steps=5)
 LAYOUTS = ("per_expert", "fused")
 IDS = torch.tensor([[3, 5, 7, 11, 13, 17, 19, 23]])
@@ -147,7 +156,7 @@ class Fault(Exception):
 
 
 def fail_after(monkeypatch: pytest.MonkeyPatch, num_banks: int, fault: BaseException) -> None:
-    calls, fit = 0, globe.compress.fit_bank
+    calls, fit = 0, compress_module.fit_bank
 
     def fit_or_fail(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -156,7 +165,7 @@ def fail_after(monkeypatch: pytest.MonkeyPatch, num_banks: int, fault: BaseExcep
             raise fault
         return fit(*args, **kwargs)
 
-    monkeypatch.setattr(globe.compress, "fit_bank", fit_or_fail)
+    monkeypatch.setattr(compress_module, "fit_bank", fit_or_fail)
 
 
 @pytest.mark.parametrize("fault", [Fault(), KeyboardInterrupt()])
@@ -179,9 +188,7 @@ def test_a_killed_run_goes_on_after_its_last_finished_scope(
         assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "whole" / shard).read_bytes()
 
 
-def test_going_on_with_other_settings_is_refused(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_going_on_with_other_settings_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         fail_after(patch, 1, Fault())
         with pytest.raises(Fault):
@@ -205,7 +212,7 @@ def test_a_finished_output_is_never_overwritten(source: Path, tmp_path: Path) ->
 def test_a_full_disk_leaves_nothing_loadable_and_can_be_gone_on_with(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = globe.compress.save_tensors, 0
+    real, calls = compress_module.save_tensors, 0
 
     def full(*args: Any, **kwargs: Any) -> None:
         nonlocal calls
@@ -215,7 +222,7 @@ def test_a_full_disk_leaves_nothing_loadable_and_can_be_gone_on_with(
         real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(globe.compress, "save_tensors", full)
+        patch.setattr(compress_module, "save_tensors", full)
         with pytest.raises(OutputError, match="disk is full"):
             compress(source, tmp_path / "out", QUICK)
     assert not (tmp_path / "out").exists()
@@ -226,7 +233,7 @@ def test_a_full_disk_leaves_nothing_loadable_and_can_be_gone_on_with(
 def test_too_little_space_is_said_before_any_work(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(globe.checkpoint.writer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
     fail_after(monkeypatch, 0, Fault())
     with pytest.raises(OutputError, match="free"):
         compress(source, tmp_path / "out", QUICK)

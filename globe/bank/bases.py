@@ -18,8 +18,9 @@ def optimal_directions(codes: Tensor, targets: Tensor, *, lambda_b: float = 1e-4
     `codes` (E, M), `targets` S (E, R, D); λ_B in units of the mean diagonal of aᵀa. Returns B (M, R, D) and how many
     factorisations failed (0 or 1).
     """
-    solution, failed = solve_positive(codes.mT @ codes, codes.mT @ targets.flatten(1), lambda_b)
-    return solution.view(-1, *targets.shape[1:]), failed
+    # solving for the M x E pseudoinverse first leaves one product with the R·D columns, instead of three
+    pseudoinverse, failed = solve_positive(codes.mT @ codes, codes.mT, lambda_b)
+    return (pseudoinverse @ targets.flatten(1)).view(-1, *targets.shape[1:]), failed
 
 
 def gauss_newton_bases(

@@ -20,6 +20,9 @@ from globe.errors import SettingsError
 
 CodeMap = Literal["ridge", "entmax15", "sparsemax", "softmax"]
 
+CODE_FLOOR = 1e-3
+"""ε: codes on the simplex below it are pruned."""
+
 _SIMPLEX: dict[str, Callable[[Tensor], Tensor]] = {
     "entmax15": lambda z: entmax.entmax15(z, dim=-1),  # pyright: ignore
     "sparsemax": lambda z: entmax.sparsemax(z, dim=-1),  # pyright: ignore
@@ -70,7 +73,7 @@ def top_mask(codes: Tensor, num_kept: int) -> Tensor:
 
 
 def simplex_codes(
-    alpha: Tensor, targets: Tensor, bases: Tensor, codes: str, *, temperature: float = 1.0, epsilon: float = 1e-6
+    alpha: Tensor, targets: Tensor, bases: Tensor, codes: str, *, temperature: float = 1.0, epsilon: float = CODE_FLOOR
 ) -> Tensor:
     """Mirror descent on ‖S_e − Σ_j α_ej B_j‖² over the simplex, then temperature, ε-prune and renormalisation.
 
@@ -80,7 +83,9 @@ def simplex_codes(
     """
     s, b = targets.flatten(1), bases.flatten(1)
     gram, cross = b @ b.mT, s @ b.mT
-    length = 1 / gram.square().sum().sqrt().clamp_min(epsilon)  # the Frobenius norm bounds the largest eigenvalue
+    length = 1 / gram.square().sum().sqrt().clamp_min(
+        torch.finfo(gram.dtype).tiny
+    )  # the Frobenius norm bounds the largest eigenvalue
     for _ in range(10):
         z = simplex_preimage(alpha, codes) - length * (alpha @ gram - cross)
         alpha = on_simplex(z, codes)

@@ -113,10 +113,14 @@ def objective(
     problem: Problem, adapters: Tensor, codes: Tensor, bases: Tensor, activation: str, activation_lambda: float = 1.0
 ) -> float:
     """f at given factors: the squared relative error in the problem's metric."""
+    return features_objective(problem, adapters, activate(mix(codes, bases), activation, activation_lambda))
+
+
+def features_objective(problem: Problem, adapters: Tensor, features: Tensor) -> float:
+    """f at given adapters (E, P, R) and features φ(T) (E, R, D)."""
     total = problem.weights.new_zeros(())
     for part in expert_chunks(problem.weights):
-        n = activate(mix(codes[part], bases), activation, activation_lambda)
-        residual = torch.baddbmm(problem.weights[part], adapters[part], n, beta=-1)
+        residual = torch.baddbmm(problem.weights[part], adapters[part], features[part], beta=-1)
         total = total + problem._squared(residual, part)  # pyright: ignore[reportPrivateUsage]
     return float(total / problem.energy())
 

@@ -10,23 +10,23 @@ from globe.bank.linalg import solve_positive
 JACOBIAN_FLOOR = 0.1
 
 
-def weight_aware_targets(
-    weights: Tensor,
-    adapters: Tensor,
-    mixed: Tensor,
-    activation: str,
-    activation_lambda: float,
-    *,
-    lambda_t: float = 1e-6,
-    floor: float = JACOBIAN_FLOOR,
-) -> Tensor:
-    """S_W: the mixed basis that would reproduce W_e under the present adapters, to first order.
+def wanted_features(weights: Tensor, adapters: Tensor, *, lambda_t: float = 1e-6) -> Tensor:
+    """N* = (AᵀA + λ_T I)⁻¹ Aᵀ W: the features that reproduce W_e best under the present adapters.
 
-    The features wanted are N* = (AᵀA + λ_T I)⁻¹ Aᵀ W; through the nonlinearity S_W = T + (N* − φ(T)) / J with the
-    blended Jacobian J, held above `floor` in magnitude. At λ = 0, J = 1 and S_W = N*.
-    Shapes: `weights` (E, P, D), `adapters` (E, P, R), `mixed` T (E, R, D); returns (E, R, D).
+    `weights` (E, P, D), `adapters` (E, P, R); returns (E, R, D). N* does not depend on the mixtures: one solve serves
+    all targets of a step.
     """
-    wanted, _ = solve_positive(adapters.mT @ adapters, adapters.mT @ weights, lambda_t)
+    return solve_positive(adapters.mT @ adapters, adapters.mT @ weights, lambda_t)[0]
+
+
+def weight_aware_targets(
+    wanted: Tensor, mixed: Tensor, activation: str, activation_lambda: float, *, floor: float = JACOBIAN_FLOOR
+) -> Tensor:
+    """S_W = T + (N* − φ_λ(T)) / J: the mixed basis that gives the features N*, to first order.
+
+    J is the blended Jacobian, held above `floor` in magnitude; at λ = 0 it is 1 and S_W = N*. `wanted` N* and `mixed` T
+    are (E, R, D), as is the result.
+    """
     if activation == "identity" or activation_lambda == 0.0:
         return wanted
     slope = jacobian(mixed, activation, activation_lambda)

@@ -10,10 +10,10 @@ from torch import Tensor
 from globe.bank.activations import activate
 from globe.bank.adapters import refit_adapters
 from globe.bank.bases import gauss_newton_bases, normalize_atoms, optimal_directions
-from globe.bank.codes import ridge_codes, simplex_codes
+from globe.bank.codes import CODE_FLOOR, ridge_codes, simplex_codes
 from globe.bank.factors import mix
-from globe.bank.objective import Problem, objective
-from globe.bank.targets import blend_targets, weight_aware_targets
+from globe.bank.objective import Problem, features_objective
+from globe.bank.targets import blend_targets, wanted_features, weight_aware_targets
 
 BankUpdate = Literal["optimal_directions", "gauss_newton"]
 
@@ -56,7 +56,7 @@ def am_step(
     bank_update: BankUpdate = "optimal_directions",
     lambda_b: float = 1e-4,
     lambda_t: float = 1e-6,
-    epsilon: float = 1e-6,
+    epsilon: float = CODE_FLOOR,
 ) -> AMStep:
     """Update codes, bank and adapters once, and keep the result only if f does not rise.
 
@@ -68,26 +68,30 @@ def am_step(
 
     Source: the method's seed documents; optimal directions after Engan, Aase and Husøy 1999.
     """
-    weights = problem.weights
-    before = objective(problem, adapters, alpha, bases, activation, activation_lambda)
+    weights, mixed = problem.weights, mix(alpha, bases)
+    before = features_objective(problem, adapters, activate(mixed, activation, activation_lambda))
 
     if bank_update == "gauss_newton":
         new_alpha = alpha
         new_bases = gauss_newton_bases(weights, adapters, alpha, bases, activation, activation_lambda)
     else:
+        weight_aware = use_weight_aware_targets or route_beta > 0
+        wanted = wanted_features(weights, adapters, lambda_t=lambda_t) if weight_aware else None
 
-        def targets(mixed: Tensor) -> Tensor:
-            if not use_weight_aware_targets and route_beta == 0:
+        def targets(now: Tensor) -> Tensor:
+            if wanted is None:
                 return warm_targets
-            wanted = weight_aware_targets(weights, adapters, mixed, activation, activation_lambda, lambda_t=lambda_t)
-            return wanted if use_weight_aware_targets else blend_targets(warm_targets, wanted, route_beta)
+            found = weight_aware_targets(wanted, now, activation, activation_lambda)
+            return found if use_weight_aware_targets else blend_targets(warm_targets, found, route_beta)
 
-        wanted_mixed = targets(mix(alpha, bases))
+        first = targets(mixed)
         if codes == "ridge":
-            new_alpha = ridge_codes(wanted_mixed, bases, num_kept=num_kept)
+            new_alpha = ridge_codes(first, bases, num_kept=num_kept)
         else:
-            new_alpha = simplex_codes(alpha, wanted_mixed, bases, codes, temperature=temperature, epsilon=epsilon)
-        new_bases, _ = optimal_directions(new_alpha, targets(mix(new_alpha, bases)), lambda_b=lambda_b)
+            new_alpha = simplex_codes(alpha, first, bases, codes, temperature=temperature, epsilon=epsilon)
+        linear = activation == "identity" or activation_lambda == 0
+        second = first if linear or wanted is None else targets(mix(new_alpha, bases))
+        new_bases, _ = optimal_directions(new_alpha, second, lambda_b=lambda_b)
 
     if step_size != 1.0:
         if num_kept is None:
@@ -99,7 +103,7 @@ def am_step(
     new_adapters, num_fallbacks = refit_adapters(
         weights, features, lambda_a=problem.lambda_a, second_moment=problem.second_moment
     )
-    after = objective(problem, new_adapters, new_alpha, new_bases, activation, activation_lambda)
+    after = features_objective(problem, new_adapters, features)
     if after <= before:
         return AMStep(new_adapters, new_alpha, new_bases, after, after, True, num_fallbacks)
     return AMStep(adapters, alpha, bases, before, after, False, num_fallbacks)

@@ -12,7 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from globe.bank.codes import on_simplex, simplex_preimage, top_mask
+from globe.bank.codes import CODE_FLOOR, on_simplex, prune, simplex_preimage, top_mask
 from globe.bank.linalg import norms
 from globe.bank.objective import Problem, Projection, project
 
@@ -97,7 +97,7 @@ class VariableProjection:
             self.codes = self._scores.value
         else:
             self._scores.step(self._through_map(grad_codes, temperature), length)
-            self.codes = on_simplex(self._scores.value / temperature, self._code_map)
+            self.codes = prune(on_simplex(self._scores.value / temperature, self._code_map), CODE_FLOOR)
         self._bases.step(grad_bases, length)
         self._projection = self._project()
 
