@@ -62,7 +62,7 @@ class QualityConfig:
     """Budgets: stored parameters of the experts over the original ones."""
     mobe_epochs: int = 2000
     """Adam steps of MoBE."""
-    steps: int = 300
+    steps: int = 500
     """Steps of GloBE."""
     seed: int = 0
     """Seeds what is random."""

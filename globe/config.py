@@ -44,7 +44,7 @@ class CompressConfig:
     """varpro: adapters eliminated, accelerated steps; am: closed-form alternating minimisation."""
     warm_start: WarmStartName = "procrustes"
     """Where each fit begins."""
-    steps: int = 300
+    steps: int = 500
     """Steps of each fit at most."""
     seed: int = 0
     """Seeds what is random in a warm start."""

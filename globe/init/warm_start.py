@@ -41,7 +41,7 @@ def warm_start(
     method: str = "procrustes",
     *,
     codes: str = "ridge",
-    align_steps: int = 32,
+    align_steps: int = 64,
     seed: int = 0,
 ) -> WarmStart:
     """Codes, bases and targets for `weights` (E, P, D), T scaled to unit standard deviation.

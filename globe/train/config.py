@@ -33,9 +33,9 @@ class FitConfig:
     """varpro: adapters eliminated, accelerated steps on codes and bases; am: closed-form alternating minimisation."""
     warm_start: WarmStartName = "procrustes"
     """Where the fit begins."""
-    align_steps: int = 32
+    align_steps: int = 64
     """Alternations of the procrustes warm start."""
-    max_steps: int = 300
+    max_steps: int = 500
     """Steps at most; the schedules are laid out over them."""
     learning_rate: float = 0.5
     """varpro: first step, in standard deviations of the codes and of the bases."""
