@@ -83,9 +83,8 @@ def simplex_codes(
     """
     s, b = targets.flatten(1), bases.flatten(1)
     gram, cross = b @ b.mT, s @ b.mT
-    length = 1 / gram.square().sum().sqrt().clamp_min(
-        torch.finfo(gram.dtype).tiny
-    )  # the Frobenius norm bounds the largest eigenvalue
+    bound = gram.square().sum().sqrt()  # the Frobenius norm is at least the largest eigenvalue
+    length = 1 / bound.clamp_min(torch.finfo(gram.dtype).tiny)
     for _ in range(10):
         z = simplex_preimage(alpha, codes) - length * (alpha @ gram - cross)
         alpha = on_simplex(z, codes)
