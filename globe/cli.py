@@ -58,7 +58,7 @@ class Evaluate:
     model: Model = "shipped"
     """Folder or Hub id."""
     reference: str | None = None
-    """Model to compare with; by default the source of a compressed model, where it is found; `none` for no comparison."""
+    """Model to compare with; by default the source of a compressed model, where found; `none` for no comparison."""
     prompt: str | None = None
     """Also continue this text with both models, sampled with the same seed."""
     config: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = EvaluateConfig()

@@ -70,9 +70,9 @@ def stored_parameters(num_matrices: int, rows: int, columns: int, rank: int, num
 def choose_shape(num_matrices: int, rows: int, columns: int, keep: float) -> tuple[int, int]:
     """Rank and number of bases that store at most `keep` of E·P·D parameters.
 
-    R = P while the adapters then take at most two thirds of what is kept, else the rank that gives them that share (more
-    where the bank could not use the rest); the bank takes the rest, and of the ranks within 5 % of that the one that
-    leaves least of the budget unused. Raises `SettingsError` with the reachable range when no bank fits.
+    R = P while the adapters then take at most two thirds of what is kept, else the rank that gives them that share
+    (more where the bank could not use the rest); the bank takes the rest, and of the ranks within 5 % of that the one
+    that leaves least of the budget unused. Raises `SettingsError` with the reachable range when no bank fits.
     """
     total = num_matrices * rows * columns
     lowest = stored_parameters(num_matrices, rows, columns, 1, 1) / total

@@ -14,7 +14,7 @@ from globe.train.result import StepRecord
 
 
 class Observer(Protocol):
-    """Called in this order: start, then for each bank step…, bank; scope after its banks; stop at the end or a fault."""
+    """In this order: start, then for each bank step…, bank; scope after its banks; stop at the end or on a fault."""
 
     def start(self, scopes: Sequence[Scope], num_finished: int) -> None:
         """The plan is made; the first `num_finished` scopes were finished by an earlier run."""

@@ -135,8 +135,8 @@ def show_inspection(console: Console, model: str, config: CompressConfig) -> Non
     ratio = first.intermediate_size / first.hidden_size
     if ratio >= 0.9:
         console.print(
-            f"note: these experts are coarse (P/D = {ratio:.2f}). The bank is shared along D and every adapter carries P, "
-            "so expect a high error unless little is removed; look at the errors of one layer first (--layers)",
+            f"note: these experts are coarse (P/D = {ratio:.2f}). The bank is shared along D and every adapter carries "
+            "P, so expect a high error unless little is removed; look at the errors of one layer first (--layers)",
             style="yellow",
             soft_wrap=True,
         )

@@ -151,7 +151,7 @@ def test_the_same_seed_gives_the_same_bytes(source: Path, tmp_path: Path) -> Non
         assert (tmp_path / "one" / shard).read_bytes() == (tmp_path / "two" / shard).read_bytes()
 
 
-class Fault(Exception):
+class InjectedError(Exception):
     pass
 
 
@@ -168,7 +168,7 @@ def fail_after(monkeypatch: pytest.MonkeyPatch, num_banks: int, fault: BaseExcep
     monkeypatch.setattr(compress_module, "fit_bank", fit_or_fail)
 
 
-@pytest.mark.parametrize("fault", [Fault(), KeyboardInterrupt()])
+@pytest.mark.parametrize("fault", [InjectedError(), KeyboardInterrupt()])
 def test_a_killed_run_goes_on_after_its_last_finished_scope(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException
 ) -> None:
@@ -181,7 +181,7 @@ def test_a_killed_run_goes_on_after_its_last_finished_scope(
     with pytest.raises(CheckpointError):  # nothing half-written is loadable
         open_checkpoint(tmp_path / "out.partial")
     with monkeypatch.context() as patch:
-        fail_after(patch, 1, Fault())  # one scope is left, so one fit is enough
+        fail_after(patch, 1, InjectedError())  # one scope is left, so one fit is enough
         compress(source, tmp_path / "out", QUICK)
     assert not (tmp_path / "out.partial").exists()
     for shard in open_checkpoint(tmp_path / "whole").shards:
@@ -190,8 +190,8 @@ def test_a_killed_run_goes_on_after_its_last_finished_scope(
 
 def test_going_on_with_other_settings_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        fail_after(patch, 1, Fault())
-        with pytest.raises(Fault):
+        fail_after(patch, 1, InjectedError())
+        with pytest.raises(InjectedError):
             compress(source, tmp_path / "out", QUICK)
     with pytest.raises(SettingsError, match=r"steps was 5, now 6"):
         compress(source, tmp_path / "out", CompressConfig(keep=0.8, steps=6))
@@ -234,7 +234,7 @@ def test_too_little_space_is_said_before_any_work(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
-    fail_after(monkeypatch, 0, Fault())
+    fail_after(monkeypatch, 0, InjectedError())
     with pytest.raises(OutputError, match="free"):
         compress(source, tmp_path / "out", QUICK)
 

@@ -29,12 +29,11 @@ def test_a_chosen_shape_stays_within_the_budget_or_the_range_is_named(
     num_matrices: int, rows: int, columns: int, keep: float
 ) -> None:
     total = num_matrices * rows * columns
-    try:
-        rank, num_bases = choose_shape(num_matrices, rows, columns, keep)
-    except SettingsError as error:
-        assert "choose from" in str(error)
-        assert keep >= 1 or keep * total < stored_parameters(num_matrices, rows, columns, 1, 1)
+    if not stored_parameters(num_matrices, rows, columns, 1, 1) / total <= keep < 1:
+        with pytest.raises(SettingsError, match="choose from"):
+            choose_shape(num_matrices, rows, columns, keep)
         return
+    rank, num_bases = choose_shape(num_matrices, rows, columns, keep)
     assert 1 <= rank <= rows
     assert 1 <= num_bases <= num_matrices
     assert stored_parameters(num_matrices, rows, columns, rank, num_bases) <= keep * total * (1 + 1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def test_training_shows_an_error_that_never_rises(tmp_path: Path, arguments: tup
     script = str(ROOT / "test_qwen_training.py")
     errors = run(tmp_path, script, "--steps", "20", "--rank-ratio", "0.75", "--basis-ratio", "0.5", *arguments)
     assert len(errors) == 21
-    assert all(after <= before for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before for before, after in itertools.pairwise(errors))
     assert errors[-1] < 0.7 * errors[0]
     assert (tmp_path / "trajectory.png").stat().st_size > 10_000
 
