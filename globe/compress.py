@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from globe.checkpoint.header import TORCH_DTYPES
-from globe.checkpoint.layout import ExpertLayer, find_expert_layers, source_names
+from globe.checkpoint.layout import ExpertLayer, Family, find_expert_layers, source_names
 from globe.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
 from globe.checkpoint.stacks import read_family
 from globe.checkpoint.writer import claim, copy_tensors, finish, require_space, save_tensors, write_index, write_json
@@ -253,7 +253,7 @@ class Job:
 
     def _sources(self, index: int) -> list[str]:
         """The layer's source tensors that the output replaces: of its families in banks and of the dense halves."""
-        families = {*self.config.families, *dense_halves(self.config.families)}
+        families: set[Family] = {*self.config.families, *dense_halves(self.config.families)}
         return [name for family in families for name in source_names(self.layers[index], family)]
 
     def _file(self, number: int) -> str:

@@ -105,7 +105,8 @@ def load(model: str | Path, device: str = "cpu") -> Any:
     Raises `CheckpointError` with the cause when transformers cannot load it.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(str(model), dtype="auto").to(device).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(model), dtype="auto")
+        return loaded.to(device).eval()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model} cannot be loaded: {error}") from error
 

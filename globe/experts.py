@@ -82,7 +82,8 @@ def to_storage(stack: ExpertStack, factors: Factors, dtype: torch.dtype, lambda_
     stored = StoredFactors({}, {}, bases, {})
     wide_codes, wide_bases = codes.to(stack.weights.dtype), bases.to(stack.weights.dtype)
     for group in stack.groups:
-        key, adapters, errors = (group.layer, group.family), [], []
+        key: tuple[int, Family] = (group.layer, group.family)
+        adapters, errors = list[Tensor](), list[float]()
         weights, own_codes = stack.weights[group.part], wide_codes[group.part]
         for part in expert_chunks(weights):
             features = activate(mix(own_codes[part], wide_bases), factors.activation)

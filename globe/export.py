@@ -85,7 +85,7 @@ class DenseView:
             return self.compressed.read(name)
         index, _ = self._owner[name]
         layer = self._layers[index]
-        held = [family for family in FAMILIES if name in source_names(layer, family)]
+        held: list[Family] = [family for family in FAMILIES if name in source_names(layer, family)]
         return dense_tensor(layer, name, {family: self._family(index, family) for family in held})
 
     def _compose_family(self, index: int, family: Family) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from globe.checkpoint.layout import FAMILIES
+from globe.checkpoint.layout import FAMILIES, Family
 from globe.model.bank_spec import BankSpec
 
 BANKS = "globe_banks"
@@ -77,9 +77,10 @@ class FactorNames:
         return f"{self.experts[layer]}.{DENSE_PARAMETER[FAMILIES[family]]}"
 
 
-def dense_halves(families: Collection[str]) -> list[str]:
+def dense_halves(families: Collection[str]) -> list[Family]:
     """The half of gate_up_proj to store apart, given the families of a layer that are in banks: gate, up or none."""
-    return [half for half, other in (("gate", "up"), ("up", "gate")) if half not in families and other in families]
+    halves: list[tuple[Family, Family]] = [("gate", "up"), ("up", "gate")]
+    return [half for half, other in halves if half not in families and other in families]
 
 
 def tripwire_tensor(dtype: torch.dtype) -> Tensor:
