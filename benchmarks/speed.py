@@ -28,7 +28,7 @@ from globe.bank.adapters import refit_adapters
 from globe.bank.bases import optimal_directions
 from globe.bank.factors import mix
 from globe.bank.objective import Problem, objective
-from globe.bank.targets import weight_aware_targets
+from globe.bank.targets import wanted_features, weight_aware_targets
 from globe.init.init_bank import am_step
 from globe.train.varpro import VariableProjection
 
@@ -134,7 +134,8 @@ def compare(case: Case, what: str, naive: Callable[[], Any], globe: Callable[[],
 def compare_bank(case: Case, repeats: int) -> dict[str, Any]:
     """The bank update by a solve against that by an inverse."""
     mixed = mix(case.codes, case.bases)
-    targets = weight_aware_targets(case.weights, case.adapters, mixed, ACTIVATION, ACTIVATION_LAMBDA)
+    wanted = wanted_features(case.weights, case.adapters)
+    targets = weight_aware_targets(wanted, mixed, ACTIVATION, ACTIVATION_LAMBDA)
     row = compare(
         case,
         "bank: solve for inverse",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from globe.bank.codes import (
+    CODE_FLOOR,
     check_codes,
     entropy,
     on_simplex,
@@ -206,9 +207,20 @@ def test_temperature_flattens_or_sharpens(name: str):
 def test_temperature_acts_in_log_space():
     """T = 2 is the normalised square root of what T = 1 gives."""
     targets, bases, start = normal(E, R, D), normal(M, R, D, seed=1), simplex(E, M)
-    root = simplex_codes(start, targets, bases, "softmax").sqrt()
-    found = simplex_codes(start, targets, bases, "softmax", temperature=2.0)
-    torch.testing.assert_close(found, root / root.sum(1, keepdim=True), rtol=1e-4, atol=1e-3)
+    root = simplex_codes(start, targets, bases, "softmax", epsilon=0.0).sqrt()
+    found = simplex_codes(start, targets, bases, "softmax", temperature=2.0, epsilon=0.0)
+    torch.testing.assert_close(found, root / root.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_simplex_codes_have_no_entry_below_the_floor(name: str):
+    """The last thing done to them is to prune at 10⁻³, after the temperature."""
+    targets, bases, start = normal(E, R, D), normal(M, R, D, seed=1), simplex(E, M)
+    for temperature in (0.2, 1.0, 5.0):
+        whole = simplex_codes(start, targets, bases, name, temperature=temperature, epsilon=0.0)
+        found = simplex_codes(start, targets, bases, name, temperature=temperature)
+        torch.testing.assert_close(found, prune(whole, CODE_FLOOR))
+        assert found[found > 0].min() >= CODE_FLOOR == 1e-3
 
 
 @given(alpha=simplex_points(), epsilon=st.floats(0, 0.9))

@@ -13,7 +13,7 @@ from globe.bank.codes import ridge_codes, top_mask
 from globe.bank.factors import mix
 from globe.bank.linalg import norms
 from globe.bank.objective import Problem, objective, project
-from globe.bank.targets import blend_targets, weight_aware_targets
+from globe.bank.targets import blend_targets, wanted_features, weight_aware_targets
 from globe.init.init_bank import AMStep, am_step
 from globe.init.warm_start import warm_start
 from tests.random_experts import normal, second_moment
@@ -94,13 +94,14 @@ def test_a_step_is_codes_targets_bank_adapters(
 ):
     """The same step written out: Route-L blends by β, Route-W takes the weight-aware targets whatever β is.
 
-    The targets are computed twice, for the codes and afresh for the bank at the new codes.
+    The targets are computed twice, for the codes and afresh for the bank at the new codes; the features wanted, once.
     """
     problem, adapters, alpha, bases, warm = begin()
     phi = (activation, activation_lambda)
+    wanted = wanted_features(problem.weights, adapters)
 
     def targets(codes: Tensor) -> Tensor:
-        aware = weight_aware_targets(problem.weights, adapters, mix(codes, bases), *phi)
+        aware = weight_aware_targets(wanted, mix(codes, bases), *phi)
         return aware if route_w else blend_targets(warm, aware, route_beta)
 
     new_alpha = ridge_codes(targets(alpha), bases)
