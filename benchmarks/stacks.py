@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from globe.bank.objective import relative_errors
 from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.layout import FAMILIES, Family, find_expert_layers
 from globe.checkpoint.reader import open_checkpoint
@@ -58,10 +57,9 @@ def write_stacks(model: Any, stacks: Stacks) -> None:
 
 
 def family_errors(stacks: Stacks, approximation: Stacks) -> dict[str, float]:
-    """Root mean square of the experts' relative errors: over all (`error`) and by family."""
-    errors = {key: relative_errors(stack, approximation[key]).tolist() for key, stack in stacks.items()}
+    """Root mean square of the layers' relative Frobenius errors: over all families (`error`) and by family."""
+    errors = {key: float((stack - approximation[key]).norm() / stack.norm()) for key, stack in stacks.items()}
     by_family = {
-        family: root_mean_square(e for key, found in errors.items() if key[1] == family for e in found)
-        for family in FAMILIES
+        family: root_mean_square(error for key, error in errors.items() if key[1] == family) for family in FAMILIES
     }
-    return {"error": root_mean_square(e for found in errors.values() for e in found), **by_family}
+    return {"error": root_mean_square(errors.values()), **by_family}

@@ -227,12 +227,14 @@ class Job:
         result = fit_bank(stack.weights, config, lambda record: watch.step(bank, record))
         stored = to_storage(stack, result.factors, self.dtype(bank.layers[0]))
         tensors = {self.names.bases(_spec(bank)): stored.bases}
-        errors: dict[str, dict[str, list[float]]] = {}
+        errors: dict[str, dict[str, float]] = {}
+        expert_errors: dict[str, dict[str, list[float]]] = {}
         for group in stack.groups:
             key = (group.layer, group.family)
             tensors[self.names.adapters(*key)] = stored.adapters[key]
             tensors[self.names.codes(*key)] = stored.codes[key]
             errors.setdefault(str(group.layer), {})[group.family] = stored.errors[key]
+            expert_errors.setdefault(str(group.layer), {})[group.family] = stored.expert_errors[key]
         metrics = {name: value for name, value in result.metrics.items() if name != "trajectory"}  # is in the steps
         report = BankReport(
             list(bank.layers),
@@ -245,6 +247,7 @@ class Job:
             result.outcome,
             time.monotonic() - began,
             errors,
+            expert_errors,
             step_columns(result),
             metrics,
         )

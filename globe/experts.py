@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import sys
 from collections.abc import Mapping
 
 import torch
@@ -49,8 +51,10 @@ class StoredFactors:
     """a (E, M) by layer and family."""
     bases: Tensor
     """B (M, R, D)."""
-    errors: dict[tuple[int, Family], list[float]]
-    """Relative error of every expert, after rounding."""
+    errors: dict[tuple[int, Family], float]
+    """‖W − What‖_F / ‖W‖_F of each layer and family, after rounding."""
+    expert_errors: dict[tuple[int, Family], list[float]]
+    """The same of every expert."""
 
 
 def read_stack(checkpoint: Checkpoint, layers: Mapping[int, ExpertLayer], bank: BankPlan) -> ExpertStack:
@@ -79,11 +83,11 @@ def to_storage(stack: ExpertStack, factors: Factors, dtype: torch.dtype, lambda_
     The adapters are ill-conditioned enough to amplify the bank's rounding; refitted, they make up for most of it.
     """
     codes, bases = factors.codes.to(dtype), factors.bases.to(dtype)
-    stored = StoredFactors({}, {}, bases, {})
+    stored = StoredFactors({}, {}, bases, {}, {})
     wide_codes, wide_bases = codes.to(stack.weights.dtype), bases.to(stack.weights.dtype)
     for group in stack.groups:
         key: tuple[int, Family] = (group.layer, group.family)
-        adapters, errors = list[Tensor](), list[float]()
+        adapters, errors, missed = list[Tensor](), list[float](), 0.0
         weights, own_codes = stack.weights[group.part], wide_codes[group.part]
         for part in expert_chunks(weights):
             features = activate(mix(own_codes[part], wide_bases), factors.activation)
@@ -91,8 +95,10 @@ def to_storage(stack: ExpertStack, factors: Factors, dtype: torch.dtype, lambda_
             adapters.append((exact * group.sigma).to(dtype))
             approximation = adapters[-1].to(weights.dtype) / group.sigma @ features
             errors += relative_errors(weights[part], approximation).tolist()
+            missed += float((weights[part] - approximation).square().sum())
         stored.adapters[key], stored.codes[key] = torch.cat(adapters), codes[group.part].contiguous()
-        stored.errors[key] = errors
+        stored.expert_errors[key] = errors
+        stored.errors[key] = math.sqrt(missed / max(float(weights.square().sum()), sys.float_info.min))
     return stored
 
 

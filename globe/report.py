@@ -8,7 +8,7 @@ import math
 import platform
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,10 @@ class BankReport:
     outcome: str
     """Why the fit stopped."""
     seconds: float
-    errors: dict[str, dict[str, list[float]]]
-    """Relative error of every expert as stored, by layer and family."""
+    errors: dict[str, dict[str, float]]
+    """Relative Frobenius error as stored, by layer and family."""
+    expert_errors: dict[str, dict[str, list[float]]]
+    """The same of every expert."""
     steps: dict[str, list[float]]
     """The step records, a list for each field: error, raw_error, activation_lambda, route_beta, temperature, …"""
     metrics: dict[str, Any]
@@ -46,10 +48,8 @@ class BankReport:
 
     @property
     def error(self) -> float:
-        """Root mean square of the experts' relative errors."""
-        return root_mean_square(
-            e for families in self.errors.values() for experts in families.values() for e in experts
-        )
+        """Root mean square of the layers' and families' relative errors: what the fit minimises."""
+        return root_mean_square(error for families in self.errors.values() for error in families.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,23 +80,20 @@ class Report:
 
     @property
     def error(self) -> float:
-        """Root mean square of all experts' relative errors."""
-        return root_mean_square(
-            e
-            for bank in self.banks
-            for families in bank.errors.values()
-            for experts in families.values()
-            for e in experts
-        )
+        """Root mean square of all layers' and families' relative errors."""
+        return root_mean_square(error for _, error in self._errors())
 
     def family_errors(self) -> dict[str, float]:
-        """Root mean square relative error by family."""
+        """Root mean square over the layers, by family."""
         by_family: dict[str, list[float]] = {}
+        for family, error in self._errors():
+            by_family.setdefault(family, []).append(error)
+        return {family: root_mean_square(errors) for family, errors in by_family.items()}
+
+    def _errors(self) -> Iterator[tuple[str, float]]:
         for bank in self.banks:
             for families in bank.errors.values():
-                for family, experts in families.items():
-                    by_family.setdefault(family, []).extend(experts)
-        return {family: root_mean_square(errors) for family, errors in by_family.items()}
+                yield from families.items()
 
     def to_json(self) -> dict[str, Any]:
         summary = {"kept": self.kept, "error": self.error, "family_errors": self.family_errors()}
