@@ -19,7 +19,7 @@ test: .venv/ready  ## the test suite
 check: .venv/ready  ## style, types, and the direction of the imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 bench: .venv/ready  ## the measured figures of the README

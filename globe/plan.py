@@ -86,7 +86,7 @@ def choose_shape(num_matrices: int, rows: int, columns: int, keep: float) -> tup
         return int((keep * total - num_matrices * rows * rank) / (rank * columns + num_matrices))
 
     highest = min(rows, max(1, round(ADAPTER_SHARE * keep * columns)))
-    while highest < rows and affordable(highest) >= num_matrices:
+    while highest < min(rows, columns) and affordable(highest) >= num_matrices:
         highest += 1
     shapes: list[tuple[int, int, int]] = []
     for rank in range(highest, 0, -1):
@@ -158,6 +158,7 @@ def _scope(layers: list[ExpertShape], config: CompressConfig) -> Scope:
             assert config.basis_ratio is not None
             rank, num_bases = round(config.rank_ratio * rows), round(config.basis_ratio * num_matrices)
             rank, num_bases = max(1, rank), max(1, num_bases)
+        config.fit_config(rank, num_bases).check_shape(num_matrices, rows, columns)
         banks.append(BankPlan(indices, families, num_matrices, rows, columns, rank, num_bases))
     return Scope(indices, tuple(banks))
 

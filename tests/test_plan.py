@@ -77,6 +77,12 @@ def test_ratios_set_the_shape_directly() -> None:
     assert (scope.banks[0].rank, scope.banks[0].num_bases) == (3, 3)
 
 
+def test_a_rank_above_the_columns_is_refused_before_any_work() -> None:
+    coarse = [Layer(0, intermediate_size=64, hidden_size=16)]
+    with pytest.raises(SettingsError, match="16 columns"):
+        make_plan(coarse, CompressConfig(rank_ratio=0.5, basis_ratio=0.5))
+
+
 def test_experts_of_different_shapes_do_not_share_a_bank() -> None:
     layers = [Layer(0), Layer(1, intermediate_size=8)]
     with pytest.raises(SettingsError, match="different shapes"):
@@ -95,6 +101,7 @@ def test_experts_of_different_shapes_do_not_share_a_bank() -> None:
         ({"scope": "half"}, "half"),
         ({"activation": "gelu"}, "gelu"),
         ({"codes": "topk"}, "topk"),
+        ({"device": "cuda:99"}, "cuda:99"),
     ],
 )
 def test_settings_at_odds_are_refused(settings: dict[str, object], message: str) -> None:

@@ -70,6 +70,7 @@ class FitConfig:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.solver not in ("varpro", "am"):
             raise SettingsError(f"solver {self.solver!r} is unknown; choose varpro or am")
+        check_device(self.device)
         if self.support is not None and not 1 <= self.support <= self.num_bases:
             raise SettingsError(
                 f"support is {self.support}; with {self.num_bases} bases it must be 1 to {self.num_bases}"
@@ -96,3 +97,12 @@ class FitConfig:
     @property
     def torch_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == "float64" else torch.float32
+
+
+def check_device(device: str) -> None:
+    """Raise `SettingsError` unless torch can compute on the device here."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"device {device!r} cannot be used here ({reason}); choose cpu, cuda or mps") from error
