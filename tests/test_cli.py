@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -106,10 +107,36 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert run(capsys, "compress", tmp_path / "source", "-o", tmp_path / "out", "--steps", 2)[0] == 0
 
 
-def test_a_missing_tracker_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_tracker_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
     status, _, err = run(capsys, "compress", "-o", tmp_path / "out", "--track", "trackio", *FAST)
     assert status == 1
     assert "pip install 'globe-moe[trackio]'" in err
+
+
+def test_a_tracker_sees_the_settings_every_step_and_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[dict[str, object]] = []
+    logged: list[tuple[int, dict[str, float]]] = []
+    finished: list[bool] = []
+    tracker = SimpleNamespace(
+        init=lambda **settings: started.append(settings),
+        log=lambda values, step: logged.append((step, values)),
+        finish=lambda: finished.append(True),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    status, _, _ = run(capsys, "compress", "-o", tmp_path / "out", "--track", "wandb", *FAST)
+    assert status == 0
+    assert [settings["config"]["keep"] for settings in started] == [0.7]  # pyright: ignore[reportIndexIssue]
+    errors = [values["layer 3 gate+up+down/error"] for _, values in logged[:-1]]
+    assert len(errors) == 4
+    assert errors == sorted(errors, reverse=True)
+    assert [step for step, _ in logged] == list(range(5))
+    assert logged[-1][1].keys() == {"error", "seconds"}
+    assert finished == [True]
 
 
 def test_the_core_imports_no_tracker() -> None:
