@@ -67,7 +67,7 @@ class ConvergenceConfig:
     """Median support that codes on the simplex are steered to."""
     seed: int = 0
     """Seeds the warm starts."""
-    threads: int = 2
+    threads: int = 1
     """CPU threads."""
     output: Path = RESULTS / "convergence.json"
     """Where the record is written; the picture lies beside it."""

@@ -66,7 +66,7 @@ class QualityConfig:
     """Steps of GloBE."""
     seed: int = 0
     """Seeds what is random."""
-    threads: int = 2
+    threads: int = 1
     """CPU threads of all methods."""
     max_tokens: int = 32768
     """Held-out tokens predicted."""

@@ -51,7 +51,7 @@ class ShapesConfig:
     """Steps of each fit."""
     seed: int = 0
     """Seeds the warm starts."""
-    threads: int = 2
+    threads: int = 1
     """CPU threads."""
     output: Path = RESULTS / "shapes.json"
     """Where the record is written."""

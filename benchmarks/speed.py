@@ -65,7 +65,7 @@ class SpeedConfig:
     """Times that each is run after the warm-up."""
     seed: int = 0
     """Seeds the experts and factors."""
-    threads: int = 2
+    threads: int = 1
     """CPU threads."""
     output: Path = RESULTS / "speed.json"
     """Where the record is written."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.layout import FAMILIES, Family, find_expert_layers
@@ -32,6 +32,10 @@ class Approximation:
     """Ranks and numbers of bases, in words."""
     seconds: float
     """Spent on fitting."""
+    bits: float | None = None
+    """Bits of a stored parameter, scales counted; None: those of the checkpoint's precision."""
+    kept_experts: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
+    """The experts left in each layer of a method that removes some, ascending; the others get no token any more."""
 
 
 def read_stacks(model: str | Path, layers: Collection[int] | None) -> tuple[Stacks, torch.dtype]:
@@ -54,6 +58,22 @@ def write_stacks(model: Any, stacks: Stacks) -> None:
             experts.down_proj.copy_(stack.mT)
         else:
             experts.gate_up_proj.chunk(2, dim=1)[0 if family == "gate" else 1].copy_(stack)
+
+
+@torch.no_grad()
+def remove_experts(model: Any, kept: Mapping[int, Tensor]) -> None:
+    """Leave a transformers model, in place, only the `kept` experts of each layer, and their rows of the router.
+
+    The router is the module `gate` beside the experts, with one row for each of them, as in Qwen, Mixtral and OLMoE.
+    """
+    paths = factor_names(model).experts
+    for layer, experts in kept.items():
+        router = model.get_submodule(f"{paths[layer].rpartition('.')[0]}.gate")
+        router.top_k = min(router.top_k, len(experts))
+        for module in (router, model.get_submodule(paths[layer])):
+            module.num_experts = len(experts)
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter[experts], requires_grad=False))
 
 
 def family_errors(stacks: Stacks, approximation: Stacks) -> dict[str, float]:
