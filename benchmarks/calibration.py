@@ -21,8 +21,11 @@ from torch.nn import functional
 from globe.checkpoint.layout import Family
 from globe.model.expert_modules import find_experts
 
-DAMPING = 0.01
-"""Share of its mean diagonal that is added to a second moment before it is factorised or inverted, as in GPTQ."""
+DAMPING = 0.1
+"""Share of its mean diagonal that is added to a second moment before it is factorised or inverted.
+
+GPTQ adds 0.01; on the shipped model 0.1 serves the factorisations better, and GPTQ at 3 and 4 bits.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Calibration:
 
 
 def damped(moment: Tensor) -> Tensor:
-    """C + 0.01 · mean(diag C) · I, for C (..., N, N)."""
+    """C + DAMPING · mean(diag C) · I, for C (..., N, N)."""
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     return moment + torch.diag_embed(DAMPING * diagonal.mean(-1, keepdim=True).expand_as(diagonal))
 
