@@ -1,9 +1,9 @@
-"""MoLAE's conversion of a trained model (Liu et al. 2025, arXiv 2503.23100): one latent space for all experts of a layer.
+"""MoLAE made from a trained model (Liu et al. 2025, arXiv 2503.23100): one latent space for all experts of a layer.
 
     min Σ_e ‖W_e − A_e B‖²_F:   [W_1; …; W_E] = U S Vᵀ,   B = V_rᵀ,   A_e = W_e V_r
 
 Every family of a layer has its own B. `down` enters transposed, so that its latent space, like the paper's, is on the
-hidden side. The paper lets groups of experts share B and may leave `down` alone; here all experts of the layer share it.
+hidden side. The paper lets groups of experts share B and may leave `down` alone; here all experts of a layer share it.
 """
 
 from __future__ import annotations
