@@ -12,7 +12,7 @@ def assign(cost: NDArray[np.floating]) -> NDArray[np.intp]:
     O(N³), one vectorised pass over the columns for each row that a path visits.
     """
     size = len(cost)
-    row_of = np.full(size, -1)
+    row_of, column_of = np.full(size, -1), np.full(size, -1)
     from_rows, from_columns = np.zeros(size), np.zeros(size)  # dual variables: no reduced cost is negative
     for start in range(size):
         distance, previous, done = np.full(size, np.inf), np.full(size, -1), np.zeros(size, dtype=bool)
@@ -24,13 +24,12 @@ def assign(cost: NDArray[np.floating]) -> NDArray[np.intp]:
             column = int(np.where(done, np.inf, distance).argmin())
             reached, row = distance[column], row_of[column]
             done[column] = True
+        done[column] = False  # the column that was free: its prices stay
         from_rows[start] += reached
-        settled = done.copy()
-        settled[column] = False
-        from_rows[row_of[settled]] += reached - distance[settled]
-        from_columns[settled] -= reached - distance[settled]
-        while column >= 0:  # turn the path round, back to the row that it started from
+        from_rows[row_of[done]] += reached - distance[done]
+        from_columns[done] -= reached - distance[done]
+        while row != start:  # turn the path round
             row = previous[column]
             row_of[column] = row
-            column = -1 if row == start else int(np.flatnonzero((row_of == row) & (np.arange(size) != column))[0])
-    return row_of.argsort()
+            column, column_of[row] = column_of[row], column
+    return column_of
