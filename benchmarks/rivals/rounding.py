@@ -1,0 +1,53 @@
+"""Rounding of the weights alone to b bits, in groups of 32 with a scale and an offset of 16 bits each.
+
+    Ŵ = offset + scale · round((W − offset) / scale),   offset = min, scale = (max − min) / (2^b − 1) over the group
+
+That is b + 1 bits for a weight. A group is 32 neighbours along the hidden dimension, in every family.
+"""
+
+from __future__ import annotations
+
+import time
+
+from torch import Tensor
+
+from benchmarks.stacks import Approximation, Stacks
+from globe.errors import SettingsError
+
+GROUP = 32
+OVERHEAD = 2 * 16 / GROUP
+"""Bits that scale and offset add to a weight."""
+
+
+def in_groups(values: Tensor) -> Tensor:
+    """(…, N) as (…, N / 32, 32); raises `SettingsError` when 32 does not divide N."""
+    if values.shape[-1] % GROUP:
+        raise SettingsError(f"{values.shape[-1]} columns are no whole number of groups of {GROUP}")
+    return values.unflatten(-1, (-1, GROUP))
+
+
+def grid(groups: Tensor, bits: int, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Scale and offset (…, 1), of half precision but in float32, for groups (…, 32); `shrink` narrows their range."""
+    low, high = groups.amin(-1, keepdim=True) * shrink, groups.amax(-1, keepdim=True) * shrink
+    scale = ((high - low) / (2**bits - 1)).clamp_min(2.0**-24)  # the smallest positive number of half precision
+    return scale.half().float(), low.half().float()
+
+
+def round_to(values: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+    """The nearest point of the grid."""
+    return offset + scale * ((values - offset) / scale).round().clamp(0, 2**bits - 1)
+
+
+def rounding(stacks: Stacks, bits: int) -> Approximation:
+    """Round every weight to the nearest point of its group's grid."""
+    began, approximation = time.monotonic(), {}
+    for key, experts in stacks.items():
+        groups = in_groups(experts)
+        approximation[key] = round_to(groups, *grid(groups, bits), bits).flatten(-2)
+    return rounded(stacks, approximation, bits, began)
+
+
+def rounded(stacks: Stacks, approximation: Stacks, bits: int, began: float) -> Approximation:
+    """What is stored of weights rounded to `bits`, and the time since `began`."""
+    stored = sum(experts.numel() for experts in stacks.values())
+    return Approximation(approximation, stored, f"groups of {GROUP}", time.monotonic() - began, bits=bits + OVERHEAD)
