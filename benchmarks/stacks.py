@@ -32,8 +32,6 @@ class Approximation:
     """Ranks and numbers of bases, in words."""
     seconds: float
     """Spent on fitting."""
-    bits: float | None = None
-    """Bits of a stored parameter, scales counted; None: those of the checkpoint's precision."""
     kept_experts: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
     """The experts left in each layer of a method that removes some, ascending; the others get no token any more."""
 

@@ -65,4 +65,4 @@ def gptq(stacks: Stacks, bits: int, calibration: Calibration) -> Approximation:
         else:
             in_groups(experts)  # refuse a ragged last group
             approximation[key] = round_with_feedback(experts.mT, moment, bits, across_outputs=False).mT
-    return rounded(stacks, approximation, bits, began)
+    return rounded(approximation, began)

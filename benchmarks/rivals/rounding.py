@@ -15,8 +15,11 @@ from benchmarks.stacks import Approximation, Stacks
 from globe.errors import SettingsError
 
 GROUP = 32
-OVERHEAD = 2 * 16 / GROUP
-"""Bits that scale and offset add to a weight."""
+
+
+def bits_of_a_weight(bits: int) -> float:
+    """What a weight rounded to `bits` takes, its share of the scale and the offset included."""
+    return bits + 2 * 16 / GROUP
 
 
 def in_groups(values: Tensor) -> Tensor:
@@ -44,10 +47,10 @@ def rounding(stacks: Stacks, bits: int) -> Approximation:
     for key, experts in stacks.items():
         groups = in_groups(experts)
         approximation[key] = round_to(groups, *grid(groups, bits), bits).flatten(-2)
-    return rounded(stacks, approximation, bits, began)
+    return rounded(approximation, began)
 
 
-def rounded(stacks: Stacks, approximation: Stacks, bits: int, began: float) -> Approximation:
-    """What is stored of weights rounded to `bits`, and the time since `began`."""
-    stored = sum(experts.numel() for experts in stacks.values())
-    return Approximation(approximation, stored, f"groups of {GROUP}", time.monotonic() - began, bits=bits + OVERHEAD)
+def rounded(approximation: Stacks, began: float) -> Approximation:
+    """Weights that are all stored, in `bits_of_a_weight`, and the time since `began`."""
+    stored = sum(experts.numel() for experts in approximation.values())
+    return Approximation(approximation, stored, f"groups of {GROUP}", time.monotonic() - began)

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.calibration import damped
 from benchmarks.rivals.gptq import best_grid, gptq, round_with_feedback
-from benchmarks.rivals.rounding import GROUP, in_groups, round_to, rounding
+from benchmarks.rivals.rounding import GROUP, bits_of_a_weight, in_groups, round_to, rounding
 from globe.errors import SettingsError
 from tests.benchmarks.calibrated import invented
 from tests.random_experts import normal
@@ -19,7 +19,7 @@ F32 = torch.float32
 def test_rounding_is_the_nearest_point_of_the_grid(bits: int) -> None:
     experts = normal(2, 3, 2 * GROUP, dtype=F32)
     found = rounding({(0, "gate"): experts}, bits)
-    assert found.bits == bits + 1
+    assert bits_of_a_weight(bits) == bits + 1
     for weights, rounded in zip(experts.view(-1, GROUP), found.stacks[0, "gate"].reshape(-1, GROUP), strict=True):
         low = weights.min().half().double()
         step = ((weights.max() - weights.min()) / (2**bits - 1)).half().double()
