@@ -1,10 +1,13 @@
 """Error, perplexity and divergence of GloBE, truncated SVD and MoBE at equal stored parameters.
 
-    python -m benchmarks.quality
+    python -m benchmarks.quality [--rivals all]
 
 Every method gets the same weights and a budget of stored parameters, and what it stores is rounded to the precision of
 the checkpoint. GloBE goes the whole way: compressed to a directory and loaded from it. All models are evaluated in
 float32 on the same held-out tokens, against the original.
+
+With `--rivals all` the other factorisations, pruning and merging come in at the same budgets, and rounding of the
+weights alone at the bytes that it takes. What needs calibration sees the shipped calibration split and nothing else.
 """
 
 from __future__ import annotations
@@ -13,9 +16,9 @@ import copy
 import dataclasses
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -23,10 +26,19 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from benchmarks.calibration import Calibration, calibrate
 from benchmarks.record import RESULTS, Claim, write_record
+from benchmarks.rivals.d2_moe import d2_moe
+from benchmarks.rivals.gptq import gptq
 from benchmarks.rivals.mobe import best_shape, mobe, published_shape
+from benchmarks.rivals.molae import molae
+from benchmarks.rivals.ream import ream
+from benchmarks.rivals.reap import reap
+from benchmarks.rivals.rounding import bits_of_a_weight, rounding
 from benchmarks.rivals.truncated_svd import truncated_svd
-from benchmarks.stacks import Approximation, Stacks, family_errors, read_stacks, write_stacks
+from benchmarks.rivals.tucker import td_moe
+from benchmarks.rivals.whitened_svd import whitened_svd
+from benchmarks.stacks import Approximation, Stacks, family_errors, read_stacks, remove_experts, write_stacks
 from benchmarks.tables import Column, print_claims, print_table
 from globe import CompressConfig, EvaluateConfig, compress
 from globe.evaluate import evaluate_model, token_windows
@@ -35,6 +47,16 @@ from globe.shipped import read_text, resolve_model
 PERPLEXITY_RISE = 0.02
 """Largest rise of GloBE's perplexity at keep 0.75 that is claimed."""
 CLAIMED_KEEP = 0.75
+CALIBRATED: Mapping[str, Callable[[Stacks, float, torch.dtype, Calibration], Approximation]] = {
+    "whitened SVD": whitened_svd,
+    "D²-MoE": d2_moe,
+    "TD-MoE": td_moe,
+    "REAP": reap,
+    "REAM": ream,
+}
+"""Rivals that take a budget and the statistics of the calibration text."""
+BITS = (8, 4, 3, 2)
+"""Precisions to which the weights alone are rounded."""
 COLUMNS = (
     Column("keep", "keep", "g"),
     Column("method", "method"),
@@ -50,6 +72,8 @@ COLUMNS = (
     Column("seconds", "seconds", ".1f"),
     Column("seconds_over_globe", "x GloBE", ".2f"),
 )
+ALL_COLUMNS = (*COLUMNS[:4], Column("bytes", "bytes", ".3f"), *COLUMNS[4:])
+"""With what is stored in bytes over the bytes in bfloat16."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +96,12 @@ class QualityConfig:
     """Held-out tokens predicted."""
     layers: tuple[int, ...] | None = None
     """Layers to compress; None: all."""
-    output: Path = RESULTS / "quality.json"
-    """Where the record is written."""
+    rivals: Literal["few", "all"] = "few"
+    """`few`: truncated SVD and MoBE. `all`: every other one too."""
+    calibration_tokens: int = 50_000
+    """Tokens of the calibration split that calibrated rivals see."""
+    output: Path | None = None
+    """Where the record is written; None: quality.json in the results, or quality_all.json with all rivals."""
 
 
 class Evaluator:
@@ -81,24 +109,31 @@ class Evaluator:
 
     def __init__(self, model: str | Path, max_tokens: int) -> None:
         self._original = _load(model)
-        tokenizer = AutoTokenizer.from_pretrained(str(model))
-        self._windows, self._bytes_per_token = token_windows(
-            tokenizer, read_text("heldout"), EvaluateConfig(max_tokens=max_tokens)
-        )
+        self._tokenizer = AutoTokenizer.from_pretrained(str(model))
+        self._windows, self._bytes_per_token = self._split("heldout", max_tokens)
 
     def original(self) -> dict[str, float]:
         """Perplexity of the original."""
         return self._judge(self._original)
 
-    def approximation(self, stacks: Stacks) -> dict[str, float]:
-        """Quality of the original with some of its experts replaced."""
+    def approximation(self, stacks: Stacks, kept_experts: Mapping[int, torch.Tensor]) -> dict[str, float]:
+        """Quality of the original with some of its experts replaced and, where not all are kept, some removed."""
         model = copy.deepcopy(self._original)
         write_stacks(model, stacks)
+        remove_experts(model, kept_experts)
         return self._judge(model)
+
+    def calibration(self, max_tokens: int, stacks: Stacks) -> Calibration:
+        """Statistics of the original on the calibration split, of the layers that `stacks` has."""
+        windows, _ = self._split("calibration", max_tokens)
+        return calibrate(self._original, windows, {layer for layer, _ in stacks})
 
     def directory(self, folder: Path) -> dict[str, float]:
         """Quality of the model in a directory."""
         return self._judge(_load(folder))
+
+    def _split(self, name: str, max_tokens: int) -> tuple[torch.Tensor, float]:
+        return token_windows(self._tokenizer, read_text(name), EvaluateConfig(max_tokens=max_tokens))
 
     def _judge(self, model: Any) -> dict[str, float]:
         reference = None if model is self._original else self._original
@@ -134,14 +169,21 @@ def globe_row(config: QualityConfig, keep: float, evaluator: Evaluator) -> dict[
 def rival_row(
     keep: float, method: str, stacks: Stacks, approximation: Approximation, evaluator: Evaluator
 ) -> dict[str, Any]:
-    """A rival's approximation, judged."""
+    """A rival's approximation within a budget, judged."""
     return {
         "keep": keep,
         "method": method,
         "shape": approximation.shape,
         "stored": approximation.stored_parameters / sum(stack.numel() for stack in stacks.values()),
+        **judged(stacks, approximation, evaluator),
+    }
+
+
+def judged(stacks: Stacks, approximation: Approximation, evaluator: Evaluator) -> dict[str, Any]:
+    """Error, quality and time of an approximation."""
+    return {
         **family_errors(stacks, approximation.stacks),
-        **evaluator.approximation(approximation.stacks),
+        **evaluator.approximation(approximation.stacks, approximation.kept_experts),
         "seconds": approximation.seconds,
     }
 
@@ -162,12 +204,38 @@ def rows_at(
         yield rival_row(keep, "MoBE, R < P", stacks, approximation, evaluator)
 
 
-def add_ratios(rows: list[dict[str, Any]], original: float) -> None:
-    """Add what does not depend on the machine: the rise of the perplexity, and error and time in units of GloBE's."""
+def more_rows_at(
+    keep: float, stacks: Stacks, dtype: torch.dtype, calibration: Calibration, evaluator: Evaluator
+) -> Iterator[dict[str, Any]]:
+    """The rivals that `rows_at` leaves out, at one budget; the calibration counts to the time of those that use it."""
+    yield rival_row(keep, "MoLAE", stacks, molae(stacks, keep, dtype), evaluator)
+    for method, rival in CALIBRATED.items():
+        found = rival(stacks, keep, dtype, calibration)
+        found = dataclasses.replace(found, seconds=found.seconds + calibration.seconds)
+        yield rival_row(keep, method, stacks, found, evaluator)
+
+
+def rounding_rows(stacks: Stacks, calibration: Calibration, evaluator: Evaluator) -> Iterator[dict[str, Any]]:
+    """Rounding of the weights alone, plain and with error feedback, each at the bytes that it takes."""
+    for bits in BITS:
+        plain, feedback = rounding(stacks, bits), gptq(stacks, bits, calibration)
+        feedback = dataclasses.replace(feedback, seconds=feedback.seconds + calibration.seconds)
+        for method, found in ((f"int{bits}", plain), (f"int{bits}, GPTQ", feedback)):
+            stored = bits_of_a_weight(bits) / 16
+            yield {"method": method, "shape": found.shape, "bytes": stored, **judged(stacks, found, evaluator)}
+
+
+def add_ratios(rows: list[dict[str, Any]], original: float, dtype: torch.dtype) -> None:
+    """Add what does not depend on the machine.
+
+    That is the rise of the perplexity, bytes in units of bfloat16's, given the `dtype` that parameters are stored in,
+    and error and time in units of GloBE's.
+    """
     globe = {row["keep"]: row for row in rows if row["method"] == "GloBE"}
     for row in rows:
         row["perplexity_rise"] = row["perplexity"] / original - 1
         if "keep" in row:
+            row["bytes"] = row["stored"] * dtype.itemsize / torch.bfloat16.itemsize
             row["error_over_globe"] = row["error"] / globe[row["keep"]]["error"]
             row["seconds_over_globe"] = row["seconds"] / globe[row["keep"]]["seconds"]
 
@@ -203,18 +271,31 @@ def main(config: QualityConfig) -> None:
     evaluator = Evaluator(model, config.max_tokens)
     rows: list[dict[str, Any]] = [{"method": "original", **evaluator.original()}]
     nothing = {key: torch.zeros_like(stack) for key, stack in stacks.items()}
-    rows.append({"method": "without these experts", **evaluator.approximation(nothing)})
+    rows.append({"method": "without these experts", **evaluator.approximation(nothing, {})})
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        budget = f"keep {row['keep']:g}  " if "keep" in row else ""
+        progress = f"{time.monotonic() - began:5.0f} s  {budget}{row['method']}: error {row['error']:.4f}"
+        console.print(f"{progress}  perplexity {row['perplexity']:.3f}", highlight=False)
+
+    calibration = evaluator.calibration(config.calibration_tokens, stacks) if config.rivals == "all" else None
     for keep in config.keeps:
         for row in rows_at(config, keep, stacks, dtype, evaluator):
-            rows.append(row)
-            progress = f"{time.monotonic() - began:5.0f} s  keep {keep:g}  {row['method']}: error {row['error']:.4f}"
-            console.print(f"{progress}  perplexity {row['perplexity']:.3f}", highlight=False)
-    add_ratios(rows, rows[0]["perplexity"])
+            add(row)
+        if calibration is not None:
+            for row in more_rows_at(keep, stacks, dtype, calibration, evaluator):
+                add(row)
+    if calibration is not None:
+        for row in rounding_rows(stacks, calibration, evaluator):
+            add(row)
+    add_ratios(rows, rows[0]["perplexity"], dtype)
     claims = judge_claims(rows)
     title = f"Quality of {Path(model).name} on {config.max_tokens} held-out tokens, {config.threads} threads"
-    print_table(title, rows, COLUMNS)
+    print_table(title, rows, COLUMNS if calibration is None else ALL_COLUMNS)
     print_claims(claims)
-    write_record(config.output, "quality", config, rows, claims)
+    output = config.output or RESULTS / ("quality.json" if calibration is None else "quality_all.json")
+    write_record(output, "quality", config, rows, claims)
 
 
 if __name__ == "__main__":
