@@ -15,7 +15,7 @@ Activation = Literal["identity", "silu", "tanh"]
 
 def _silu_derivative(t: Tensor) -> Tensor:
     gate = torch.sigmoid(t)
-    return gate * (1 + t * (1 - gate))
+    return (1 - gate).mul_(t).add_(1).mul_(gate)
 
 
 def _tanh_derivative(t: Tensor) -> Tensor:

@@ -54,9 +54,9 @@ def solve_positive(gram: Tensor, rhs: Tensor, ridge: float) -> tuple[Tensor, int
     """
     home = gram.device
     gram, rhs = _capable(gram), _capable(rhs)
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    shift = ridge * diagonal.mean(-1, keepdim=True) + torch.finfo(gram.dtype).tiny
-    shifted = gram + torch.diag_embed(shift.expand_as(diagonal))
+    shifted = gram.clone()
+    diagonal = shifted.diagonal(dim1=-2, dim2=-1)
+    diagonal += ridge * diagonal.mean(-1, keepdim=True) + torch.finfo(gram.dtype).tiny
     factor, info = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(shifted))
     failed = info > 0
     num_failed = int(failed.sum())

@@ -18,8 +18,11 @@ from globe.bank.adapters import refit_adapters
 from globe.bank.factors import mix
 from globe.bank.linalg import inner, norms
 
-CHUNK_BYTES = 32 * 2**20
-"""Bound on one temporary (experts x R x D) while experts are visited in chunks."""
+CHUNK_BYTES = 8 * 2**20
+"""Bound on one temporary (experts x R x D) while experts are visited in chunks on a CPU: near its cache, and small enough
+for the allocator to reuse instead of asking the system for fresh pages."""
+ACCELERATOR_CHUNK_BYTES = 256 * 2**20
+"""The same on an accelerator, which wants large batches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +68,9 @@ class Projection:
 
 
 def expert_chunks(x: Tensor) -> list[slice]:
-    """Slices of the leading dimension whose rows fill at most `CHUNK_BYTES`, at least one row each."""
-    rows = max(1, CHUNK_BYTES // max(1, x[0].numel() * x.element_size()))
+    """Slices of the leading dimension whose rows fill at most the device's bound, at least one row each."""
+    bound = CHUNK_BYTES if x.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
+    rows = max(1, bound // max(1, x[0].numel() * x.element_size()))
     return [slice(start, min(start + rows, x.shape[0])) for start in range(0, x.shape[0], rows)]
 
 

@@ -30,8 +30,9 @@ def weight_aware_targets(
     if activation == "identity" or activation_lambda == 0.0:
         return wanted
     slope = jacobian(mixed, activation, activation_lambda)
-    slope = slope.sign().where(slope != 0, 1.0) * slope.abs().clamp_min(floor)
-    return mixed + (wanted - activate(mixed, activation, activation_lambda)) / slope
+    slope = slope.abs().clamp_min_(floor).copysign_(slope)
+    features = activate(mixed, activation, activation_lambda)  # a tensor of its own: φ is not the identity here
+    return features.neg_().add_(wanted).div_(slope).add_(mixed)
 
 
 def blend_targets(warm: Tensor, weight_aware: Tensor, route_beta: float) -> Tensor:
