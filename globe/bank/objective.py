@@ -23,6 +23,8 @@ CHUNK_BYTES = 8 * 2**20
 for the allocator to reuse instead of asking the system for fresh pages."""
 ACCELERATOR_CHUNK_BYTES = 256 * 2**20
 """The same on an accelerator, which wants large batches."""
+LEAST_EXPERTS = 4
+"""Experts in a chunk at least, whatever their size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +69,13 @@ class Projection:
     """A, (E, P, R)."""
 
 
-def expert_chunks(x: Tensor) -> list[slice]:
-    """Slices of the leading dimension whose rows fill at most the device's bound, at least one row each."""
+def expert_chunks(x: Tensor, num_bases: int = 0) -> list[slice]:
+    """Slices of the leading dimension whose rows fill at most the device's bound, but no fewer than `LEAST_EXPERTS`.
+
+    A chunk that reads a bank of `num_bases` has an eighth as many rows at least, to share the cost of reading it.
+    """
     bound = CHUNK_BYTES if x.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
-    rows = max(1, bound // max(1, x[0].numel() * x.element_size()))
+    rows = max(LEAST_EXPERTS, num_bases // 8, bound // max(1, x[0].numel() * x.element_size()))
     return [slice(start, min(start + rows, x.shape[0])) for start in range(0, x.shape[0], rows)]
 
 
@@ -91,7 +96,7 @@ def project(
     grad_codes = torch.empty_like(codes) if gradient else None
     grad_bases = torch.zeros_like(bases) if gradient else None
     kept: list[Tensor] = []
-    for part in expert_chunks(problem.weights):
+    for part in expert_chunks(problem.weights, bases.shape[0]):
         w, t = problem.weights[part], mix(codes[part], bases)
         n = activate(t, activation, activation_lambda)
         a, failed = refit_adapters(w, n, lambda_a=problem.lambda_a, second_moment=problem.second_moment)

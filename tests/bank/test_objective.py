@@ -116,6 +116,7 @@ def test_chunks_change_nothing(experts_per_chunk: int, monkeypatch: pytest.Monke
     whole_objective = objective(problem, whole.adapters, codes, bases, "silu", 0.6)
     energy = problem.energy()
     monkeypatch.setattr(module, "CHUNK_BYTES", experts_per_chunk * P * D * 8)
+    monkeypatch.setattr(module, "LEAST_EXPERTS", 1)
     assert len(expert_chunks(problem.weights)) == -(-E // experts_per_chunk)
     parts = project(problem, codes, bases, "silu", 0.6, gradient=True, adapters=True)
     assert parts.objective == pytest.approx(whole.objective, rel=1e-13)
@@ -133,13 +134,19 @@ def test_chunks_cover_every_expert_once_within_the_bound(experts: int, chunk_byt
         patch.setattr(module, "CHUNK_BYTES", chunk_bytes)
         chunks = expert_chunks(x)
     assert [e for chunk in chunks for e in range(experts)[chunk]] == list(range(experts))
-    assert all(x[chunk].nbytes <= max(chunk_bytes, 60) for chunk in chunks)
+    assert all(x[chunk].nbytes <= max(chunk_bytes, 4 * 60) for chunk in chunks)
+
+
+def test_a_wide_bank_is_read_by_an_eighth_as_many_experts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "CHUNK_BYTES", 0)
+    assert [chunk.stop - chunk.start for chunk in expert_chunks(torch.zeros(20, 3, 5), num_bases=64)] == [8, 8, 4]
 
 
 def test_fallbacks_are_summed_over_chunks(monkeypatch: pytest.MonkeyPatch):
     bases = torch.ones(1, 2, 4, dtype=F64)  # two equal rows: singular for every expert
     problem = Problem(normal(3, 3, 4), lambda_a=0.0)
     monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(module, "LEAST_EXPERTS", 1)
     found = project(problem, torch.ones(3, 1, dtype=F64), bases, "identity")
     assert found.num_fallbacks == 3
     assert 0 < found.objective < 1
