@@ -11,7 +11,7 @@ BIN := .venv/bin
 demo: .venv/ready  ## compress the shipped model, load it, compare it with the original
 	rm -rf runs/demo runs/demo.partial
 	$(BIN)/globe compress -o runs/demo
-	$(BIN)/globe evaluate runs/demo --prompt 'def read_lines(path):'
+	$(BIN)/globe evaluate runs/demo --prompt 'def test_read(self):'
 
 test: .venv/ready  ## the test suite
 	$(BIN)/python -m pytest
