@@ -8,6 +8,7 @@ directory in bfloat16 (weights, tokenizer, model card) beside the two texts that
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gzip
 import hashlib
@@ -165,8 +166,10 @@ def train(model: Qwen2MoeForCausalLM, ids: torch.Tensor, config: TrainConfig) ->
 
 def save_weights(model: Qwen2MoeForCausalLM, output: Path) -> None:
     state = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    model.config.dtype = torch.bfloat16
     model.save_pretrained(output, state_dict=state)
+    config = copy.deepcopy(model.config)
+    config.dtype = torch.bfloat16  # of the file; save_pretrained notes that of the model in training
+    config.save_pretrained(output)
 
 
 def write_text(path: Path, text: str) -> None:
