@@ -19,8 +19,8 @@ from globe.bank.factors import mix
 from globe.bank.linalg import inner, norms
 
 CHUNK_BYTES = 8 * 2**20
-"""Bound on one temporary (experts x R x D) while experts are visited in chunks on a CPU: near its cache, and small enough
-for the allocator to reuse instead of asking the system for fresh pages."""
+"""Bound on one temporary (experts x R x D) while experts are visited in chunks on a CPU: near its cache, and small
+enough for the allocator to reuse instead of asking the system for fresh pages."""
 ACCELERATOR_CHUNK_BYTES = 256 * 2**20
 """The same on an accelerator, which wants large batches."""
 LEAST_EXPERTS = 4
