@@ -82,9 +82,9 @@ def model_names(checkpoint: Checkpoint) -> FactorNames:
     Raises `UnsupportedModelError` if transformers does not know the model, or GloBE its experts.
     """
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder)
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(
             f"transformers cannot build {checkpoint.folder} (model_type {checkpoint.config.get('model_type')!r}) "

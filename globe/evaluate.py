@@ -105,7 +105,7 @@ def load(model: str | Path, device: str = "cpu") -> Any:
     Raises `CheckpointError` with the cause when transformers cannot load it.
     """
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(str(model), dtype="auto")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(model), dtype="auto", trust_remote_code=False)
         return loaded.to(device).eval()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model} cannot be loaded: {error}") from error
@@ -114,7 +114,7 @@ def load(model: str | Path, device: str = "cpu") -> Any:
 def load_tokenizer(model: str | Path) -> Any:
     """The tokenizer of a model; raises `CheckpointError` with the cause when it has none."""
     try:
-        return AutoTokenizer.from_pretrained(str(model))
+        return AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the tokenizer of {model} cannot be loaded: {error}") from error
 

@@ -284,6 +284,15 @@ def test_a_quantised_source_is_refused_by_name(source: Path, tmp_path: Path) -> 
         compress(source, tmp_path / "out", QUICK)
 
 
+def test_remote_code_is_never_run(source: Path, tmp_path: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    config |= {"model_type": "unheard_of", "auto_map": {"AutoConfig": "code.Config"}}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "code.py").write_text("raise SystemExit('remote code was run')")
+    with pytest.raises(UnsupportedModelError, match="unheard_of"):
+        compress(source, tmp_path / "out", QUICK)
+
+
 def test_a_compressed_model_is_not_compressed_again(source: Path, tmp_path: Path) -> None:
     compress(source, tmp_path / "out", QUICK)
     with pytest.raises(GlobeError, match="already compressed"):
