@@ -21,7 +21,16 @@ from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.layout import ExpertLayer, Family, find_expert_layers, source_names
 from globe.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
 from globe.checkpoint.stacks import read_family
-from globe.checkpoint.writer import claim, copy_tensors, finish, require_space, save_tensors, write_index, write_json
+from globe.checkpoint.writer import (
+    claim,
+    copy_side_files,
+    copy_tensors,
+    finish,
+    require_space,
+    save_tensors,
+    write_index,
+    write_json,
+)
 from globe.config import CompressConfig
 from globe.errors import CheckpointError, OutputError, SettingsError, UnsupportedModelError
 from globe.experts import read_stack, to_storage
@@ -63,7 +72,8 @@ def compress(
     watch = Observers(observers)
     finished = [_read_record(partial, number) for number in range(len(job.scopes))]
     num_finished = next((number for number, record in enumerate(finished) if record is None), len(finished))
-    require_space(partial, job.predicted_bytes())
+    written = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
+    require_space(partial, job.predicted_bytes() - written)
     watch.start(job.scopes, num_finished)
     try:
         for number in range(num_finished, len(job.scopes)):
@@ -203,10 +213,7 @@ class Job:
             sum(bank.seconds for bank in banks),
             peak_memory(),
         )
-        for path in self.checkpoint.side_files():
-            target = partial / path.relative_to(self.checkpoint.folder)
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(path.read_bytes())
+        copy_side_files(self.checkpoint, partial)
         write_source_layout(partial, self.checkpoint)
         write_index(partial, weight_map, compressed_bytes)
         write_json(partial / REPORT, report.to_json())

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.layout import FAMILIES, Family, find_expert_layers, source_names
-from globe.checkpoint.reader import CONFIG, INDEX, Checkpoint, open_checkpoint
+from globe.checkpoint.reader import CONFIG, SINGLE, Checkpoint, open_checkpoint
 from globe.checkpoint.stacks import dense_tensor
-from globe.checkpoint.writer import claim, finish, require_space, save_tensors, write_index, write_json
+from globe.checkpoint.writer import claim, copy_side_files, finish, require_space, save_tensors, write_index, write_json
 from globe.compress import model_names
 from globe.errors import CheckpointError, OutputError
 from globe.experts import restore
@@ -41,14 +41,10 @@ def export_dense(model: str | Path, output: str | Path) -> Path:
     require_space(partial, sum(tensor.nbytes for tensor in dense.source.tensors.values()))
     for shard in dense.source.shards:
         save_tensors(partial / shard, {t.name: dense.tensor(t.name) for t in dense.source.shard_tensors(shard)})
-    if (compressed.folder / INDEX).exists() and len(dense.source.shards) > 1:
+    if dense.source.shards != (SINGLE,):
         weight_map = {tensor.name: tensor.shard for tensor in dense.source.tensors.values()}
         write_index(partial, weight_map, sum(tensor.nbytes for tensor in dense.source.tensors.values()))
-    for path in compressed.side_files():
-        if path.name not in (REPORT, SOURCE_LAYOUT):
-            target = partial / path.relative_to(compressed.folder)
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(path.read_bytes())
+    copy_side_files(compressed, partial, leave_out=(REPORT, SOURCE_LAYOUT))
     write_json(partial / CONFIG, dense.source.config)
     open_checkpoint(partial)
     finish(partial, output)

@@ -21,7 +21,7 @@ from globe.evaluate import EvaluateConfig, Evaluation, evaluate_model, generate,
 from globe.model.quantization_config import QUANT_METHOD
 from globe.plan import Scope, compact
 from globe.progress import clock, describe
-from globe.report import Report, peak_memory, versions
+from globe.report import REPORT, Report, peak_memory, versions
 from globe.shipped import read_text, resolve_model
 
 
@@ -83,8 +83,7 @@ def show_evaluation(
     if ours.kl is not None and ours.agreement is not None:
         table.add_row("KL to the original (nats per token)", "0", f"{ours.kl:.5f}")
         table.add_row("same next token", "100 %", f"{ours.agreement:.2%}")
-    if _is_compressed(model):
-        report = Report.read(Path(model))
+    if (report := _report(model)) is not None:
         for family, error in report.family_errors().items():
             table.add_row(f"relative error, {family}", *([""] * (len(results) - 1)), f"{error:.4f}")
     console.print(table)
@@ -108,10 +107,14 @@ def _reference(model: str, reference: str | None) -> str | None:
     """The model to compare with: the one asked for, or the source of a compressed model if it is a folder at hand."""
     if reference is not None:
         return None if reference == "none" else str(resolve_model(reference))
-    if not _is_compressed(model):
-        return None
-    source = str(resolve_model(Report.read(Path(model)).source))
-    return source if Path(source).is_dir() else None
+    report = _report(model)
+    source = None if report is None else str(resolve_model(report.source))
+    return source if source is not None and Path(source).is_dir() else None
+
+
+def _report(model: str) -> Report | None:
+    """The report beside a compressed model; a copy that save_pretrained made has none."""
+    return Report.read(Path(model)) if _is_compressed(model) and (Path(model) / REPORT).is_file() else None
 
 
 def _size(model: str) -> int:

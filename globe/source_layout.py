@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from globe.checkpoint.header import TORCH_DTYPES, TensorInfo
-from globe.checkpoint.reader import Checkpoint
+from globe.checkpoint.reader import Checkpoint, check_shard_name
 from globe.checkpoint.writer import write_json
 from globe.errors import CheckpointError
 
@@ -26,7 +26,8 @@ def write_source_layout(folder: Path, source: Checkpoint) -> None:
 def read_source_layout(compressed: Checkpoint) -> Checkpoint:
     """The source as it was, without its data: its configuration, and the names, dtypes, shapes and shards.
 
-    Raises `CheckpointError` if the compressed checkpoint's folder has no readable record of its source.
+    Raises `CheckpointError` if the compressed checkpoint's folder has no readable record of its source, or one that
+    names files outside the folder.
     """
     path = compressed.folder / SOURCE_LAYOUT
     try:
@@ -41,5 +42,7 @@ def read_source_layout(compressed: Checkpoint) -> Checkpoint:
             f"{path} cannot be read ({error!r}): the dense export needs it; copy it from the folder that "
             "globe compress wrote"
         ) from error
+    for tensor in tensors.values():
+        check_shard_name(SOURCE_LAYOUT, tensor.name, tensor.shard)
     config = {key: value for key, value in compressed.config.items() if key != "quantization_config"}
     return Checkpoint(compressed.folder, config, tensors, tuple(shards))

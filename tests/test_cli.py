@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from globe.cli import main
 from tests.tiny_sources import write_source
@@ -39,6 +40,18 @@ def test_compress_evaluate_inspect_and_export_the_shipped_model(
     status, out, _ = run(capsys, "export", tmp_path / "out", "-o", tmp_path / "dense")
     assert status == 0
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+def test_a_saved_copy_of_a_compressed_model_is_evaluated_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "compress", "-o", tmp_path / "out", *FAST)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "copy")
+    AutoTokenizer.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "copy")
+    status, out, _ = run(capsys, "evaluate", tmp_path / "copy", "--max-tokens", 512)
+    assert status == 0
+    assert "compressed" in out
+    assert "original" not in out
 
 
 def test_inspect_shows_the_plan_and_does_no_work(capsys: pytest.CaptureFixture[str]) -> None:

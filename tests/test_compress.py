@@ -299,6 +299,44 @@ def test_a_compressed_model_is_not_compressed_again(source: Path, tmp_path: Path
         compress(tmp_path / "out", tmp_path / "again", QUICK)
 
 
+def test_one_shard_with_an_index_comes_back_as_it_was(source: Path, tmp_path: Path) -> None:
+    tensors = {name: tensor for shard in source.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    for shard in source.glob("*.safetensors"):
+        shard.unlink()
+    only = "model-00001-of-00001.safetensors"
+    save_file(tensors, source / only, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, only)}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    compress(source, tmp_path / "out", QUICK)
+    export_dense(tmp_path / "out", tmp_path / "dense")
+    assert open_checkpoint(tmp_path / "dense").shards == (only,)
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(tmp_path / "dense"), rtol=0, atol=1e-5)
+
+
+def test_an_export_never_writes_outside_its_folder(source: Path, tmp_path: Path) -> None:
+    compress(source, tmp_path / "out", QUICK)
+    record = tmp_path / "out" / "globe_source.json"
+    shards = json.loads(record.read_text())["shards"]
+    first = next(iter(shards))
+    record.write_text(json.dumps({"shards": {"../outside.safetensors": shards.pop(first), **shards}}))
+    with pytest.raises(CheckpointError, match="outside the folder"):
+        export_dense(tmp_path / "out", tmp_path / "dense")
+    assert not list(tmp_path.glob("outside*"))
+
+
+def test_going_on_needs_room_only_for_what_is_left(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(compress_module, "require_space", lambda _, nbytes: asked.append(nbytes))
+    with monkeypatch.context() as patch:
+        fail_after(patch, 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            compress(source, tmp_path / "out", QUICK)
+    compress(source, tmp_path / "out", QUICK)
+    assert 0 < asked[1] < asked[0]
+
+
 def test_exporting_a_dense_model_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not compressed"):
         export_dense(source, tmp_path / "dense")

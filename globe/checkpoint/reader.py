@@ -162,13 +162,16 @@ def _read_weight_map(folder: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX} has no weight_map from tensor names to files")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{INDEX} places tensor {name!r} in {shard!r}; only safetensors files are read")
-        if "\\" in shard or PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
-            raise CheckpointError(
-                f"{INDEX} places tensor {name!r} in {shard!r}, outside the folder: it is not followed"
-            )
+        check_shard_name(INDEX, name, shard)
     return weight_map
+
+
+def check_shard_name(record: str, name: str, shard: object) -> None:
+    """Raise `CheckpointError` unless the file that `record` places tensor `name` in is safetensors inside the folder."""
+    if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+        raise CheckpointError(f"{record} places tensor {name!r} in {shard!r}; only safetensors files are read")
+    if "\\" in shard or PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
+        raise CheckpointError(f"{record} places tensor {name!r} in {shard!r}, outside the folder: it is not followed")
 
 
 def _check_present(folder: Path, shards: tuple[str, ...]) -> None:

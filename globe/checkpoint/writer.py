@@ -64,6 +64,15 @@ def copy_tensors(checkpoint: Checkpoint, shard: str, names: Collection[str], pat
             _copy_range(source, file, start + tensor.offset, tensor.nbytes)
 
 
+def copy_side_files(checkpoint: Checkpoint, folder: Path, leave_out: Collection[str] = ()) -> None:
+    """Take over the checkpoint's side files unchanged, but for the names in `leave_out`; `OutputError` as above."""
+    for path in checkpoint.side_files():
+        if path.name not in leave_out:
+            content = path.read_bytes()
+            with _replacing(folder / path.relative_to(checkpoint.folder), len(content)) as file:
+                file.write(content)
+
+
 def write_json(path: Path, obj: Any) -> None:
     """Write JSON, indented; a NaN or an infinity, which JSON cannot say, is a `ValueError`."""
     content = (json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
