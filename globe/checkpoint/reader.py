@@ -167,7 +167,7 @@ def _read_weight_map(folder: Path) -> dict[str, str]:
 
 
 def check_shard_name(record: str, name: str, shard: object) -> None:
-    """Raise `CheckpointError` unless the file that `record` places tensor `name` in is safetensors inside the folder."""
+    """Raise `CheckpointError` unless the file that `record` places tensor `name` in is safetensors in the folder."""
     if not isinstance(shard, str) or not shard.endswith(".safetensors"):
         raise CheckpointError(f"{record} places tensor {name!r} in {shard!r}; only safetensors files are read")
     if "\\" in shard or PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
