@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -31,15 +33,17 @@ def gauss_newton_bases(
     activation: str,
     activation_lambda: float = 1.0,
     *,
+    weigh: Callable[[Tensor], Tensor] = lambda x: x,
     lambda_b: float = 1e-4,
     max_iterations: int = 20,
     tolerance: float = 1e-3,
 ) -> Tensor:
     """Minimise Σ_e ‖W_e − A_e (N_e + J_e ⊙ (a_e·ΔB))‖² over ΔB at fixed A and a; returns B + ΔB, (M, R, D).
 
-    For φ = identity this is the exact bank update Σ_e a_ej A_eᵀA_e (Σ_k a_ek B_k) = Σ_e a_ej A_eᵀ W_e, otherwise one
-    Gauss–Newton step. Matrix-free conjugate gradients on ΔB, preconditioned by (aᵀa)⁻¹ ⊗ (mean AᵀA)⁻¹: the bank is
-    the largest object that is ever built.
+    `weigh` multiplies (E, K, D) by the metric of the norm, x ↦ w_e x_e C_e, the identity by default. For φ = identity
+    this is the exact bank update Σ_e a_ej A_eᵀA_e (Σ_k a_ek B_k) = Σ_e a_ej A_eᵀ W_e, otherwise one Gauss–Newton step.
+    Matrix-free conjugate gradients on ΔB, preconditioned by (aᵀa)⁻¹ ⊗ (mean AᵀA)⁻¹: the bank is the largest object that
+    is ever built.
     """
     mixed = mix(codes, bases)
     slope = jacobian(mixed, activation, activation_lambda)
@@ -51,7 +55,7 @@ def gauss_newton_bases(
         return (codes.mT @ (slope * x_erd).flatten(1)).view_as(bases)
 
     def operator(delta: Tensor) -> Tensor:
-        return adjoint(gram @ (slope * mix(codes, delta)))
+        return adjoint(gram @ weigh(slope * mix(codes, delta)))
 
     def precondition(x_mrd: Tensor) -> Tensor:
         left = solve_positive(codes_gram, x_mrd.flatten(1), lambda_b)[0].view_as(x_mrd)
@@ -61,7 +65,8 @@ def gauss_newton_bases(
             .movedim(0, 1)
         )
 
-    residual = adjoint(adapters.mT @ (weights - adapters @ activate(mixed, activation, activation_lambda)))
+    missed = weights - adapters @ activate(mixed, activation, activation_lambda)
+    residual = adjoint(adapters.mT @ weigh(missed))
     delta, direction = torch.zeros_like(bases), precondition(residual)
     power = first = inner(residual, direction).sum()
     for _ in range(max_iterations):

@@ -9,6 +9,7 @@ Pereyra 1973): it flows through T alone, and no derivative of the linear solve i
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 from torch import Tensor
@@ -28,6 +29,32 @@ LEAST_EXPERTS = 4
 
 
 @dataclasses.dataclass(frozen=True)
+class InputMetric:
+    """What the experts multiply: a second moment for each group of experts, such as gate and up of a layer."""
+
+    second_moments: Tensor
+    """C, (G, D, D)."""
+    group: tuple[int | None, ...]
+    """Of each expert the C that measures its error; None for the identity."""
+
+    def to(self, like: Tensor) -> InputMetric:
+        """In the precision and on the device of another tensor."""
+        return InputMetric(self.second_moments.to(like), self.group)
+
+    def weigh(self, x: Tensor, part: slice) -> Tensor:
+        """x_e C_e for the experts `part`: (e, K, D) -> (e, K, D). Runs of experts of one group share a product."""
+        if set(self.group[part]) == {None}:
+            return x
+        weighed: list[Tensor] = []
+        start = 0
+        for group, run in itertools.groupby(self.group[part]):
+            piece = x[start : start + len(list(run))]
+            weighed.append(piece if group is None else piece @ self.second_moments[group])
+            start += len(piece)
+        return weighed[0] if len(weighed) == 1 else torch.cat(weighed)
+
+
+@dataclasses.dataclass(frozen=True)
 class Problem:
     """The weights to be fitted and the metric of the fit."""
 
@@ -35,8 +62,8 @@ class Problem:
     """W, (E, P, D), normalised to a standard deviation near 1."""
     expert_weights: Tensor | None = None
     """w, (E,): how much each expert counts; 1 when None."""
-    second_moment: Tensor | None = None
-    """C, (D, D): second moment of what the experts multiply; identity when None."""
+    metric: InputMetric | None = None
+    """C of each expert; identity when None."""
     lambda_a: float = 1e-6
     """Ridge of the adapters, relative to the mean diagonal of their Gram matrices."""
 
@@ -47,9 +74,17 @@ class Problem:
             total = total + self._squared(self.weights[part], part)
         return total
 
+    def weigh(self, x: Tensor, part: slice) -> Tensor:
+        """x_e C_e for the experts `part`; x itself without a metric."""
+        return x if self.metric is None else self.metric.weigh(x, part)
+
+    def gradient(self, x: Tensor, part: slice = slice(None)) -> Tensor:
+        """w_e x_e C_e: half the gradient of Σ_e w_e ‖x_e C_e^{1/2}‖²."""
+        weighed = self.weigh(x, part)
+        return weighed if self.expert_weights is None else weighed * self.expert_weights[part, None, None]
+
     def _squared(self, x: Tensor, part: slice) -> Tensor:
-        weighed = x if self.second_moment is None else x @ self.second_moment
-        per_expert = inner(weighed, x)
+        per_expert = inner(self.weigh(x, part), x)
         return (per_expert if self.expert_weights is None else per_expert * self.expert_weights[part]).sum()
 
 
@@ -99,17 +134,14 @@ def project(
     for part in expert_chunks(problem.weights, bases.shape[0]):
         w, t = problem.weights[part], mix(codes[part], bases)
         n = activate(t, activation, activation_lambda)
-        a, failed = refit_adapters(w, n, lambda_a=problem.lambda_a, second_moment=problem.second_moment)
+        a, failed = refit_adapters(w, n, lambda_a=problem.lambda_a, weighed=problem.weigh(n, part))
         residual = torch.baddbmm(w, a, n, beta=-1)
         total = total + problem._squared(residual, part)  # pyright: ignore[reportPrivateUsage]
         num_fallbacks += failed
         if adapters:
             kept.append(a)
         if grad_codes is not None and grad_bases is not None:
-            weighed = residual if problem.second_moment is None else residual @ problem.second_moment
-            grad_t = (a.mT @ weighed).mul_(2 / energy)
-            if problem.expert_weights is not None:
-                grad_t.mul_(problem.expert_weights[part, None, None])
+            grad_t = (a.mT @ problem.gradient(residual, part)).mul_(2 / energy)
             if activation != "identity":
                 grad_t.mul_(jacobian(t, activation, activation_lambda))
             grad_codes[part] = grad_t.flatten(1) @ bases.flatten(1).mT

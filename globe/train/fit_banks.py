@@ -16,7 +16,7 @@ from torch import Tensor
 from globe.bank.codes import entropy, popularity, ridge_codes, support, update_temperature
 from globe.bank.factors import Factors
 from globe.bank.linalg import norms
-from globe.bank.objective import Problem, objective, project
+from globe.bank.objective import InputMetric, Problem, objective, project
 from globe.errors import GlobeError, SettingsError
 from globe.init.init_bank import AMStep, BankUpdate, am_step
 from globe.init.warm_start import WarmStart, warm_start
@@ -107,13 +107,19 @@ class Best:
 
 
 @torch.no_grad()
-def fit_bank(experts: Tensor, config: FitConfig, on_step: Callable[[StepRecord], None] | None = None) -> FitResult:
-    """Fit What_e = A_e φ(Σ_j a_ej B_j) to `experts` (E, P, D): minimise ‖W − What‖²_F / ‖W‖²_F.
+def fit_bank(
+    experts: Tensor,
+    config: FitConfig,
+    on_step: Callable[[StepRecord], None] | None = None,
+    *,
+    metric: InputMetric | None = None,
+) -> FitResult:
+    """Fit What_e = A_e φ(Σ_j a_ej B_j) to `experts` (E, P, D): minimise ‖(W − What) C^{1/2}‖²_F / ‖W C^{1/2}‖²_F.
 
-    `on_step` sees every record as it is made. The factors returned are in the units and on the device of `experts`, in
-    the precision of the fit; their error is the last entry of `history`, which never rises. The same input and settings
-    give the same bytes on the same machine. Raises `SettingsError` for settings that do not fit the shape and
-    `GlobeError` for experts that are not finite or all zero.
+    C is each expert's in `metric`, by default the identity. `on_step` sees every record as it is made. The factors
+    returned are in the units and on the device of `experts`, in the precision of the fit; their error is the last entry
+    of `history`, which never rises. The same input and settings give the same bytes on the same machine. Raises
+    `SettingsError` for settings that do not fit the shape and `GlobeError` for experts that are not finite or all zero.
     """
     if experts.dim() != 3:
         raise SettingsError(f"experts must be (E, P, D); found shape {tuple(experts.shape)}")
@@ -124,7 +130,7 @@ def fit_bank(experts: Tensor, config: FitConfig, on_step: Callable[[StepRecord],
         raise GlobeError("experts hold NaN or Inf; mend the weights before fitting them")
     if sigma == 0:
         raise GlobeError("all experts are zero; there is nothing to fit")
-    problem = Problem(weights / sigma, lambda_a=config.lambda_a)
+    problem = Problem(weights / sigma, metric=metric and metric.to(weights), lambda_a=config.lambda_a)
     start = warm_start(
         problem.weights,
         config.rank,

@@ -23,9 +23,8 @@ def test_equals_least_squares_per_expert():
 @given(seed=st.integers(0, 10_000), rank=st.integers(1, 5), weighed=st.booleans())
 def test_normal_equations_hold(seed: int, rank: int, weighed: bool):
     weights, features = normal(E, P, D, seed=seed), normal(E, rank, D, seed=seed + 1)
-    c = second_moment(D, seed) if weighed else None
-    adapters, _ = refit_adapters(weights, features, lambda_a=0, second_moment=c)
-    metric = torch.eye(D, dtype=F64) if c is None else c
+    metric = second_moment(D, seed) if weighed else torch.eye(D, dtype=F64)
+    adapters, _ = refit_adapters(weights, features, lambda_a=0, weighed=features @ metric if weighed else None)
     gradient = (weights - adapters @ features) @ metric @ features.mT
     assert gradient.abs().max() < 1e-9 * (weights @ metric @ features.mT).abs().max()
 
@@ -34,7 +33,7 @@ def test_second_moment_weighs_the_residual():
     """With C = LLᵀ the fit is the ordinary one of W L on N L."""
     weights, features, c = normal(E, P, D), normal(E, R, D, seed=1), second_moment(D)
     root = torch.linalg.cholesky(c)
-    adapters, _ = refit_adapters(weights, features, lambda_a=0, second_moment=c)
+    adapters, _ = refit_adapters(weights, features, lambda_a=0, weighed=features @ c)
     expected, _ = refit_adapters(weights @ root, features @ root, lambda_a=0)
     torch.testing.assert_close(adapters, expected)
     assert not torch.allclose(adapters, refit_adapters(weights, features)[0], atol=1e-3)

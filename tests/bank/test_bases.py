@@ -8,7 +8,7 @@ from globe.bank.activations import activate, jacobian
 from globe.bank.bases import NORM_FLOOR, gauss_newton_bases, normalize_atoms, optimal_directions
 from globe.bank.factors import mix
 from globe.bank.linalg import norms
-from tests.random_experts import F64, normal
+from tests.random_experts import F64, normal, second_moment
 
 E, P, D, R, M = 9, 6, 7, 4, 3
 EXACT = {"lambda_b": 0.0, "max_iterations": 500, "tolerance": 1e-13}
@@ -71,6 +71,18 @@ def test_gauss_newton_solves_the_linearised_problem(activation: str, activation_
     found = gauss_newton_bases(weights, adapters, codes, bases, activation, activation_lambda, **EXACT)
     expected = dense_update(weights, adapters, codes, bases, activation, activation_lambda)
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-8)
+
+
+def test_gauss_newton_leaves_no_gradient_in_a_metric():
+    """Σ_e a_ej w_e A_eᵀ (W_e − A_e T_e) C_e = 0 for every j, with a C and a weight for each expert."""
+    weights, adapters, codes = normal(E, P, D), normal(E, P, R, seed=1), normal(E, M, seed=2)
+    metric = torch.stack([(1 + e) * second_moment(D, seed=e) for e in range(E)])
+    found = gauss_newton_bases(
+        weights, adapters, codes, normal(M, R, D, seed=3), "identity", weigh=lambda x: x @ metric, **EXACT
+    )
+    missed = weights - adapters @ torch.einsum("ej,jrd->erd", codes, found)
+    left = torch.einsum("ej,epr,epd,edc->jrc", codes, adapters, missed, metric)
+    assert left.abs().max() < 1e-8 * torch.einsum("ej,epr,epd,edc->jrc", codes, adapters, weights, metric).abs().max()
 
 
 @pytest.mark.parametrize("activation", ["identity", "silu", "tanh"])

@@ -11,12 +11,13 @@ from torch import Tensor
 from globe.bank import objective as module
 from globe.bank.activations import activate
 from globe.bank.factors import mix
-from globe.bank.objective import Problem, expert_chunks, objective, project, relative_errors
+from globe.bank.objective import InputMetric, Problem, expert_chunks, objective, project, relative_errors
 from tests.random_experts import F64, normal, second_moment
 
 E, P, D, R, M = 5, 6, 8, 4, 3
 PHI = {"identity": lambda t: t, "silu": lambda t: t * torch.sigmoid(t), "tanh": torch.tanh}
 HOMOTOPIES = [("identity", 1.0), ("silu", 0.0), ("silu", 0.4), ("silu", 1.0), ("tanh", 0.7), ("tanh", 1.0)]
+GROUPS = (0, None, 0, 1, 1)
 METRICS = list(itertools.product([False, True], repeat=2))
 
 
@@ -24,7 +25,7 @@ def make_problem(experts_weighed: bool, columns_weighed: bool, lambda_a: float =
     return Problem(
         normal(E, P, D),
         torch.tensor([0.1, 2.0, 1.0, 0.0, 0.7], dtype=F64) if experts_weighed else None,
-        second_moment(D) if columns_weighed else None,
+        InputMetric(torch.stack([second_moment(D), second_moment(D, seed=1)]), GROUPS) if columns_weighed else None,
         lambda_a,
     )
 
@@ -32,14 +33,14 @@ def make_problem(experts_weighed: bool, columns_weighed: bool, lambda_a: float =
 def naive_objective(
     problem: Problem, adapters: Tensor, codes: Tensor, bases: Tensor, activation: str, activation_lambda: float
 ) -> Tensor:
-    """The docstring's formula with a loop over experts and an explicit root of C."""
-    root = torch.eye(D, dtype=F64)
-    if problem.second_moment is not None:
-        root = torch.linalg.cholesky(problem.second_moment)
+    """The docstring's formula with a loop over experts and an explicit root of each one's C."""
     missed = energy = torch.zeros((), dtype=F64)
     for e, weight in enumerate(problem.weights):
         t = sum(codes[e, j] * bases[j] for j in range(M))
         n = (1 - activation_lambda) * t + activation_lambda * PHI[activation](t)
+        root, group = torch.eye(D, dtype=F64), GROUPS[e]
+        if problem.metric is not None and group is not None:
+            root = torch.linalg.cholesky(problem.metric.second_moments[group])
         w = 1.0 if problem.expert_weights is None else problem.expert_weights[e]
         missed = missed + w * ((weight - adapters[e] @ n) @ root).square().sum()
         energy = energy + w * (weight @ root).square().sum()

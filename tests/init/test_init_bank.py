@@ -12,7 +12,7 @@ from globe.bank.bases import normalize_atoms, optimal_directions
 from globe.bank.codes import ridge_codes, top_mask
 from globe.bank.factors import mix
 from globe.bank.linalg import norms
-from globe.bank.objective import Problem, objective, project
+from globe.bank.objective import InputMetric, Problem, objective, project
 from globe.bank.targets import blend_targets, wanted_features, weight_aware_targets
 from globe.init.init_bank import AMStep, am_step
 from globe.init.warm_start import warm_start
@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def begin(codes: str = "ridge", seed: int = 0, **metric: Tensor) -> tuple[Problem, Tensor, Tensor, Tensor, Tensor]:
+def begin(codes: str = "ridge", seed: int = 0, **metric: Any) -> tuple[Problem, Tensor, Tensor, Tensor, Tensor]:
     """A problem and the factors of its warm start: problem, adapters, alpha, bases, warm targets."""
     problem = Problem(normal(E, P, D, seed=seed), **metric)
     start = warm_start(problem.weights, R, M, codes=codes, align_steps=2)
@@ -208,13 +208,13 @@ def test_signed_atoms_are_normalised_and_simplex_codes_keep_their_sum():
 
 
 def test_adapters_returned_are_exact_in_the_problems_metric():
-    metric = {"second_moment": second_moment(D), "expert_weights": torch.linspace(0.1, 2, E, dtype=torch.float64)}
-    problem, *factors = begin(**metric)
+    metric = InputMetric(second_moment(D)[None], (0,) * (E - 1) + (None,))
+    problem, *factors = begin(metric=metric, expert_weights=torch.linspace(0.1, 2, E, dtype=torch.float64))
     settings = SETTINGS | {"activation": "tanh", "bank_update": "gauss_newton", "step_size": 0.1}
     step = am_step(problem, *factors, **settings)
     assert step.accepted
     features = activate(mix(step.alpha, step.bases), "tanh")
-    expected, _ = refit_adapters(problem.weights, features, second_moment=problem.second_moment)
+    expected, _ = refit_adapters(problem.weights, features, weighed=problem.weigh(features, slice(None)))
     torch.testing.assert_close(step.adapters, expected)
     assert step.objective == pytest.approx(measured(problem, step, settings), rel=1e-12)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from globe.bank.codes import CodeMap, ridge_codes
-from globe.bank.objective import Problem, objective, project
+from globe.bank.objective import InputMetric, Problem, objective, project
 from globe.errors import GlobeError, SettingsError
 from globe.init.warm_start import WarmStartName, warm_start
 from globe.train import fit_banks
@@ -18,7 +18,7 @@ from globe.train.config import FitConfig
 from globe.train.fit_banks import fit_bank
 from globe.train.result import FitResult
 from globe.train.varpro import VariableProjection
-from tests.random_experts import normal, planted_alignment
+from tests.random_experts import normal, planted_alignment, second_moment
 
 E, P, D = 10, 6, 16
 SOLVERS = ["varpro", "am"]
@@ -188,6 +188,21 @@ def test_scale_equivariance(experts: Tensor, solver: str):
     torch.testing.assert_close(
         thousand.factors.compose() / 1000, result.factors.compose(), rtol=0, atol=1e-2 * float(experts.std())
     )
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_metric_is_what_the_fit_minimises(experts: Tensor, solver: str):
+    metric = InputMetric(second_moment(D)[None] ** 3, (0,) * (E - 2) + (None, None))
+    config = FitConfig(rank=4, num_bases=4, solver=solver, max_steps=60, dtype="float64")
+    problem = Problem(experts.double(), metric=metric)
+
+    def measured(result: FitResult) -> float:
+        factors = result.factors
+        return objective(problem, factors.adapters, factors.codes, factors.bases, "tanh") ** 0.5
+
+    found = fit_bank(experts.double(), config, metric=metric)
+    assert found.history[-1] == pytest.approx(measured(found), rel=1e-9)
+    assert measured(found) < 0.95 * measured(fit_bank(experts.double(), config))
 
 
 def test_constant_experts_are_not_taken_for_zero():
