@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.layout import ExpertLayer, Family, find_expert_layers, source_names
@@ -35,7 +35,7 @@ from globe.config import CompressConfig
 from globe.errors import CheckpointError, OutputError, SettingsError, UnsupportedModelError
 from globe.experts import read_stack, to_storage
 from globe.model.bank_spec import BankSpec
-from globe.model.expert_modules import factor_names
+from globe.model.expert_modules import RoutedExperts, factor_names, find_experts
 from globe.model.names import FactorNames, dense_halves, tripwire_tensor
 from globe.model.quantization_config import GlobeQuantizationConfig
 from globe.plan import BankPlan, make_plan
@@ -91,16 +91,40 @@ def model_names(checkpoint: Checkpoint) -> FactorNames:
 
     Raises `UnsupportedModelError` if transformers does not know the model, or GloBE its experts.
     """
+    return factor_names(_empty_model(checkpoint))
+
+
+def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(
             f"transformers cannot build {checkpoint.folder} (model_type {checkpoint.config.get('model_type')!r}) "
             f"without remote code: {error}"
         ) from error
-    return factor_names(model)
+
+
+def _check_same_experts(layers: Mapping[int, ExpertLayer], experts: Iterable[RoutedExperts]) -> None:
+    """Raise unless files and model agree on every layer's experts, down to what the files' shapes cannot tell."""
+    in_model = {found.layer: found for found in experts}
+    if missing := sorted(layers.keys() - in_model.keys()):
+        raise CheckpointError(f"layers {missing} have experts in the files but not in the model of config.json")
+    for index, layer in layers.items():
+        layout = in_model[index].layout
+        on_disk = (layer.num_experts, layer.intermediate_size, layer.hidden_size)
+        expected = (layout.num_experts, layout.intermediate_size, layout.hidden_size)
+        if on_disk != expected:
+            raise CheckpointError(
+                f"{layer.prefix} holds {on_disk[0]} experts of {on_disk[1]} x {on_disk[2]}; config.json describes "
+                f"{expected[0]} of {expected[1]} x {expected[2]}"
+            )
+        if layer.layout == "fused" and layer.interleaved == layout.is_concatenated:
+            raise UnsupportedModelError(
+                f"{type(in_model[index].module).__name__} is not supported: in which order {layer.prefix} stores the "
+                "rows of gate and up is not known"
+            )
 
 
 class Job:
@@ -110,9 +134,9 @@ class Job:
         self.checkpoint, self.config = checkpoint, config.resolved()
         self.layers: dict[int, ExpertLayer] = {layer.index: layer for layer in find_expert_layers(checkpoint)}
         self.scopes = make_plan(list(self.layers.values()), self.config)
-        self.names = model_names(checkpoint)
-        if missing := sorted(self.layers.keys() - self.names.experts.keys()):
-            raise CheckpointError(f"layers {missing} have experts in the files but not in the model of config.json")
+        model = _empty_model(checkpoint)
+        _check_same_experts(self.layers, find_experts(model))
+        self.names = factor_names(model)
         self.specs = [_spec(bank) for scope in self.scopes for bank in scope.banks]
         self._replaced = {name for scope in self.scopes for index in scope.layers for name in self._sources(index)}
         self._kept = {

@@ -21,7 +21,7 @@ from globe import (
     UnsupportedModelError,
     compress,
 )
-from globe.checkpoint import writer
+from globe.checkpoint import layout, writer
 from globe.checkpoint.reader import open_checkpoint
 from globe.export import export_dense
 from globe.report import Report
@@ -275,6 +275,29 @@ def test_what_is_not_a_mixture_of_experts_is_refused_by_name(tmp_path: Path) -> 
     save_file({"model.layers.0.mlp.gate_proj.weight": torch.ones(2, 2)}, folder / "model.safetensors")
     with pytest.raises(UnsupportedModelError, match="llama"):
         compress(folder, tmp_path / "out", QUICK)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moe_intermediate_size": 7}, "holds 6 experts of 8 x 16; config.json describes 6 of 7 x 16"),
+        ({"mlp_only_layers": [1]}, r"layers \[1\] have experts in the files but not in the model"),
+    ],
+)
+def test_files_and_configuration_must_agree(
+    source: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(CheckpointError, match=message):
+        compress(source, tmp_path / "out", QUICK)
+
+
+def test_a_fused_order_that_the_files_cannot_tell_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_source(tmp_path / "source", layout="fused")
+    monkeypatch.setitem(layout._TRAITS, "qwen2_moe", layout._Traits(interleaved=True))
+    with pytest.raises(UnsupportedModelError, match="Qwen2MoeExperts is not supported: in which order"):
+        compress(tmp_path / "source", tmp_path / "out", QUICK)
 
 
 def test_a_quantised_source_is_refused_by_name(source: Path, tmp_path: Path) -> None:

@@ -3,7 +3,11 @@
 Two arrangements exist, under any prefix that ends in `layers.N.….experts`:
 
     per expert    experts.{i}.{gate_proj,up_proj,down_proj}.weight, or Mixtral's w1 (gate), w3 (up) and w2 (down)
-    fused         experts.gate_up_proj (E, 2P, D) = [gate; up] and experts.down_proj (E, D, P)
+    fused         experts.gate_up_proj (E, 2P, D) = [gate; up] and experts.down_proj (E, D, P); Granite calls them
+                  block_sparse_moe.input_linear.weight and output_linear.weight
+
+Fused tensors may be transposed, (E, D, 2P) and (E, P, D): their shapes tell, since 2P and P can only be in one order.
+What shapes cannot tell is in `_TRAITS`, by model type.
 """
 
 from __future__ import annotations
@@ -23,11 +27,31 @@ from globe.errors import CheckpointError, UnsupportedModelError
 Family = Literal["gate", "up", "down"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
-_EXPERTS = re.compile(r"(?P<prefix>(?P<stem>(?:.+\.)?)layers\.(?P<layer>\d{1,9})\.(?:.+\.)?experts)\..+")
+_EXPERTS = re.compile(
+    r"(?P<prefix>(?P<stem>(?:.+\.)?)layers\.(?P<layer>\d{1,9})\."
+    r"(?:.+\.)?(?:experts(?=\.)|block_sparse_moe(?=\.(?:input|output)_linear\.weight$)))\..+"
+)
 _FUSED = ("gate_up_proj", "gate_up_proj", "down_proj")
+_GRANITE = ("input_linear.weight", "input_linear.weight", "output_linear.weight")
 _PLAIN = ("gate_proj", "up_proj", "down_proj")
 _MIXTRAL = ("w1", "w3", "w2")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Traits:
+    """What a family's fused tensors are like beyond their names and shapes."""
+
+    interleaved: bool = False
+    """Gate and up alternate along the 2P."""
+    biases: tuple[str, ...] = ()
+    """Tensors beside the matrices, which stay as they are."""
+
+
+_TRAITS: Mapping[str, _Traits] = {
+    "gpt_oss": _Traits(interleaved=True, biases=("gate_up_proj_bias", "down_proj_bias")),
+    "openai_privacy_filter": _Traits(biases=("gate_up_proj_bias", "down_proj_bias")),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +74,20 @@ class ExpertLayer:
     """D, its columns."""
     dtype: str
     """As safetensors writes it; the same for all experts of the layer."""
+    transposed: bool = False
+    """Fused tensors are (E, D, 2P) and (E, P, D)."""
+    interleaved: bool = False
+    """Rows of gate and up alternate in the fused tensor."""
+    num_unused: int = 0
+    """Gate and up matrices behind the E experts that no one computes: LongCat allocates them for its identity experts.
+    They are not compressed, and zeros in a dense export."""
 
 
 def source_names(layer: ExpertLayer, family: Family) -> list[str]:
-    """The tensors that hold the family: one for each expert in order, or the one fused tensor."""
+    """The tensors that hold the family: one for each expert in order, the unused ones last, or the one fused tensor."""
     projection = layer.projections[FAMILIES.index(family)]
-    return _names(layer.prefix, projection, layer.num_experts if layer.layout == "per_expert" else None)
+    num_matrices = layer.num_experts + (layer.num_unused if family != "down" else 0)
+    return _names(layer.prefix, projection, num_matrices if layer.layout == "per_expert" else None)
 
 
 def find_expert_layers(checkpoint: Checkpoint) -> list[ExpertLayer]:
@@ -77,13 +109,14 @@ def find_expert_layers(checkpoint: Checkpoint) -> list[ExpertLayer]:
             modules[int(match["layer"]), match["prefix"]][name] = tensor
     if not modules:
         raise UnsupportedModelError(_nothing_found(checkpoint))
-    layers = [_layer(index, prefix, modules[index, prefix]) for index, prefix in sorted(modules)]
+    config = checkpoint.text_config
+    layers = [_layer(index, prefix, modules[index, prefix], config) for index, prefix in sorted(modules)]
     for earlier, later in itertools.pairwise(layers):
         if earlier.index == later.index:
             raise UnsupportedModelError(
                 f"layer {later.index} has two sets of experts, {earlier.prefix} and {later.prefix}; one is supported"
             )
-    _check_counts(layers, checkpoint.text_config)
+    _check_counts(layers, config)
     return layers
 
 
@@ -98,31 +131,53 @@ def _names(prefix: str, projection: str, num_experts: int | None) -> list[str]:
     return [f"{prefix}.{expert}.{projection}.weight" for expert in range(num_experts)]
 
 
-def _layer(index: int, prefix: str, tensors: Mapping[str, TensorInfo]) -> ExpertLayer:
-    fused = any(f"{prefix}.{projection}" in tensors for projection in _FUSED)
+def _layer(index: int, prefix: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> ExpertLayer:
+    traits = _TRAITS.get(config.get("model_type", ""), _Traits())
+    biases = {f"{prefix}.{bias}" for bias in traits.biases}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in biases}
+    fused = [names for names in (_FUSED, _GRANITE) if any(f"{prefix}.{name}" in tensors for name in names)]
     mixtral = any(name.endswith(tuple(f".{projection}.weight" for projection in _MIXTRAL)) for name in tensors)
-    projections = _FUSED if fused else _MIXTRAL if mixtral else _PLAIN
-    num_experts = None if fused else _count_experts(prefix, tensors)
-    families = {
-        family: _names(prefix, projection, num_experts)
+    projections = fused[0] if fused else _MIXTRAL if mixtral else _PLAIN
+    num_unused: int = config.get("zero_expert_num") or 0
+    counts: dict[Family, int | None] = dict.fromkeys(FAMILIES)
+    if not fused:
+        num_unused = _count_unused(prefix, projections, tensors, num_unused)
+        total = _count_experts(prefix, tensors)
+        counts = {"gate": total, "up": total, "down": total - num_unused}
+    families: dict[Family, list[str]] = {
+        family: _names(prefix, projection, counts[family])
         for family, projection in zip(FAMILIES, projections, strict=True)
     }
     _check_names(prefix, tensors, families)
-    found = {family: [tensors[name] for name in names] for family, names in families.items()}
-    first = found["gate"][0]
-    _check_dtypes(first, tensors)
-    num_stacked, intermediate_size, hidden_size = _sizes(first, fused)
-    _check_shapes(first, found, num_stacked, intermediate_size, hidden_size)
+    found: dict[Family, list[TensorInfo]] = {
+        family: [tensors[name] for name in names] for family, names in families.items()
+    }
+    _check_dtypes(found["gate"][0], tensors)
+    shape = _fused_shape if fused else _per_expert_shape
+    num_experts, intermediate_size, hidden_size, transposed = shape(found, num_unused)
     return ExpertLayer(
         index=index,
         prefix=prefix,
         layout="fused" if fused else "per_expert",
         projections=projections,
-        num_experts=num_stacked or len(found["gate"]),
+        num_experts=num_experts,
         intermediate_size=intermediate_size,
         hidden_size=hidden_size,
-        dtype=first.dtype,
+        dtype=found["gate"][0].dtype,
+        transposed=transposed,
+        interleaved=bool(fused) and traits.interleaved,
+        num_unused=num_unused,
     )
+
+
+def _count_unused(prefix: str, projections: tuple[str, str, str], tensors: Mapping[str, TensorInfo], most: int) -> int:
+    """Experts at the end that have a gate and no down projection, at most as many as the configuration accounts for."""
+    gates, downs = (
+        sum(name.endswith(f".{projection}.weight") for name in tensors)
+        for projection in (projections[0], projections[2])
+    )
+    unused = gates - downs
+    return unused if 0 < unused <= most and f"{prefix}.{gates - 1}.{projections[2]}.weight" not in tensors else 0
 
 
 def _count_experts(prefix: str, tensors: Mapping[str, TensorInfo]) -> int:
@@ -135,7 +190,7 @@ def _count_experts(prefix: str, tensors: Mapping[str, TensorInfo]) -> int:
     return len(numbers)
 
 
-def _check_names(prefix: str, tensors: Mapping[str, TensorInfo], families: Mapping[str, list[str]]) -> None:
+def _check_names(prefix: str, tensors: Mapping[str, TensorInfo], families: Mapping[Family, list[str]]) -> None:
     expected = {name for names in families.values() for name in names}
     if unknown := sorted(tensors.keys() - expected):
         raise UnsupportedModelError(
@@ -157,30 +212,38 @@ def _check_dtypes(first: TensorInfo, tensors: Mapping[str, TensorInfo]) -> None:
             )
 
 
-def _sizes(gate: TensorInfo, fused: bool) -> tuple[int, int, int]:
-    """(E, P, D) by the shape of the first gate tensor; E is 0 where experts are not stacked."""
-    if fused and len(gate.shape) == 3 and gate.shape[1] % 2 == 0 and 0 not in gate.shape:
-        return gate.shape[0], gate.shape[1] // 2, gate.shape[2]
-    if not fused and len(gate.shape) == 2 and 0 not in gate.shape:
-        return 0, *gate.shape
-    raise UnsupportedModelError(
-        f"{gate.name} has shape {gate.shape}; {'(E, 2P, D)' if fused else '(P, D)'} was expected"
-    )
-
-
-def _check_shapes(
-    first: TensorInfo, found: Mapping[str, list[TensorInfo]], num_stacked: int, intermediate_size: int, hidden_size: int
-) -> None:
+def _per_expert_shape(found: Mapping[Family, list[TensorInfo]], num_unused: int) -> tuple[int, int, int, bool]:
+    """(E, P, D, not transposed) by the shape of the first gate matrix, which all others must fit."""
+    gate = found["gate"][0]
+    if len(gate.shape) != 2 or 0 in gate.shape:
+        raise UnsupportedModelError(f"{gate.name} has shape {gate.shape}; (P, D) was expected")
     for family, tensors in found.items():
-        expected = first.shape if family != "down" else (hidden_size, intermediate_size)
-        if family == "down" and num_stacked:
-            expected = (num_stacked, *expected)
         for tensor in tensors:
-            if tensor.shape != expected:
-                raise UnsupportedModelError(
-                    f"{tensor.name} has shape {tensor.shape}; beside {first.name} of shape {first.shape} it should be "
-                    f"{expected}: experts of unequal shape, or dimensions in an order that GloBE does not know"
-                )
+            _check_shape(tensor, gate, gate.shape[::-1] if family == "down" else gate.shape)
+    return len(found["gate"]) - num_unused, *gate.shape, False
+
+
+def _fused_shape(found: Mapping[Family, list[TensorInfo]], num_unused: int) -> tuple[int, int, int, bool]:
+    """(E, P, D, whether transposed) by the shapes of the two fused tensors."""
+    (gate_up,), (down,) = found["gate"], found["down"]
+    if len(gate_up.shape) != 3 or 0 in gate_up.shape:
+        raise UnsupportedModelError(f"{gate_up.name} has shape {gate_up.shape}; three dimensions were expected")
+    num_gates, rows, columns = gate_up.shape
+    num_experts = num_gates - num_unused
+    if down.shape == (num_experts, columns // 2, rows) and columns % 2 == 0:
+        return num_experts, columns // 2, rows, True
+    if rows % 2:
+        raise UnsupportedModelError(f"{gate_up.name} has shape {gate_up.shape}; (E, 2P, D) or (E, D, 2P) was expected")
+    _check_shape(down, gate_up, (num_experts, columns, rows // 2))
+    return num_experts, rows // 2, columns, False
+
+
+def _check_shape(tensor: TensorInfo, beside: TensorInfo, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        raise UnsupportedModelError(
+            f"{tensor.name} has shape {tensor.shape}; beside {beside.name} of shape {beside.shape} it should be "
+            f"{expected}: experts of unequal shape, or dimensions in an order that GloBE does not know"
+        )
 
 
 def _check_counts(layers: list[ExpertLayer], config: Mapping[str, Any]) -> None:

@@ -22,10 +22,10 @@ def read_family(checkpoint: Checkpoint, layer: ExpertLayer, family: Family) -> T
     stack = torch.empty(shape, dtype=TORCH_DTYPES[layer.dtype])
     names = source_names(layer, family)
     if layer.layout == "fused":
-        stack.copy_(_of_fused(checkpoint.read(names[0]), family))
+        stack.copy_(_of_fused(layer, checkpoint.read(names[0]), family))
         check_finite(stack, names[0])
         return stack
-    for expert, (name, matrix) in zip(stack, checkpoint.read_many(names), strict=True):
+    for expert, (name, matrix) in zip(stack, checkpoint.read_many(names[: layer.num_experts]), strict=True):
         check_finite(matrix, name)
         expert.copy_(matrix.T if family == "down" else matrix)
     return stack
@@ -41,11 +41,15 @@ def dense_tensor(layer: ExpertLayer, name: str, stacks: Mapping[Family, Tensor])
     """
     if layer.layout == "fused":
         if name == source_names(layer, "down")[0]:
-            return stacks["down"].transpose(1, 2).contiguous()
+            down = stacks["down"]
+            return down if layer.transposed else down.transpose(1, 2).contiguous()
         if name == source_names(layer, "gate")[0]:
-            return torch.cat([stacks["gate"], stacks["up"]], dim=1)
+            gate_up = _fuse(layer, stacks["gate"], stacks["up"])
+            return gate_up.transpose(1, 2).contiguous() if layer.transposed else gate_up
         raise KeyError(name)
     family, expert = _places(layer)[name]
+    if expert >= layer.num_experts:
+        return torch.zeros_like(stacks[family][0])
     matrix = stacks[family][expert]
     return (matrix.T if family == "down" else matrix).contiguous()
 
@@ -60,11 +64,18 @@ def check_finite(tensor: Tensor, name: str) -> None:
         raise CheckpointError(f"tensor {name} holds {found}: the checkpoint is damaged or its training diverged")
 
 
-def _of_fused(tensor: Tensor, family: Family) -> Tensor:
+def _of_fused(layer: ExpertLayer, tensor: Tensor, family: Family) -> Tensor:
     if family == "down":
-        return tensor.transpose(1, 2)
-    gate, up = tensor.chunk(2, dim=1)
+        return tensor if layer.transposed else tensor.transpose(1, 2)
+    gate_up = (tensor.transpose(1, 2) if layer.transposed else tensor)[: layer.num_experts]
+    gate, up = (gate_up[:, 0::2], gate_up[:, 1::2]) if layer.interleaved else gate_up.chunk(2, dim=1)
     return gate if family == "gate" else up
+
+
+def _fuse(layer: ExpertLayer, gate: Tensor, up: Tensor) -> Tensor:
+    """(E and the unused, 2P, D)."""
+    both = torch.stack([gate, up], dim=2).flatten(1, 2) if layer.interleaved else torch.cat([gate, up], dim=1)
+    return torch.cat([both, both.new_zeros(layer.num_unused, *both.shape[1:])]) if layer.num_unused else both
 
 
 def _places(layer: ExpertLayer) -> dict[str, tuple[Family, int]]:

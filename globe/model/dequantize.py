@@ -37,7 +37,7 @@ def _restore(module: GlobeExperts) -> None:
     layout = module.globe_layout
     parameters = dict(module.named_parameters(recurse=False))
     like = next(iter(parameters.values()))
-    dense = {name: like.new_empty(shape) for name, shape in layout.dense_parameters.items()}
+    dense = {name: like.new_zeros(shape) for name, shape in layout.dense_parameters.items()}
     for experts in module.globe_batches(parameters, range(layout.num_experts)):
         for expert, gate_up, down in zip(experts, *module.globe_matrices(parameters, experts, like), strict=True):
             dense["gate_up_proj"][expert] = gate_up.T if layout.is_transposed else gate_up

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -26,6 +28,10 @@ class ExpertsLayout:
     """The 2P are P of gate, then P of up; otherwise gate and up alternate."""
     has_bias: bool
     """gate_up_proj_bias (E, 2P) and down_proj_bias (E, D) are there too; GloBE leaves them as they are."""
+    presorted: bool = False
+    """forward takes every token once for each expert, (E·T, D), those not routed to it zeroed, and no indices."""
+    num_identity: int = 0
+    """Experts behind the E that return their input; gate_up_proj has unused rows for them."""
 
     @property
     def dense_parameters(self) -> dict[str, tuple[int, int, int]]:
@@ -33,7 +39,16 @@ class ExpertsLayout:
         E, P, D = self.num_experts, self.intermediate_size, self.hidden_size
         if self.is_transposed:
             return {"gate_up_proj": (E, D, 2 * P), "down_proj": (E, P, D)}
-        return {"gate_up_proj": (E, 2 * P, D), "down_proj": (E, D, P)}
+        return {"gate_up_proj": (E + self.num_identity, 2 * P, D), "down_proj": (E, D, P)}
+
+
+_FLAGS = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
+_PLAIN = {"is_transposed": False, "is_concatenated": True, "has_bias": False, "has_gate": True}
+_UNDECORATED: Mapping[str, Mapping[str, bool]] = {
+    "Llama4TextExperts": {**_PLAIN, "is_transposed": True, "presorted": True},
+    "LongcatFlashExperts": _PLAIN,
+}
+"""Classes without transformers' `use_experts_implementation`, and the flags it would leave on their instances."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,20 +93,27 @@ def experts_layout(module: nn.Module) -> ExpertsLayout:
     parameters. Raises `UnsupportedModelError` naming the class if they are not there or do not fit the parameters.
     """
     name = type(module).__name__
-    missing = [
-        flag for flag in ("is_transposed", "is_concatenated", "has_bias", "has_gate") if not hasattr(module, flag)
-    ]
-    if missing:
+    flags: Mapping[str, Any] = _UNDECORATED.get(name, vars(module))
+    if missing := [flag for flag in _FLAGS if flag not in flags]:
         raise UnsupportedModelError(
             f"{name} is not supported: it does not say how its experts are laid out ({', '.join(missing)} not set)"
         )
-    if not module.has_gate:
+    if not flags["has_gate"]:
         raise UnsupportedModelError(f"{name} is not supported: its experts have no gate")
     shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters(recurse=False)}
-    transposed = bool(module.is_transposed)
+    transposed = bool(flags["is_transposed"])
     E, *sides = shapes["down_proj"]
     P, D = sides if transposed else reversed(sides)
-    layout = ExpertsLayout(E, P, D, transposed, bool(module.is_concatenated), bool(module.has_bias))
+    layout = ExpertsLayout(
+        E,
+        P,
+        D,
+        transposed,
+        bool(flags["is_concatenated"]),
+        bool(flags["has_bias"]),
+        presorted=bool(flags.get("presorted")),
+        num_identity=getattr(module, "zero_expert_num", 0),
+    )
     biases = {"gate_up_proj_bias": (E, 2 * P), "down_proj_bias": (E, D)} if layout.has_bias else {}
     if shapes != layout.dense_parameters | biases:
         raise UnsupportedModelError(

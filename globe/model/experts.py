@@ -47,7 +47,8 @@ class GlobeExperts(nn.Module):
     globe_uses: tuple[BankUse, ...]
     # what the family's class brings
     _apply_gate: Callable[[Tensor], Tensor]
-    has_post_expert_norm: bool
+    act_fn: Callable[[Tensor], Tensor]
+    has_post_expert_norm: bool = False
     post_expert_norm: nn.Module
 
     @torch.compiler.disable  # which experts are hit is read back to the host; compiled callers break the graph here
@@ -58,19 +59,30 @@ class GlobeExperts(nn.Module):
 
         This is not dispatched by `config._experts_implementation`. Only the experts that are hit are composed, as many
         at a time as `WORKING_BYTES` holds, and composed again in the backward pass instead of kept for it. Indices from
-        E on stand for experts of other devices and add nothing.
+        E on stand for experts of other devices and add nothing, or for the layout's identity experts.
         """
+        top_k = top_k_index.shape[1]
+        num_experts = self._globe_parameters()[codes_parameter(self.globe_uses[0].families[0])].shape[0]
+        counts = torch.bincount(top_k_index.flatten(), minlength=num_experts)[:num_experts].tolist()
+        slots = top_k_index.flatten().argsort(stable=True)[: sum(counts)]
+        weighted = self._globe_outputs(counts, hidden_states[slots // top_k]) * top_k_weights.flatten()[slots, None]
+        per_slot = weighted.new_zeros(top_k_index.numel(), weighted.shape[1]).index_copy(0, slots, weighted)
+        output = per_slot.unflatten(0, top_k_index.shape).sum(dim=1)
+        if self.globe_layout.num_identity:
+            output = output + hidden_states * top_k_weights.where(top_k_index >= num_experts, 0).sum(1, keepdim=True)
+        return output.to(hidden_states.dtype)
+
+    def _globe_parameters(self) -> dict[str, Tensor]:
+        return dict(self.named_parameters(recurse=False))
+
+    def _globe_outputs(self, counts: Sequence[int], states: Tensor) -> Tensor:
+        """Every expert on its own run of states, as many as its count: (ΣT_e, D) -> (ΣT_e, D)."""
         if self.training and torch.is_grad_enabled() and getattr(self, "_is_hooked", False):
             raise UnsupportedModelError(
                 "training GloBE experts under tensor or expert parallelism is not supported: the gradients of codes "
                 "and bases would not be summed; use data parallelism (FSDP, DDP) or call eval()"
             )
-        top_k = top_k_index.shape[1]
-        parameters = dict(self.named_parameters(recurse=False))
-        num_experts = parameters[codes_parameter(self.globe_uses[0].families[0])].shape[0]
-        counts = torch.bincount(top_k_index.flatten(), minlength=num_experts)[:num_experts].tolist()
-        slots = top_k_index.flatten().argsort(stable=True)[: sum(counts)]
-        states = hidden_states[slots // top_k]
+        parameters = self._globe_parameters()
         run = self._globe_run
         if torch.is_grad_enabled():
             run = functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
@@ -80,9 +92,7 @@ class GlobeExperts(nn.Module):
             sizes = [counts[expert] for expert in experts]
             outputs.append(run(parameters, experts, states[start : start + sum(sizes)].split(sizes)))
             start += sum(sizes)
-        weighted = torch.cat(outputs) * top_k_weights.flatten()[slots, None]
-        per_slot = weighted.new_zeros(top_k_index.numel(), weighted.shape[1]).index_copy(0, slots, weighted)
-        return per_slot.unflatten(0, top_k_index.shape).sum(dim=1).to(hidden_states.dtype)
+        return torch.cat(outputs)
 
     def globe_batches(self, parameters: Mapping[str, Tensor], experts: Sequence[int]) -> Iterator[Sequence[int]]:
         """Split the experts so that gate, up and down of a batch fit `WORKING_BYTES`."""
@@ -137,6 +147,18 @@ class GlobeExperts(nn.Module):
         return matrices
 
 
+class GlobePresortedExperts(GlobeExperts):
+    """The same for Llama 4, whose experts are handed their tokens already weighted."""
+
+    @torch.compiler.disable
+    def forward(self, hidden_states: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """(E·T, D) -> (E·T, D): every token once for each expert. Those not routed to it are zeros, and stay zeros."""
+        routed = hidden_states.any(dim=1)
+        counts = routed.view(self.globe_layout.num_experts, -1).sum(dim=1).tolist()
+        outputs = self._globe_outputs(counts, hidden_states[routed])
+        return hidden_states.new_zeros(hidden_states.shape).index_put((routed,), outputs.to(hidden_states.dtype))
+
+
 def factorise(module: nn.Module, layout: ExpertsLayout, uses: Sequence[BankUse]) -> None:
     """Swap the dense matrices of an experts module for factors, in place.
 
@@ -166,12 +188,19 @@ def factorise(module: nn.Module, layout: ExpertsLayout, uses: Sequence[BankUse])
     own = {use.own: use.bank for use in uses if use.own is not None}
     if own:
         module.add_module(BANKS, nn.ModuleDict(own))
-    module.__class__ = _globe_class(type(module))
+    module.__class__ = _globe_class(type(module), GlobePresortedExperts if layout.presorted else GlobeExperts)
     swapped = cast(GlobeExperts, module)
     swapped.globe_layout = layout
     swapped.globe_uses = tuple(uses)  # a shared bank is only referred to: its one owner is the base model
 
 
 @functools.cache
-def _globe_class(original: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Globe{original.__name__}", (GlobeExperts, original), {"__module__": __name__})
+def _globe_class(original: type[nn.Module], mixin: type[GlobeExperts]) -> type[nn.Module]:
+    gate = {} if hasattr(original, "_apply_gate") else {"_apply_gate": _apply_gate}
+    return type(f"Globe{original.__name__}", (mixin, original), {"__module__": __name__, **gate})
+
+
+def _apply_gate(experts: GlobeExperts, gate_up: Tensor) -> Tensor:
+    """The usual gate, (T, 2P) -> (T, P), for classes that have it in their forward only."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return experts.act_fn(gate) * up

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from globe.checkpoint.layout import ExpertLayer, find_expert_layers, source_names
+from globe.checkpoint.layout import FAMILIES, ExpertLayer, find_expert_layers, source_names
 from globe.checkpoint.reader import open_checkpoint
 from globe.errors import CheckpointError, UnsupportedModelError
 
@@ -19,8 +20,11 @@ Find = Callable[..., list[ExpertLayer]]
 
 @pytest.fixture
 def find(write_checkpoint: Callable[..., Path]) -> Find:
+    numbers = itertools.count()
+
     def find(tensors: dict[str, Tensor], config: Any = None) -> list[ExpertLayer]:
-        return find_expert_layers(open_checkpoint(write_checkpoint({"model.safetensors": tensors}, config or {})))
+        folder = write_checkpoint({"model.safetensors": tensors}, config or {}, f"source{next(numbers)}")
+        return find_expert_layers(open_checkpoint(folder))
 
     return find
 
@@ -86,7 +90,8 @@ def test_prediction_heads_are_left_out(find: Find, expert_tensors: Make, config:
     [
         (["model.layers.0.mlp.up_proj.weight"], r"model_type llama, .* not a mixture of experts"),
         (["transformer.blocks.0.ffn.experts.mlp.w1"], "arranged in a way that GloBE does not know: transformer.blocks"),
-        (["model.layers.0.block_sparse_moe.input_linear.weight"], "does not know: .*input_linear"),
+        (["model.layers.0.moe.input_linear.weight"], "does not know: .*input_linear"),
+        (["model.layers.0.block_sparse_moe.input_linear.weight"], "block_sparse_moe has no down projections"),
     ],
 )
 def test_a_model_without_experts_is_refused(find: Find, names: list[str], message: str) -> None:
@@ -144,7 +149,7 @@ def test_missing_expert_numbers_are_found(find: Find, expert_tensors: Make, expe
     [
         ("plain", f"{X}.1.up_proj.weight", (3, 4)),
         ("plain", f"{X}.2.down_proj.weight", (2, 4)),
-        ("fused", f"{X}.down_proj", (3, 2, 4)),
+        ("fused", f"{X}.down_proj", (3, 2, 3)),
         ("fused", f"{X}.down_proj", (2, 4, 2)),
         ("fused", f"{X}.gate_up_proj", (3, 5, 4)),
         ("fused", f"{X}.gate_up_proj", (3, 4, 4, 1)),
@@ -159,10 +164,35 @@ def test_unequal_shapes_are_refused_with_the_tensor_s_name(
         find(expert_tensors(layout) | {name: torch.zeros(shape)})
 
 
-def test_transposed_fused_experts_are_refused(find: Find) -> None:
-    tensors = {f"{X}.gate_up_proj": torch.zeros(3, 4, 12), f"{X}.down_proj": torch.zeros(3, 6, 4)}  # llama4's order
-    with pytest.raises(UnsupportedModelError, match="in an order that GloBE does not know"):
-        find(tensors)
+def test_shapes_tell_whether_fused_experts_are_transposed(find: Find) -> None:
+    for P, D in itertools.product(range(1, 7), repeat=2):
+        plain = {f"{X}.gate_up_proj": torch.zeros(3, 2 * P, D), f"{X}.down_proj": torch.zeros(3, D, P)}
+        for transposed in (False, True):
+            (layer,) = find({name: t.mT.contiguous() if transposed else t for name, t in plain.items()})
+            assert (layer.num_experts, layer.intermediate_size, layer.hidden_size) == (3, P, D)
+            assert (layer.transposed, layer.interleaved) == (transposed, False)
+
+
+def test_gpt_oss_alternates_gate_and_up_and_keeps_its_biases(find: Find, expert_tensors: Make) -> None:
+    biases = {f"{X}.gate_up_proj_bias": torch.zeros(3, 4), f"{X}.down_proj_bias": torch.zeros(3, 4)}
+    (layer,) = find(expert_tensors("fused") | biases, {"model_type": "gpt_oss"})
+    assert layer.interleaved
+    assert {name for family in FAMILIES for name in source_names(layer, family)} == set(expert_tensors("fused"))
+
+
+@pytest.mark.parametrize("num_unused", [0, 1, 2])
+def test_gates_without_a_down_projection_are_allowed_for_identity_experts_only(
+    find: Find, expert_tensors: Make, num_unused: int
+) -> None:
+    tensors = expert_tensors("plain")
+    for projection, expert in itertools.product(("gate_proj", "up_proj"), range(num_unused)):
+        tensors[f"{X}.{3 + expert}.{projection}.weight"] = torch.zeros(2, 4)
+    (layer,) = find(tensors, {"n_routed_experts": 3, "zero_expert_num": 2})
+    assert (layer.num_experts, layer.num_unused) == (3, num_unused)
+    assert {name for family in FAMILIES for name in source_names(layer, family)} == set(tensors)
+    if num_unused:
+        with pytest.raises(CheckpointError, match="down_proj"):
+            find(tensors)
 
 
 def test_mixed_dtypes_are_refused(find: Find, expert_tensors: Make) -> None:

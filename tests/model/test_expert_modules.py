@@ -56,9 +56,25 @@ def test_a_dense_model_has_no_experts() -> None:
 
 
 def test_a_class_without_layout_flags_is_refused_by_name() -> None:
+    module = find_experts(on_meta("mixtral", num_local_experts=2, intermediate_size=8, num_key_value_heads=2))[0].module
+    del module.is_transposed
+    with pytest.raises(UnsupportedModelError, match="MixtralExperts is not supported: it does not say how"):
+        experts_layout(module)
+
+
+@pytest.mark.parametrize("num_identity", [0, 3])
+def test_longcat_has_unused_rows_for_its_identity_experts(num_identity: int) -> None:
+    settings = {"n_routed_experts": 4, "expert_ffn_hidden_size": 8, "num_layers": 1, "num_hidden_layers": 2}
+    model = on_meta("longcat_flash", **settings, zero_expert_num=num_identity)
+    layout = find_experts(model)[0].layout
+    assert (layout.num_experts, layout.intermediate_size, layout.num_identity) == (4, 8, num_identity)
+    assert layout.dense_parameters == {"gate_up_proj": (4 + num_identity, 16, D), "down_proj": (4, D, 8)}
+
+
+def test_llama4_hands_its_experts_presorted_tokens() -> None:
     settings = {"num_local_experts": 2, "intermediate_size": 8, "intermediate_size_mlp": 8, "head_dim": 8}
-    with pytest.raises(UnsupportedModelError, match="Llama4TextExperts is not supported: it does not say how"):
-        find_experts(on_meta("llama4_text", **settings))
+    layout = find_experts(on_meta("llama4_text", **settings))[0].layout
+    assert layout == ExpertsLayout(2, 8, D, is_transposed=True, is_concatenated=True, has_bias=False, presorted=True)
 
 
 def test_experts_without_a_gate_are_refused() -> None:
