@@ -13,6 +13,7 @@ from globe.errors import CheckpointError, GlobeError, OutputError, SettingsError
 from globe.evaluate import EvaluateConfig, Evaluation, evaluate
 from globe.export import export_dense
 from globe.report import Report
+from globe.sweep import SweepConfig, SweepResult, sweep
 from globe.train.config import FitConfig
 from globe.train.fit_banks import fit_bank
 from globe.train.result import FitResult
@@ -30,10 +31,13 @@ __all__ = [
     "OutputError",
     "Report",
     "SettingsError",
+    "SweepConfig",
+    "SweepResult",
     "UnsupportedModelError",
     "__version__",
     "compress",
     "evaluate",
     "export_dense",
     "fit_bank",
+    "sweep",
 ]

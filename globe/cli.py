@@ -1,4 +1,4 @@
-"""The command line: compress, evaluate, export, inspect, env."""
+"""The command line: compress, sweep, evaluate, export, inspect, env."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers.utils import logging
 from globe.config import CompressConfig
 from globe.errors import GlobeError
 from globe.evaluate import EvaluateConfig
+from globe.sweep import SweepConfig
 from globe.track import Track
 
 Model = Annotated[str, tyro.conf.Positional]
@@ -49,6 +50,30 @@ class Compress:
             console.print("interrupted; the same command goes on after the last finished scope", style="yellow")
             raise
         show_report(console, report, self.output)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Compress a model at every point of a grid of settings and judge each beside the original."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder for the records, the table and the picture; a killed sweep on the same folder is gone on with."""
+    model: Model = "shipped"
+    """Local folder or Hub id; without one, the small model that ships with GloBE."""
+    config: Annotated[SweepConfig, tyro.conf.arg(name="")] = SweepConfig()
+
+    def run(self, console: Console) -> None:
+        from globe.sweep import sweep
+        from globe.sweep_progress import LiveSweep, PlainSweep
+        from globe.sweep_view import show_sweep
+
+        watch = LiveSweep(console, self.config.common.steps) if console.is_terminal else PlainSweep(console)
+        try:
+            result = sweep(self.model, self.output, self.config, watch)
+        except KeyboardInterrupt:
+            console.print("interrupted; the same command goes on after the last finished point", style="yellow")
+            raise
+        show_sweep(console, result, self.output)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for a `GlobeError`, 130 when interrupted."""
     command = tyro.cli(
         Annotated[Compress, tyro.conf.subcommand("compress")]
+        | Annotated[Sweep, tyro.conf.subcommand("sweep")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Inspect, tyro.conf.subcommand("inspect")]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from globe.checkpoint.writer import (
     write_json,
 )
 from globe.config import CompressConfig
-from globe.errors import CheckpointError, OutputError, SettingsError, UnsupportedModelError
+from globe.errors import CheckpointError, UnsupportedModelError
 from globe.experts import read_stack, to_storage
 from globe.model.bank_spec import BankSpec
 from globe.model.expert_modules import RoutedExperts, factor_names, find_experts
@@ -41,12 +41,10 @@ from globe.model.quantization_config import GlobeQuantizationConfig
 from globe.plan import BankPlan, make_plan
 from globe.progress import Observer, Observers
 from globe.report import REPORT, BankReport, Report, peak_memory, step_columns, versions
+from globe.run_record import RUN, as_json, resume_or_begin
 from globe.shipped import resolve_model
 from globe.source_layout import write_source_layout
 from globe.train.fit_banks import fit_bank
-
-RUN = "run.json"
-"""In an unfinished output: what it is being built from and how."""
 
 
 def compress(
@@ -173,26 +171,15 @@ class Job:
 
     def resume_or_begin(self, partial: Path, source: str) -> None:
         """Check that an unfinished output is of this very run, or begin one."""
-        run = {
-            "source": source,
-            "fingerprint": self.checkpoint.fingerprint(),
-            "globe_version": versions()["globe"],
-            "config": _plain(dataclasses.asdict(self.config)),
-        }
-        path = partial / RUN
-        if not path.exists():
-            if any(partial.iterdir()):
-                raise OutputError(
-                    f"{partial} holds files that are not of an unfinished run: remove it or choose another output"
-                )
-            write_json(path, run)
-            return
-        earlier = json.loads(path.read_text())
-        if earlier != run:
-            raise SettingsError(
-                f"{partial} holds an unfinished run with other settings: {_differences(earlier, run)}. "
-                f"Repeat those settings to go on with it, or remove {partial} to start anew"
-            )
+        resume_or_begin(
+            partial,
+            {
+                "source": source,
+                "fingerprint": self.checkpoint.fingerprint(),
+                "globe_version": versions()["globe"],
+                "config": dataclasses.asdict(self.config),
+            },
+        )
 
     def run_scope(self, partial: Path, number: int, watch: Observer) -> None:
         """Fit the banks of one scope and write their factors, then their record."""
@@ -229,7 +216,7 @@ class Job:
         report = Report(
             source,
             self.checkpoint.fingerprint(),
-            _plain(dataclasses.asdict(self.config)),
+            as_json(dataclasses.asdict(self.config)),
             versions(),
             banks,
             self.original_bytes(),
@@ -309,15 +296,3 @@ def _read_record(partial: Path, number: int) -> dict[str, Any] | None:
 
 def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: tensor.nbytes for name, tensor in tensors.items()}
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back: tuples are lists."""
-    return json.loads(json.dumps(value))
-
-
-def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two run records, named one by one."""
-    then, wanted = ({**record, **record["config"]} for record in (earlier, now))
-    names: Sequence[str] = [name for name in wanted if name != "config" and then.get(name) != wanted[name]]
-    return "; ".join(f"{name} was {then.get(name)!r}, now {wanted[name]!r}" for name in names)

@@ -1,0 +1,103 @@
+"""How a sweep goes, on a terminal and in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from globe.plan import BankPlan, Scope
+from globe.progress import Observer, clock, describe
+from globe.sweep import PointRecord, Setting
+from globe.train.result import StepRecord
+
+
+class PlainSweep:
+    """One line for each point, with the time that the rest will take."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def start(self, points: Sequence[Mapping[str, Setting]], num_finished: int) -> None:
+        self._left, self._done, self._began = len(points) - num_finished, 0, time.monotonic()
+        if num_finished:
+            self._console.print(f"going on after {num_finished} of {len(points)} points")
+
+    def point(self, description: str) -> Iterable[Observer]:
+        return ()
+
+    def record(self, description: str, record: PointRecord) -> None:
+        self._left, self._done = self._left - 1, self._done + 1
+        left = clock(self._left * (time.monotonic() - self._began) / self._done)
+        self._console.print(
+            f"{escape(description)}: {outcome(record)}  {record.seconds:.1f} s, {left} left", soft_wrap=True
+        )
+
+    def stop(self) -> None:
+        pass
+
+
+class LiveSweep(PlainSweep):
+    """The same lines above a live display of the points, the present one's scopes and its fit."""
+
+    def __init__(self, console: Console, max_steps: int) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        super().__init__(self._progress.console)
+        self._max_steps = max_steps
+
+    def start(self, points: Sequence[Mapping[str, Setting]], num_finished: int) -> None:
+        super().start(points, num_finished)
+        self._points = self._progress.add_task("points", total=len(points), completed=num_finished)
+        self._progress.start()
+
+    def point(self, description: str) -> Iterable[Observer]:
+        return (_PointProgress(self._progress, escape(description), self._max_steps),)
+
+    def record(self, description: str, record: PointRecord) -> None:
+        super().record(description, record)
+        self._progress.advance(self._points)
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
+class _PointProgress:
+    """A point's scopes and present fit in the display of the sweep."""
+
+    def __init__(self, progress: Progress, description: str, max_steps: int) -> None:
+        self._progress, self._description, self._max_steps = progress, description, max_steps
+
+    def start(self, scopes: Sequence[Scope], num_finished: int) -> None:
+        self._scopes = self._progress.add_task(self._description, total=len(scopes), completed=num_finished)
+        self._fit = self._progress.add_task("starting", total=self._max_steps)
+
+    def step(self, bank: BankPlan, record: StepRecord) -> None:
+        self._progress.update(
+            self._fit, description=f"{describe(bank)}: error {record.error:.4f}", completed=record.step
+        )
+
+    def bank(self, bank: BankPlan, error: float, seconds: float) -> None:
+        pass
+
+    def scope(self, scope: Scope) -> None:
+        self._progress.advance(self._scopes)
+
+    def stop(self) -> None:
+        self._progress.remove_task(self._fit)
+        self._progress.remove_task(self._scopes)
+
+
+def outcome(record: PointRecord) -> str:
+    """A point's result in a few words."""
+    if record.failure is not None or record.evaluation is None:
+        return f"[red]failed[/]: {escape(record.failure or '')}"
+    return f"error {record.error:.4f}, KL {record.evaluation.kl:.5f}, perplexity {record.evaluation.perplexity:.3f}"
