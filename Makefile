@@ -24,5 +24,6 @@ check: .venv/ready  ## style, types, and the direction of the imports
 
 bench: .venv/ready  ## the measured figures of the README
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.convergence
 	$(BIN)/python -m benchmarks.quality

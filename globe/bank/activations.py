@@ -19,7 +19,7 @@ def _silu_derivative(t: Tensor) -> Tensor:
 
 
 def _tanh_derivative(t: Tensor) -> Tensor:
-    return 1 - torch.tanh(t).square_()
+    return torch.tanh(t).square_().neg_().add_(1)
 
 
 _VALUE: dict[str, Callable[[Tensor], Tensor]] = {"silu": torch.nn.functional.silu, "tanh": torch.tanh}

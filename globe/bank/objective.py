@@ -84,7 +84,7 @@ class Problem:
         return weighed if self.expert_weights is None else weighed * self.expert_weights[part, None, None]
 
     def _squared(self, x: Tensor, part: slice) -> Tensor:
-        per_expert = inner(self.weigh(x, part), x)
+        per_expert = norms(x).square() if self.metric is None else inner(self.weigh(x, part), x)
         return (per_expert if self.expert_weights is None else per_expert * self.expert_weights[part]).sum()
 
 
@@ -130,7 +130,7 @@ def project(
     total, num_fallbacks = problem.weights.new_zeros(()), 0
     grad_codes = torch.empty_like(codes) if gradient else None
     grad_bases = torch.zeros_like(bases) if gradient else None
-    kept: list[Tensor] = []
+    kept = problem.weights.new_empty(*problem.weights.shape[:2], bases.shape[1]) if adapters else None
     for part in expert_chunks(problem.weights, bases.shape[0]):
         w, t = problem.weights[part], mix(codes[part], bases)
         n = activate(t, activation, activation_lambda)
@@ -138,16 +138,18 @@ def project(
         residual = torch.baddbmm(w, a, n, beta=-1)
         total = total + problem._squared(residual, part)  # pyright: ignore[reportPrivateUsage]
         num_fallbacks += failed
-        if adapters:
-            kept.append(a)
+        del n
+        if kept is not None:
+            kept[part] = a
         if grad_codes is not None and grad_bases is not None:
             grad_t = (a.mT @ problem.gradient(residual, part)).mul_(2 / energy)
+            del residual
             if activation != "identity":
                 grad_t.mul_(jacobian(t, activation, activation_lambda))
             grad_codes[part] = grad_t.flatten(1) @ bases.flatten(1).mT
             grad_bases.flatten(1).addmm_(codes[part].mT, grad_t.flatten(1))
     objective = float(total / energy)
-    return Projection(objective, num_fallbacks, grad_codes, grad_bases, torch.cat(kept) if adapters else None)
+    return Projection(objective, num_fallbacks, grad_codes, grad_bases, kept)
 
 
 def objective(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from globe.bank.factors import mix
-from globe.bank.linalg import eigh, polar, svd
+from globe.bank.linalg import eigh, norms, polar, svd
+from globe.bank.objective import expert_chunks
 from globe.init.subspaces import peak_signs
 
 
@@ -35,8 +36,11 @@ def initial_frames(weights: Tensor, rank: int) -> Tensor:
     num_experts, rows, _ = weights.shape
     if rank == rows:
         return torch.eye(rows, dtype=weights.dtype, device=weights.device).expand(num_experts, rows, rows)
-    frames, _, rows = svd(weights)
-    return (frames * peak_signs(rows).mT)[:, :, :rank]
+    frames = weights.new_empty(num_experts, rows, rank)
+    for part in expert_chunks(weights):
+        left, _, right = svd(weights[part])
+        frames[part] = (left * peak_signs(right).mT)[:, :, :rank]
+    return frames
 
 
 def align(weights: Tensor, rank: int, num_bases: int, steps: int) -> tuple[Tensor, Tensor, Tensor, list[float]]:
@@ -44,14 +48,22 @@ def align(weights: Tensor, rank: int, num_bases: int, steps: int) -> tuple[Tenso
 
     (i) T is the best rank-M approximation of the stacked vec(Q_eᵀ W_e); (ii) Q_e = polar(W_e T_eᵀ). Each lowers the
     objective. `weights` (E, P, D). Returns codes (E, M), bases (M, R, D), the aligned experts Q_eᵀW_e (E, R, D) and the
-    relative error after each step.
+    relative error after each step. Beside the weights, memory holds the aligned experts and the bank: frames are made
+    and used for a chunk of experts at a time.
     """
-    energy = weights.square().sum()
-    frames, errors = initial_frames(weights, rank), list[float]()
+    chunks, errors = expert_chunks(weights), list[float]()
+    energy = norms(weights).square().sum()
+    frames = initial_frames(weights, rank)
+    aligned = weights.new_empty(weights.shape[0], rank, weights.shape[2])
+    for part in chunks:
+        torch.matmul(frames[part].mT, weights[part], out=aligned[part])
+    del frames
     while True:
-        aligned = frames.mT @ weights
         codes, bases, spectrum = low_rank(aligned, num_bases)
         errors.append(float((1 - spectrum[:num_bases].square().sum() / energy).clamp_min(0).sqrt()))
         if len(errors) == steps:
             return codes, bases, aligned, errors
-        frames = polar(weights @ mix(codes, bases).mT)
+        for part in chunks:
+            frame = polar(weights[part] @ mix(codes[part], bases).mT)
+            torch.matmul(frame.mT, weights[part], out=aligned[part])
+        del bases

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from globe.bank.codes import on_simplex, ridge_codes
 from globe.bank.factors import mix
 from globe.bank.linalg import eigh, norms, solve_positive
-from globe.bank.objective import relative_errors
+from globe.bank.objective import expert_chunks, relative_errors
 from globe.errors import SettingsError
 from globe.init.clusters import residual_greedy, spherical_kmeans
 from globe.init.procrustes import align, low_rank
@@ -60,14 +61,26 @@ def warm_start(
     if method not in get_args(WarmStartName):
         raise SettingsError(f"warm start {method!r} is unknown; choose one of {', '.join(get_args(WarmStartName))}")
     targets, a, b, metrics = _METHODS[method](weights, rank, num_bases, align_steps, seed)
-    scale = mix(a, b).std().clamp_min(torch.finfo(weights.dtype).tiny)
-    b, targets = b / scale, targets / scale
+    scale = max(deviation(a, b), torch.finfo(weights.dtype).tiny)
+    b.div_(scale)
+    targets.div_(scale)
     if codes != "ridge":
         a, b = to_simplex(a, b)
         if codes == "softmax":  # which is never at the boundary: leave every atom a share
             a = 0.9 * a + 0.1 / num_bases
-    metrics["target_error"] = float(((mix(a, b) - targets).square().sum() / targets.square().sum()).sqrt())
+    missed = sum(float(norms(mix(a[part], b) - targets[part]).square().sum()) for part in expert_chunks(targets))
+    metrics["target_error"] = math.sqrt(missed / float(norms(targets).square().sum()))
     return WarmStart(a, b, targets, metrics)
+
+
+def deviation(codes: Tensor, bases: Tensor) -> float:
+    """Standard deviation of the entries of all mixtures T_e, a chunk of experts at a time."""
+    total = squares = 0.0
+    for part in expert_chunks(bases[:1].expand(codes.shape[0], -1, -1)):
+        mixed = mix(codes[part], bases)
+        total, squares = total + float(mixed.sum()), squares + float(norms(mixed).square().sum())
+    count = codes.shape[0] * bases[0].numel()
+    return math.sqrt(max(0.0, squares - total**2 / count) / max(1, count - 1))
 
 
 def to_simplex(codes: Tensor, bases: Tensor) -> tuple[Tensor, Tensor]:

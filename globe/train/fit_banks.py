@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from globe.train.config import FitConfig
 from globe.train.result import FitResult, Outcome, StepRecord
 from globe.train.varpro import VariableProjection
 
+SAFE_DEVIATION = (1e-4, 1e4)
+"""Experts whose standard deviation lies between these are fitted as they are, others divided by it: their squares would
+leave the range of float32."""
 TEMPERATURE_RATE = 0.1
 BACKTRACKS = (1.0, 0.5, 0.25)
 SLOW = 0.99
@@ -95,7 +99,7 @@ def num_codes_kept(step: int, config: FitConfig) -> int | None:
 
 @dataclasses.dataclass
 class Best:
-    """The best feasible factors so far; `objective` is f at λ = 1 and never rises."""
+    """The best feasible factors so far, a copy of its own; `objective` is f at λ = 1 and never rises."""
 
     objective: float
     codes: Tensor
@@ -103,7 +107,9 @@ class Best:
 
     def offer(self, objective: float, codes: Tensor, bases: Tensor) -> None:
         if objective < self.objective:
-            self.objective, self.codes, self.bases = objective, codes.clone(), bases.clone()
+            self.objective = objective
+            self.codes.copy_(codes)
+            self.bases.copy_(bases)
 
 
 @torch.no_grad()
@@ -118,8 +124,10 @@ def fit_bank(
 
     C is each expert's in `metric`, by default the identity. `on_step` sees every record as it is made. The factors
     returned are in the units and on the device of `experts`, in the precision of the fit; their error is the last entry
-    of `history`, which never rises. The same input and settings give the same bytes on the same machine. Raises
-    `SettingsError` for settings that do not fit the shape and `GlobeError` for experts that are not finite or all zero.
+    of `history`, which never rises. The same input and settings give the same bytes on the same machine. `experts` are
+    neither changed nor, where they are on the fit's device in its precision, copied; varpro keeps four tensors of the
+    bank's size beside them. Raises `SettingsError` for settings that do not fit the shape and `GlobeError` for experts
+    that are not finite or all zero.
     """
     if experts.dim() != 3:
         raise SettingsError(f"experts must be (E, P, D); found shape {tuple(experts.shape)}")
@@ -130,7 +138,11 @@ def fit_bank(
         raise GlobeError("experts hold NaN or Inf; mend the weights before fitting them")
     if sigma == 0:
         raise GlobeError("all experts are zero; there is nothing to fit")
-    problem = Problem(weights / sigma, metric=metric and metric.to(weights), lambda_a=config.lambda_a)
+    if not SAFE_DEVIATION[0] < sigma < SAFE_DEVIATION[1]:
+        weights = weights / sigma
+    else:
+        sigma = torch.ones_like(sigma)
+    problem = Problem(weights, metric=metric and metric.to(weights), lambda_a=config.lambda_a)
     start = warm_start(
         problem.weights,
         config.rank,
@@ -140,22 +152,33 @@ def fit_bank(
         align_steps=config.align_steps,
         seed=config.seed,
     )
-    run = _varpro if config.solver == "varpro" else _alternate
-    best, outcome, steps, metrics = run(problem, start, config, on_step or (lambda _: None))
+    start_metrics, notify = start.metrics, on_step or _ignore
+    best, num_fallbacks = _feasible_start(problem, start, config)
+    if config.solver == "am":
+        outcome, steps, metrics = _alternate(problem, best, start.targets, config, notify)
+    else:
+        codes = start.codes
+        del start  # with its targets, which are as large as the experts
+        outcome, steps, metrics = _varpro(problem, best, codes, config, notify)
+    metrics["num_fallbacks"] += num_fallbacks
     final = project(problem, best.codes, best.bases, config.activation, adapters=True)
     assert final.adapters is not None
     factors = Factors(
-        (final.adapters * sigma).to(experts.device),
+        final.adapters.mul_(sigma).to(experts.device),
         best.codes.to(experts.device),
         best.bases.to(experts.device),
         config.activation,
     )
     metrics |= {
         "trajectory": [record.raw_error for record in steps],
-        "warm_start": start.metrics,
+        "warm_start": start_metrics,
         "popularity": [float(share) for share in popularity(best.codes)],
     }
     return FitResult(factors, outcome, tuple(steps), metrics)
+
+
+def _ignore(_: StepRecord) -> None:
+    pass
 
 
 def _feasible_start(problem: Problem, start: WarmStart, config: FitConfig) -> tuple[Best, int]:
@@ -189,20 +212,22 @@ def _settled(steps: list[StepRecord], num_eligible: int, config: FitConfig) -> b
     return earlier - steps[-1].error <= config.tolerance * earlier
 
 
-Run = tuple[Best, Outcome, list[StepRecord], dict[str, object]]
+Run = tuple[Outcome, list[StepRecord], dict[str, Any]]
 
 
-def _varpro(problem: Problem, start: WarmStart, config: FitConfig, on_step: Callable[[StepRecord], None]) -> Run:
-    best, num_fallbacks = _feasible_start(problem, start, config)
+def _varpro(
+    problem: Problem, best: Best, codes: Tensor, config: FitConfig, on_step: Callable[[StepRecord], None]
+) -> Run:
+    """Move `best` from its bases and the warm start's `codes`, which may exceed the support yet."""
     solver = VariableProjection(
-        problem, start.codes, start.bases, config.activation, config.codes, config.learning_rate, config.temperature
+        problem, codes, best.bases, config.activation, config.codes, config.learning_rate, config.temperature
     )
-    schedule, shrink, num_restarts, num_feasible = first_schedule(config), 1.0, 0, 0
+    schedule, shrink, num_restarts, num_feasible, num_fallbacks = first_schedule(config), 1.0, 0, 0, 0
     steps = [_record(0, best, best.objective, best.codes, schedule, 0.0)]
     on_step(steps[0])
     outcome: Outcome = "max_steps"
     if not math.isfinite(best.objective):
-        return best, "non_finite", steps, {"num_fallbacks": num_fallbacks, "num_restarts": 0}
+        return "non_finite", steps, {"num_fallbacks": 0, "num_restarts": 0}
     for step in range(1, config.max_steps + 1):
         length = shrink * step_length(step, config.max_steps)
         num_kept = num_codes_kept(step, config)
@@ -224,7 +249,7 @@ def _varpro(problem: Problem, start: WarmStart, config: FitConfig, on_step: Call
         if _settled(steps, num_feasible, config):
             outcome = "converged"
             break
-    return best, outcome, steps, {"num_fallbacks": num_fallbacks, "num_restarts": num_restarts}
+    return outcome, steps, {"num_fallbacks": num_fallbacks, "num_restarts": num_restarts}
 
 
 def _backtrack(
@@ -273,19 +298,21 @@ def _backtrack(
     return taken, size
 
 
-def _alternate(problem: Problem, start: WarmStart, config: FitConfig, on_step: Callable[[StepRecord], None]) -> Run:
-    best, num_fallbacks = _feasible_start(problem, start, config)
-    alpha, bases, schedule = best.codes, best.bases, first_schedule(config)
+def _alternate(
+    problem: Problem, best: Best, warm_targets: Tensor, config: FitConfig, on_step: Callable[[StepRecord], None]
+) -> Run:
+    """Move `best`; `warm_targets` are S_L."""
+    alpha, bases, schedule, num_fallbacks = best.codes.clone(), best.bases.clone(), first_schedule(config), 0
     steps = [_record(0, best, best.objective, alpha, schedule, 0.0)]
     on_step(steps[0])
     outcome: Outcome = "max_steps"
     if not math.isfinite(best.objective):
-        return best, "non_finite", steps, {"num_fallbacks": num_fallbacks, "num_rejected": 0}
+        return "non_finite", steps, {"num_fallbacks": 0, "num_rejected": 0}
     num_rejected = rejected_in_a_row = num_final = 0
     for step in range(1, config.max_steps + 1):
         now = project(problem, alpha, bases, config.activation, schedule.activation_lambda, adapters=True)
         assert now.adapters is not None
-        taken, size = _backtrack(problem, now.adapters, alpha, bases, start.targets, schedule, config)
+        taken, size = _backtrack(problem, now.adapters, alpha, bases, warm_targets, schedule, config)
         if not math.isfinite(taken.candidate_objective):
             outcome = "non_finite"
             break
@@ -308,4 +335,4 @@ def _alternate(problem: Problem, start: WarmStart, config: FitConfig, on_step: C
                 outcome = "converged"
                 break
         schedule = next_schedule(schedule, step, taken.accepted, steps[-1].median_support, config)
-    return best, outcome, steps, {"num_fallbacks": num_fallbacks, "num_rejected": num_rejected}
+    return outcome, steps, {"num_fallbacks": num_fallbacks, "num_rejected": num_rejected}

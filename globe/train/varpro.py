@@ -14,14 +14,18 @@ from torch import Tensor
 
 from globe.bank.codes import CODE_FLOOR, on_simplex, prune, simplex_preimage, top_mask
 from globe.bank.linalg import norms
-from globe.bank.objective import Problem, Projection, project
+from globe.bank.objective import Problem, Projection, expert_chunks, project
 
 FIRST_DECAY, SECOND_DECAY = 0.9, 0.95
 
 
 @dataclasses.dataclass
 class Accelerated:
-    """One factor and its moments, moved in place."""
+    """One factor and its moments, moved in place.
+
+    The rows of a basis matrix (the middle dimension of a bank, M x R x D) share their second moments: they are then as
+    good as one for each entry (docs/log.md) and no tensor of the bank's size.
+    """
 
     value: Tensor
     scale: float
@@ -31,14 +35,22 @@ class Accelerated:
     count: int = 0
 
     def __post_init__(self) -> None:
-        self.first, self.second = torch.zeros_like(self.value), torch.zeros_like(self.value)
+        self.first = torch.zeros_like(self.value)
+        self.second = torch.zeros_like(self.value[:, :1] if self.value.dim() == 3 else self.value)
 
     def step(self, gradient: Tensor, length: float) -> None:
         self.count += 1
-        self.first.lerp_(gradient, 1 - FIRST_DECAY)
-        self.second.mul_(SECOND_DECAY).addcmul_(gradient, gradient, value=1 - SECOND_DECAY)
-        root = (self.second / (1 - SECOND_DECAY**self.count)).sqrt_().add_(torch.finfo(gradient.dtype).tiny)
-        self.value.addcdiv_(self.first, root, value=-length * self.scale / (1 - FIRST_DECAY**self.count))
+        size = -length * self.scale / (1 - FIRST_DECAY**self.count)
+        for part in expert_chunks(gradient):  # the temporaries stay small, and in cache
+            first, second, now = self.first[part], self.second[part], gradient[part]
+            first.lerp_(now, 1 - FIRST_DECAY)
+            second.lerp_(self._squares(now), 1 - SECOND_DECAY)
+            root = (second / (1 - SECOND_DECAY**self.count)).sqrt_().add_(torch.finfo(now.dtype).tiny)
+            self.value[part].addcdiv_(first, root, value=size)
+
+    def _squares(self, gradient: Tensor) -> Tensor:
+        squares = gradient.square()
+        return squares.mean(1, keepdim=True) if squares.dim() == 3 else squares
 
     def restart(self, value: Tensor) -> None:
         self.value.copy_(value)
@@ -89,6 +101,7 @@ class VariableProjection:
         grad_codes, grad_bases = self._projection.grad_codes, self._projection.grad_bases
         assert grad_codes is not None
         assert grad_bases is not None
+        self._projection = dataclasses.replace(self._projection, grad_codes=None, grad_bases=None)
         if self._code_map == "ridge":
             self._scores.step(grad_codes, length)
             if num_kept is not None:
@@ -99,6 +112,7 @@ class VariableProjection:
             self._scores.step(self._through_map(grad_codes, temperature), length)
             self.codes = prune(on_simplex(self._scores.value / temperature, self._code_map), CODE_FLOOR)
         self._bases.step(grad_bases, length)
+        del grad_bases  # a bank's size: let it go before the next one is made
         self._projection = self._project()
 
     def restart(self, codes: Tensor, bases: Tensor, temperature: float) -> None:

@@ -148,3 +148,13 @@ def test_restart_returns_to_the_factors_and_forgets_the_past(code_map: str):
     fresh.step(0.1, 1.0, None)
     assert solver.objective == pytest.approx(fresh.objective, rel=1e-6)
     assert math.isfinite(solver.objective)
+
+
+def test_the_rows_of_a_basis_share_their_second_moments():
+    """A first step knows no past: each entry moves by its gradient over the root mean square of its column."""
+    start, gradient = normal(3, 4, 5), normal(3, 4, 5, seed=1)
+    factor = Accelerated(start.clone(), 0.2)
+    factor.step(gradient, 0.5)
+    expected = start - 0.1 * gradient / gradient.square().mean(1, keepdim=True).sqrt()
+    torch.testing.assert_close(factor.value, expected)
+    assert factor.second.numel() == 3 * 5
