@@ -1,4 +1,4 @@
-"""The command line: compress, sweep, evaluate, export, inspect, env."""
+"""The command line: compress, sweep, evaluate, export, inspect, report, env."""
 
 from __future__ import annotations
 
@@ -125,6 +125,21 @@ class Inspect:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReportPage:
+    """Write the record of a compressed model as one HTML page that needs nothing beside it."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder of a compressed model."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """File to write; by default `report.html` in the folder."""
+
+    def run(self, console: Console) -> None:
+        from globe.page import write_page
+
+        console.print(f"open {write_page(self.folder, self.output)} in a browser", soft_wrap=True, markup=False)
+
+
+@dataclasses.dataclass(frozen=True)
 class Env:
     """Show versions, devices and optional packages, for a bug report."""
 
@@ -142,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+        | Annotated[ReportPage, tyro.conf.subcommand("report")]
         | Annotated[Env, tyro.conf.subcommand("env")],
         prog="globe",
         description="Compress Mixture-of-Experts models by experts that share banks of basis matrices.",

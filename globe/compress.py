@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from globe.model.bank_spec import BankSpec
 from globe.model.expert_modules import RoutedExperts, factor_names, find_experts
 from globe.model.names import FactorNames, dense_halves, tripwire_tensor
 from globe.model.quantization_config import GlobeQuantizationConfig
+from globe.phases import PhaseClock
 from globe.plan import BankPlan, make_plan
 from globe.progress import Observer, Observers
 from globe.report import REPORT, BankReport, Report, peak_memory, step_columns, versions
@@ -45,6 +45,7 @@ from globe.run_record import RUN, as_json, resume_or_begin
 from globe.shipped import resolve_model
 from globe.source_layout import write_source_layout
 from globe.train.fit_banks import fit_bank
+from globe.train.result import StepRecord
 
 
 def compress(
@@ -239,11 +240,20 @@ class Job:
         return report
 
     def _fit(self, bank: BankPlan, watch: Observer) -> tuple[dict[str, Tensor], BankReport]:
-        began = time.monotonic()
+        phases = PhaseClock()
         stack = read_stack(self.checkpoint, self.layers, bank)
         config = self.config.fit_config(bank.rank, bank.num_bases)
-        result = fit_bank(stack.weights, config, lambda record: watch.step(bank, record))
+        phases.end("reading")
+
+        def on_step(record: StepRecord) -> None:
+            if record.step == 0:
+                phases.end("warm start")
+            watch.step(bank, record)
+
+        result = fit_bank(stack.weights, config, on_step)
+        phases.end("fit")
         stored = to_storage(stack, result.factors, self.dtype(bank.layers[0]))
+        phases.end("storing")
         tensors = {self.names.bases(_spec(bank)): stored.bases}
         errors: dict[str, dict[str, float]] = {}
         expert_errors: dict[str, dict[str, list[float]]] = {}
@@ -263,11 +273,11 @@ class Job:
             bank.original_parameters,
             bank.stored_parameters,
             result.outcome,
-            time.monotonic() - began,
+            sum(phases.seconds.values()),
             errors,
             expert_errors,
             step_columns(result),
-            metrics,
+            {**metrics, "phases": phases.seconds},
         )
         watch.bank(bank, report.error, report.seconds)
         return tensors, report

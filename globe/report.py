@@ -39,12 +39,13 @@ class BankReport:
     seconds: float
     errors: dict[str, dict[str, float]]
     """Relative Frobenius error as stored, by layer and family."""
-    expert_errors: dict[str, dict[str, list[float]]]
+    expert_errors: dict[str, dict[str, list[float]]] = dataclasses.field(default_factory=dict)
     """The same of every expert."""
-    steps: dict[str, list[float]]
+    steps: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     """The step records, a list for each field: error, raw_error, activation_lambda, route_beta, temperature, …"""
-    metrics: dict[str, Any]
-    """Warm-start quality, popularity of the bases, fallbacks, restarts or rejected steps."""
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Warm-start quality, popularity of the bases, fallbacks, restarts or rejected steps, and `phases`: seconds of
+    reading, warm start, fit and storing."""
 
     @property
     def error(self) -> float:
@@ -68,9 +69,9 @@ class Report:
     """Of all tensors of the source."""
     compressed_bytes: int
     """Of all tensors of the output."""
-    seconds: float
+    seconds: float = 0.0
     """Spent on finished scopes, over all runs that it took."""
-    peak_memory_bytes: int
+    peak_memory_bytes: int = 0
     """Largest resident memory of the process."""
 
     @property
@@ -104,12 +105,17 @@ class Report:
         """The report of a compressed model; `CheckpointError` if the folder has none."""
         try:
             content = json.loads((folder / REPORT).read_text())
-            fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
-            return cls(**{**fields, "banks": [BankReport(**bank) for bank in fields["banks"]]})
+            banks = [BankReport(**_known(BankReport, bank)) for bank in content["banks"]]
+            return cls(**{**_known(cls, content), "banks": banks})
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder / REPORT} cannot be read: {error!r}; is it the output of globe compress?"
             ) from error
+
+
+def _known(kind: type, content: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass that this version knows; those that have defaults may be missing."""
+    return {field.name: content[field.name] for field in dataclasses.fields(kind) if field.name in content}
 
 
 def root_mean_square(errors: Iterable[float]) -> float:

@@ -1,0 +1,133 @@
+"""What a compressed checkpoint holds: bytes by kind of tensor beside the source's, and spectra of its factors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from globe.checkpoint.layout import FAMILIES, find_expert_layers, source_names
+from globe.checkpoint.reader import Checkpoint
+from globe.compress import model_names
+from globe.model.bank_spec import BankSpec
+from globe.model.names import FactorNames, is_factor
+from globe.model.quantization_config import GlobeQuantizationConfig
+from globe.source_layout import read_source_layout
+
+T = TypeVar("T")
+_MAX_BANKS, _MAX_STACKS, _MAX_EXPERTS = 6, 3, 8
+_CHUNK = 1 << 22
+
+ROUTED = "routed experts, as matrices"
+_KINDS = (
+    ("shared_expert", "shared experts"),
+    ("shared_mlp", "shared experts"),
+    ("attn", "attention"),
+    ("attention", "attention"),
+    ("embed", "embeddings and output"),
+    ("lm_head", "embeddings and output"),
+    ("norm", "norms"),
+    ("router", "routers"),
+    ("mlp.gate.", "routers"),
+    ("block_sparse_moe.gate.", "routers"),
+)
+_FACTORS = (("_adapters", "adapters"), ("_codes", "codes"), (".bases", "bases"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """Of the tensors of one kind."""
+
+    kind: str
+    before: int
+    after: int
+
+
+def bytes_by_kind(compressed: Checkpoint) -> list[Bytes]:
+    """Bytes of all tensors by kind, in the source and in the compressed model, the largest first.
+
+    Raises `CheckpointError` if the folder has no readable record of its source.
+    """
+    source = read_source_layout(compressed)
+    routed = {
+        name for layer in find_expert_layers(source) for family in FAMILIES for name in source_names(layer, family)
+    }
+    before, after = dict[str, int](), dict[str, int]()
+    for checkpoint, sizes in ((source, before), (compressed, after)):
+        for tensor in checkpoint.tensors.values():
+            kind = _kind(tensor.name, routed)
+            sizes[kind] = sizes.get(kind, 0) + tensor.nbytes
+    kinds = [Bytes(kind, before.get(kind, 0), after.get(kind, 0)) for kind in {**before, **after}]
+    return sorted(kinds, key=lambda entry: -max(entry.before, entry.after))
+
+
+def _kind(name: str, routed: set[str]) -> str:
+    if is_factor(name):
+        return next((kind for part, kind in _FACTORS if part in name), ROUTED)
+    if name in routed or ".experts." in name:
+        return ROUTED
+    return next((kind for part, kind in _KINDS if part in name), "other")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectra:
+    """Singular values of a bank's factors, each divided by the largest of its matrix, in descending order."""
+
+    bank: BankSpec
+    bases: list[float]
+    """Of the bases as an M x R·D matrix."""
+    codes: list[float]
+    """Of the codes of all its experts, E x M."""
+    adapters: list[float]
+    """Of the adapters, P x R each: the median over some experts."""
+
+
+def read_spectra(compressed: Checkpoint) -> Iterator[Spectra]:
+    """Spectra of at most six banks, evenly spaced; adapters of at most eight experts of three layers and families each.
+
+    Raises `CheckpointError` for factors that are missing.
+    """
+    config = GlobeQuantizationConfig(**compressed.config["quantization_config"])
+    names = model_names(read_source_layout(compressed))
+    for bank in _some(config.banks, _MAX_BANKS):
+        yield _spectra(compressed, names, bank)
+
+
+def _spectra(compressed: Checkpoint, names: FactorNames, bank: BankSpec) -> Spectra:
+    stacks = [(layer, family) for layer in bank.layers for family in bank.families]
+    codes = torch.cat([compressed.read(names.codes(*stack)) for stack in stacks])
+    adapters: list[Tensor] = []
+    for stack in _some(stacks, _MAX_STACKS):
+        experts = compressed.read(names.adapters(*stack))
+        adapters.append(experts[_some(range(len(experts)), _MAX_EXPERTS)])
+    return Spectra(
+        bank,
+        singular_values(compressed.read(names.bases(bank)).flatten(1)).tolist(),
+        singular_values(codes).tolist(),
+        singular_values(torch.cat(adapters)).median(0).values.tolist(),
+    )
+
+
+def singular_values(matrices: Tensor) -> Tensor:
+    """Of (…, rows, columns), in descending order over the largest, from the Gram matrix of the shorter side; float64.
+
+    Exact to about 1e-8 of the largest.
+    """
+    if matrices.shape[-1] < matrices.shape[-2]:
+        matrices = matrices.mT
+    gram = matrices.new_zeros(*matrices.shape[:-1], matrices.shape[-2], dtype=torch.float64)
+    for part in matrices.split(max(1, _CHUNK * matrices.shape[-1] // max(1, matrices.numel())), -1):
+        wide = part.double()
+        gram += wide @ wide.mT
+    values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(-1)
+    return values / values[..., :1].clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _some(items: Sequence[T], most: int) -> list[T]:
+    """At most so many, evenly spaced, with the first and the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(number * (len(items) - 1) / (most - 1))] for number in range(most)]
