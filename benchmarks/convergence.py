@@ -16,9 +16,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
+import matplotlib as mpl
 import torch
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from benchmarks.record import RESULTS, Claim, write_record
@@ -31,6 +33,7 @@ from globe.experts import read_stack
 from globe.init.warm_start import WarmStartName
 from globe.plan import make_plan
 from globe.shipped import resolve_model
+from globe.style import STYLE
 from globe.train.config import Solver
 from globe.train.result import StepRecord
 
@@ -139,24 +142,27 @@ def judge_claims(rows: list[dict[str, Any]]) -> list[Claim]:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Error against step: one panel for each solver, one for codes on the simplex."""
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    axes = figure.subplots(1, 3, sharey=True)
-    for axis, solver in zip(axes, get_args(Solver), strict=False):
-        axis.set_title(f"{solver}, signed codes, by warm start")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(13, 4.5), layout="constrained")
+        axes = figure.subplots(1, 3, sharey=True)
+        for axis, solver in zip(axes, get_args(Solver), strict=False):
+            axis.set_title(f"{solver}, signed codes, by warm start")
+            for row in rows:
+                if row["solver"] == solver and row["codes"] == "ridge":
+                    axis.plot(row["history"], label=row["warm_start"])
+        axes[2].set_title("codes on the simplex, by solver and map")
         for row in rows:
-            if row["solver"] == solver and row["codes"] == "ridge":
-                axis.plot(row["history"], label=row["warm_start"])
-    axes[2].set_title("codes on the simplex, by solver and map")
-    for row in rows:
-        if row["codes"] != "ridge":
-            dashed = "--" if row["solver"] == "am" else "-"
-            axes[2].plot(row["history"], dashed, label=f"{row['solver']}, {row['codes']}")
-    for axis in axes:
-        axis.set(xlabel="step", yscale="log")
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=8)
-    axes[0].set_ylabel("relative error of the best factors so far")
-    figure.savefig(path, dpi=120)
+            if row["codes"] != "ridge":
+                dashed = "--" if row["solver"] == "am" else "-"
+                axes[2].plot(row["history"], dashed, label=f"{row['solver']}, {row['codes']}")
+        for axis in axes:
+            axis.set(xlabel="step", yscale="log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
+            axis.legend()
+        axes[0].set_ylabel("relative error of the best factors so far")
+        figure.savefig(path)
 
 
 def main(config: ConvergenceConfig) -> None:

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from globe.show import megabytes
-from globe.style import STYLE
+from globe.style import MARKERS, STYLE
 from globe.sweep import AXES, PointRecord, Setting, SweepResult
 
 TABLE, PICTURE = "sweep.csv", "sweep.png"
@@ -125,9 +125,9 @@ def _draw_curves(points: Sequence[PointRecord], result: SweepResult) -> Figure:
     for number, (label, curve) in enumerate(curves.items()):
         curve = sorted(curve, key=lambda point: point.compressed_bytes or 0)
         size = [100 * (point.compressed_bytes or 0) / result.original_bytes for point in curve]
-        line = ("-", "--", ":")[number // 7 % 3]
-        axes[0].plot(size, _divergences(curve), linestyle=line, label=label)
-        axes[1].plot(size, [point.error or 0.0 for point in curve], linestyle=line, label=label)
+        marker, line = MARKERS[number % len(MARKERS)], ("-", "--", ":")[number // len(MARKERS) % 3]
+        axes[0].plot(size, _divergences(curve), marker=marker, linestyle=line, label=label)
+        axes[1].plot(size, [point.error or 0.0 for point in curve], marker=marker, linestyle=line, label=label)
     _name(axes, result, points)
     for axis in axes:
         axis.set_xlabel("bytes of the whole model, % of the original")

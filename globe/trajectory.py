@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from globe.style import STYLE
 from globe.train.result import FitResult
 
 
@@ -14,7 +15,7 @@ def draw_trajectory(result: FitResult, path: Path) -> None:
     """Error, schedules, and sparsity of the codes over the steps, one below the other, as a PNG or whatever the
     suffix names."""
     steps = [record.step for record in result.steps]
-    with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7, 7), layout="constrained")
         error, schedule, sparsity = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
         error.plot(
@@ -32,11 +33,12 @@ def draw_trajectory(result: FitResult, path: Path) -> None:
         sparsity.set_ylim(bottom=0)
         temperature = sparsity.twinx()
         temperature.spines["right"].set_visible(True)
+        temperature.grid(False)
         temperature.plot(steps, [record.temperature for record in result.steps], "C1--", label="temperature")
         temperature.set_ylabel("temperature")
         sparsity.set_xlabel("step")
         for axes in (error, schedule):
-            axes.legend(frameon=False)
+            axes.legend()
         handles = [*sparsity.get_lines(), *temperature.get_lines()]
-        sparsity.legend(handles=handles, frameon=False, loc="lower right")
-        figure.savefig(path, dpi=150)
+        sparsity.legend(handles=handles, loc="lower right")
+        figure.savefig(path)
