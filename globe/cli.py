@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         | Annotated[Env, tyro.conf.subcommand("env")],
         prog="globe",
         description="Compress Mixture-of-Experts models by experts that share banks of basis matrices.",
-        args=arguments,
+        args=_with_texts(sys.argv[1:] if arguments is None else arguments),
     )
     console = Console(highlight=False)
     logging.disable_progress_bar()
@@ -175,6 +175,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _with_texts(arguments: Sequence[str]) -> list[str]:
+    """A bare --calibrate stands for the shipped split."""
+    given: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+        given.append(argument)
+        if argument == "--calibrate" and following.startswith("-"):
+            given.append("calibration")
+    return given
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from globe.calibrate import calibrate, load_statistics, read_calibration_text, save_statistics
 from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.layout import ExpertLayer, Family, find_expert_layers, source_names
 from globe.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
@@ -32,7 +33,9 @@ from globe.checkpoint.writer import (
 )
 from globe.config import CompressConfig
 from globe.errors import CheckpointError, UnsupportedModelError
+from globe.evaluate import load
 from globe.experts import read_stack, to_storage
+from globe.metric import LayerStatistics
 from globe.model.bank_spec import BankSpec
 from globe.model.expert_modules import RoutedExperts, factor_names, find_experts
 from globe.model.names import FactorNames, dense_halves, tripwire_tensor
@@ -40,13 +43,15 @@ from globe.model.quantization_config import GlobeQuantizationConfig
 from globe.phases import PhaseClock
 from globe.plan import BankPlan, make_plan
 from globe.progress import Observer, Observers
-from globe.report import REPORT, BankReport, Report, peak_memory, step_columns, versions
+from globe.report import REPORT, BankReport, CalibrationReport, Report, peak_memory, step_columns, versions
 from globe.run_record import RUN, as_json, resume_or_begin
 from globe.shipped import resolve_model
 from globe.source_layout import write_source_layout
 from globe.train.fit_banks import fit_bank
 from globe.train.result import StepRecord
 
+STATISTICS = "calibration.safetensors"
+"""In an unfinished output: what the calibration text said of the layers."""
 
 def compress(
     model: str | Path,
@@ -71,10 +76,11 @@ def compress(
     watch = Observers(observers)
     finished = [_read_record(partial, number) for number in range(len(job.scopes))]
     num_finished = next((number for number, record in enumerate(finished) if record is None), len(finished))
-    written = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
+    written = sum(path.stat().st_size for path in partial.glob("model-*.safetensors"))
     require_space(partial, job.predicted_bytes() - written)
     watch.start(job.scopes, num_finished)
     try:
+        job.calibrate(partial)
         for number in range(num_finished, len(job.scopes)):
             job.run_scope(partial, number, watch)
             watch.scope(job.scopes[number])
@@ -136,6 +142,11 @@ class Job:
         model = _empty_model(checkpoint)
         _check_same_experts(self.layers, find_experts(model))
         self.names = factor_names(model)
+        name = self.config.calibrate
+        self.calibration_text = (
+            None if name is None else read_calibration_text(checkpoint.folder, name, self.config.calibration_tokens)
+        )
+        self.statistics: dict[int, LayerStatistics] | None = None
         self.specs = [_spec(bank) for scope in self.scopes for bank in scope.banks]
         self._replaced = {name for scope in self.scopes for index in scope.layers for name in self._sources(index)}
         self._kept = {
@@ -179,8 +190,20 @@ class Job:
                 "fingerprint": self.checkpoint.fingerprint(),
                 "globe_version": versions()["globe"],
                 "config": dataclasses.asdict(self.config),
+                "calibration": None if self.calibration_text is None else self.calibration_text.fingerprint,
             },
         )
+
+    def calibrate(self, partial: Path) -> None:
+        """Run the model on the calibration text, if there is one, or read what an earlier run has kept of that."""
+        if self.calibration_text is None:
+            return
+        path = partial / STATISTICS
+        if not path.exists():
+            model = load(self.checkpoint.folder, self.config.device)
+            layers = {index for scope in self.scopes for index in scope.layers}
+            save_statistics(path, calibrate(model, self.calibration_text.windows, layers))
+        self.statistics = load_statistics(path)
 
     def run_scope(self, partial: Path, number: int, watch: Observer) -> None:
         """Fit the banks of one scope and write their factors, then their record."""
@@ -224,6 +247,7 @@ class Job:
             compressed_bytes,
             sum(bank.seconds for bank in banks),
             peak_memory(),
+            self._calibration_report(),
         )
         copy_side_files(self.checkpoint, partial)
         write_source_layout(partial, self.checkpoint)
@@ -236,12 +260,24 @@ class Job:
         open_checkpoint(partial)
         for number in range(len(self.scopes)):
             (partial / _record_file(number)).unlink()
+        (partial / STATISTICS).unlink(missing_ok=True)
         (partial / RUN).unlink()
         return report
 
+    def _calibration_report(self) -> CalibrationReport | None:
+        if self.calibration_text is None or self.statistics is None:
+            return None
+        return CalibrationReport(
+            self.calibration_text.name,
+            self.calibration_text.fingerprint,
+            self.calibration_text.windows.numel(),
+            sum(len(found.counts) for found in self.statistics.values()),
+            {str(layer): found.unreached for layer, found in self.statistics.items() if found.unreached},
+        )
+
     def _fit(self, bank: BankPlan, watch: Observer) -> tuple[dict[str, Tensor], BankReport]:
         phases = PhaseClock()
-        stack = read_stack(self.checkpoint, self.layers, bank)
+        stack = read_stack(self.checkpoint, self.layers, bank, self.statistics)
         config = self.config.fit_config(bank.rank, bank.num_bases)
         phases.end("reading")
 
@@ -250,7 +286,7 @@ class Job:
                 phases.end("warm start")
             watch.step(bank, record)
 
-        result = fit_bank(stack.weights, config, on_step)
+        result = fit_bank(stack.weights, config, on_step, metric=stack.metric)
         phases.end("fit")
         stored = to_storage(stack, result.factors, self.dtype(bank.layers[0]))
         phases.end("storing")

@@ -44,6 +44,11 @@ class CompressConfig:
     """varpro: adapters eliminated, accelerated steps; am: closed-form alternating minimisation."""
     warm_start: WarmStartName = "procrustes"
     """Where each fit begins."""
+    calibrate: str | None = None
+    """Text on which the model is run first, to weigh errors by what they do there: a text file, or `calibration` for
+    the split that ships with GloBE, which a bare --calibrate means. None: the weights alone are looked at."""
+    calibration_tokens: int = 65536
+    """Tokens of that text at most."""
     steps: int = 500
     """Steps of each fit at most."""
     seed: int = 0

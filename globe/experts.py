@@ -13,10 +13,11 @@ from torch import Tensor
 from globe.bank.activations import activate
 from globe.bank.adapters import refit_adapters
 from globe.bank.factors import Factors, compose, mix
-from globe.bank.objective import expert_chunks, relative_errors
+from globe.bank.objective import InputMetric, expert_chunks, relative_errors
 from globe.checkpoint.layout import ExpertLayer, Family
 from globe.checkpoint.reader import Checkpoint
 from globe.checkpoint.stacks import read_family
+from globe.metric import LayerStatistics, input_metric, row_scales
 from globe.plan import BankPlan
 
 
@@ -30,6 +31,12 @@ class Group:
     """Their places along E."""
     sigma: float
     """Standard deviation of their weights, by which the stack is divided."""
+    row_scales: Tensor | None = None
+    """√s (E, P), by which a calibrated stack's rows are multiplied then."""
+
+    def restore(self, rows: Tensor, part: slice) -> Tensor:
+        """Matrices (e, P, K) of the experts `part` of the group in the units of the weights."""
+        return rows * self.sigma if self.row_scales is None else rows * (self.sigma / self.row_scales[part, :, None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +44,10 @@ class ExpertStack:
     """All matrices that share a bank."""
 
     weights: Tensor
-    """W / σ, (E, P, D), float32; the mean is not removed."""
+    """W / σ, (E, P, D), float32; the mean is not removed. Calibrated: S^{1/2} W / σ."""
     groups: tuple[Group, ...]
+    metric: InputMetric | None = None
+    """C of the experts, when calibrated."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +66,16 @@ class StoredFactors:
     """The same of every expert."""
 
 
-def read_stack(checkpoint: Checkpoint, layers: Mapping[int, ExpertLayer], bank: BankPlan) -> ExpertStack:
+def read_stack(
+    checkpoint: Checkpoint,
+    layers: Mapping[int, ExpertLayer],
+    bank: BankPlan,
+    statistics: Mapping[int, LayerStatistics] | None = None,
+) -> ExpertStack:
     """Read a bank's experts: layer after layer, family after family, each divided by its standard deviation.
 
-    Raises `CheckpointError` naming the tensor that holds NaN or Inf.
+    With `statistics` of the layers the stack is in the calibrated metric. Raises `CheckpointError` naming the tensor
+    that holds NaN or Inf.
     """
     weights = torch.empty(bank.num_matrices, bank.rows, bank.columns)
     groups: list[Group] = []
@@ -73,32 +88,55 @@ def read_stack(checkpoint: Checkpoint, layers: Mapping[int, ExpertLayer], bank: 
             weights[part] /= sigma
             groups.append(Group(index, family, part, sigma))
             start = part.stop
-    return ExpertStack(weights, tuple(groups))
+    stack = ExpertStack(weights, tuple(groups))
+    return stack if statistics is None else _calibrated(stack, statistics)
+
+
+def _calibrated(stack: ExpertStack, statistics: Mapping[int, LayerStatistics]) -> ExpertStack:
+    """The stack with its rows scaled, in place, and with the second moments of its layers."""
+    layers = list(dict.fromkeys(group.layer for group in stack.groups))
+    groups: list[Group] = []
+    second_moment_of: list[int | None] = []
+    for index in layers:
+        own = [group for group in stack.groups if group.layer == index]
+        scales = row_scales(statistics[index], {group.family: group.sigma for group in own})
+        for group in own:
+            stack.weights[group.part] *= scales[group.family][:, :, None]
+            groups.append(dataclasses.replace(group, row_scales=scales[group.family]))
+            place = None if group.family == "down" else layers.index(index)
+            second_moment_of += [place] * len(scales[group.family])
+    second_moments = torch.stack([input_metric(statistics[index]) for index in layers])
+    return ExpertStack(stack.weights, tuple(groups), InputMetric(second_moments, tuple(second_moment_of)))
 
 
 @torch.no_grad()
 def to_storage(stack: ExpertStack, factors: Factors, dtype: torch.dtype, lambda_a: float = 1e-6) -> StoredFactors:
     """Round codes and bases to `dtype`, refit the adapters to what was rounded, fold σ in and round them too.
 
-    The adapters are ill-conditioned enough to amplify the bank's rounding; refitted, they make up for most of it.
+    The adapters are ill-conditioned enough to amplify the bank's rounding; refitted, in the metric of the fit, they
+    make up for most of it. The errors are in plain Frobenius norms.
     """
     codes, bases = factors.codes.to(dtype), factors.bases.to(dtype)
     stored = StoredFactors({}, {}, bases, {}, {})
     wide_codes, wide_bases = codes.to(stack.weights.dtype), bases.to(stack.weights.dtype)
     for group in stack.groups:
         key: tuple[int, Family] = (group.layer, group.family)
-        adapters, errors, missed = list[Tensor](), list[float](), 0.0
+        adapters, errors, missed, energy = list[Tensor](), list[float](), 0.0, 0.0
         weights, own_codes = stack.weights[group.part], wide_codes[group.part]
         for part in expert_chunks(weights):
             features = activate(mix(own_codes[part], wide_bases), factors.activation)
-            exact, _ = refit_adapters(weights[part], features, lambda_a=lambda_a)
-            adapters.append((exact * group.sigma).to(dtype))
-            approximation = adapters[-1].to(weights.dtype) / group.sigma @ features
-            errors += relative_errors(weights[part], approximation).tolist()
-            missed += float((weights[part] - approximation).square().sum())
+            place = slice(group.part.start + part.start, group.part.start + part.stop)
+            weighed = None if stack.metric is None else stack.metric.weigh(features, place)
+            exact, _ = refit_adapters(weights[part], features, lambda_a=lambda_a, weighed=weighed)
+            adapters.append(group.restore(exact, part).to(dtype))
+            original = group.restore(weights[part], part)
+            approximation = adapters[-1].to(weights.dtype) @ features
+            errors += relative_errors(original, approximation).tolist()
+            missed += float((original - approximation).square().sum())
+            energy += float(original.square().sum())
         stored.adapters[key], stored.codes[key] = torch.cat(adapters), codes[group.part].contiguous()
         stored.expert_errors[key] = errors
-        stored.errors[key] = math.sqrt(missed / max(float(weights.square().sum()), sys.float_info.min))
+        stored.errors[key] = math.sqrt(missed / max(energy, sys.float_info.min))
     return stored
 
 

@@ -54,6 +54,25 @@ class BankReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class CalibrationReport:
+    """What a compression was calibrated on."""
+
+    text: str
+    """A shipped split or a file."""
+    fingerprint: str
+    """Of its tokens."""
+    num_tokens: int
+    num_experts: int
+    """Of all layers that were compressed."""
+    unreached: dict[str, list[int]]
+    """By layer, the experts that no token was routed to; they are weighed as the layer's mean."""
+
+    @property
+    def num_unreached(self) -> int:
+        return sum(map(len, self.unreached.values()))
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """A whole compression."""
 
@@ -73,6 +92,8 @@ class Report:
     """Spent on finished scopes, over all runs that it took."""
     peak_memory_bytes: int = 0
     """Largest resident memory of the process."""
+    calibration: CalibrationReport | None = None
+    """None: data-free."""
 
     @property
     def kept(self) -> float:
@@ -105,8 +126,10 @@ class Report:
         """The report of a compressed model; `CheckpointError` if the folder has none."""
         try:
             content = json.loads((folder / REPORT).read_text())
-            banks = [BankReport(**_known(BankReport, bank)) for bank in content["banks"]]
-            return cls(**{**_known(cls, content), "banks": banks})
+            calibration: dict[str, Any] | None = content.pop("calibration", None)
+            fields = _known(cls, content)
+            fields["banks"] = [BankReport(**_known(BankReport, bank)) for bank in content["banks"]]
+            return cls(**fields, calibration=None if calibration is None else CalibrationReport(**calibration))
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder / REPORT} cannot be read: {error!r}; is it the output of globe compress?"

@@ -22,7 +22,10 @@ def read_text(source: str | Path) -> str:
         return gzip.decompress((DATA / f"{source}.txt.gz").read_bytes()).decode()
     path = Path(source)
     if not path.is_file():
-        raise SettingsError(f"text {str(source)!r} is neither a file nor one of the shipped splits {', '.join(SPLITS)}")
+        raise SettingsError(
+            f"text {str(source)!r} is neither a file nor one of the shipped splits {', '.join(SPLITS)}; "
+            "save a data set's text to a file first"
+        )
     return path.read_text(encoding="utf-8", errors="replace")
 
 

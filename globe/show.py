@@ -40,6 +40,11 @@ def show_report(console: Console, report: Report, output: Path) -> None:
         f"whole model     {megabytes(report.compressed_bytes)} of {megabytes(report.original_bytes)} ({ratio:.1%})"
     )
     console.print(f"took            {clock(report.seconds)}, at most {megabytes(report.peak_memory_bytes)} of memory")
+    if (calibration := report.calibration) is not None:
+        console.print(
+            f"calibrated      on {calibration.num_tokens} tokens of {calibration.text}; {calibration.num_unreached} of "
+            f"{calibration.num_experts} experts were not reached and weigh as their layer's mean"
+        )
     fallbacks = sum(bank.metrics["num_fallbacks"] for bank in report.banks)
     if fallbacks:
         console.print(

@@ -42,6 +42,17 @@ def test_compress_evaluate_inspect_and_export_the_shipped_model(
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
 
 
+@pytest.mark.parametrize("value", [(), ("calibration",)])
+def test_a_bare_calibrate_means_the_shipped_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: tuple[str, ...]
+) -> None:
+    status, out, _ = run(
+        capsys, "compress", "-o", tmp_path / "out", *FAST, "--calibration-tokens", 512, "--calibrate", *value
+    )
+    assert status == 0
+    assert "calibrated      on 512 tokens of calibration; " in out
+
+
 def test_a_saved_copy_of_a_compressed_model_is_evaluated_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,6 +97,7 @@ def test_env_names_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
         (("compress", "no/such/model/anywhere", "-o", "x"), "does not exist"),
         (("compress", "-o", "x", "--keep", "0.00001"), "choose from"),
         (("compress", "-o", "x", "--layers", "99"), "layers 99 hold no routed experts"),
+        (("compress", "-o", "x", "--calibrate", "wikitext"), "save a data set's text to a file first"),
         (("evaluate", "--text", "nothing"), "neither a file nor"),
         (("export", "shipped", "-o", "x"), "not compressed"),
     ],
@@ -108,7 +120,7 @@ def test_mistakes_are_told_in_one_line_and_leave_nothing(
 def test_an_interrupted_run_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     write_source(tmp_path / "source")

@@ -71,7 +71,7 @@ class Problem:
         """Σ_e w_e ‖W_e C^{1/2}‖²_F, the denominator of the objective."""
         total = self.weights.new_zeros(())
         for part in expert_chunks(self.weights):
-            total = total + self._squared(self.weights[part], part)
+            total = total + self.squared(self.weights[part], part)
         return total
 
     def weigh(self, x: Tensor, part: slice) -> Tensor:
@@ -83,9 +83,9 @@ class Problem:
         weighed = self.weigh(x, part)
         return weighed if self.expert_weights is None else weighed * self.expert_weights[part, None, None]
 
-    def _squared(self, x: Tensor, part: slice) -> Tensor:
-        per_expert = norms(x).square() if self.metric is None else inner(self.weigh(x, part), x)
-        return (per_expert if self.expert_weights is None else per_expert * self.expert_weights[part]).sum()
+    def squared(self, x: Tensor, part: slice) -> Tensor:
+        """Σ_e w_e ‖x_e C_e^{1/2}‖² over the experts `part`."""
+        return _sum_of_products(self.gradient(x, part), x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,20 +136,26 @@ def project(
         n = activate(t, activation, activation_lambda)
         a, failed = refit_adapters(w, n, lambda_a=problem.lambda_a, weighed=problem.weigh(n, part))
         residual = torch.baddbmm(w, a, n, beta=-1)
-        total = total + problem._squared(residual, part)  # pyright: ignore[reportPrivateUsage]
+        weighed = problem.gradient(residual, part)
+        total = total + _sum_of_products(weighed, residual)
         num_fallbacks += failed
         del n
         if kept is not None:
             kept[part] = a
         if grad_codes is not None and grad_bases is not None:
-            grad_t = (a.mT @ problem.gradient(residual, part)).mul_(2 / energy)
-            del residual
+            grad_t = (a.mT @ weighed).mul_(2 / energy)
+            del residual, weighed
             if activation != "identity":
                 grad_t.mul_(jacobian(t, activation, activation_lambda))
             grad_codes[part] = grad_t.flatten(1) @ bases.flatten(1).mT
             grad_bases.flatten(1).addmm_(codes[part].mT, grad_t.flatten(1))
     objective = float(total / energy)
     return Projection(objective, num_fallbacks, grad_codes, grad_bases, kept)
+
+
+def _sum_of_products(weighed: Tensor, x: Tensor) -> Tensor:
+    """Σ weighed ⊙ x, without a product to be kept where they are the same."""
+    return norms(x).square().sum() if weighed is x else inner(weighed, x).sum()
 
 
 def objective(
@@ -164,7 +170,7 @@ def features_objective(problem: Problem, adapters: Tensor, features: Tensor) -> 
     total = problem.weights.new_zeros(())
     for part in expert_chunks(problem.weights):
         residual = torch.baddbmm(problem.weights[part], adapters[part], features[part], beta=-1)
-        total = total + problem._squared(residual, part)  # pyright: ignore[reportPrivateUsage]
+        total = total + problem.squared(residual, part)
     return float(total / problem.energy())
 
 

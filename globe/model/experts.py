@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -196,11 +196,11 @@ def factorise(module: nn.Module, layout: ExpertsLayout, uses: Sequence[BankUse])
 
 @functools.cache
 def _globe_class(original: type[nn.Module], mixin: type[GlobeExperts]) -> type[nn.Module]:
-    gate = {} if hasattr(original, "_apply_gate") else {"_apply_gate": _apply_gate}
+    gate = {} if hasattr(original, "_apply_gate") else {"_apply_gate": usual_gate}
     return type(f"Globe{original.__name__}", (mixin, original), {"__module__": __name__, **gate})
 
 
-def _apply_gate(experts: GlobeExperts, gate_up: Tensor) -> Tensor:
+def usual_gate(experts: Any, gate_up: Tensor) -> Tensor:
     """The usual gate, (T, 2P) -> (T, P), for classes that have it in their forward only."""
     gate, up = gate_up.chunk(2, dim=-1)
     return experts.act_fn(gate) * up

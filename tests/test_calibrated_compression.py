@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from globe import CompressConfig, SettingsError, compress
+from globe.bank.factors import Factors
+from globe.calibrate import calibrate
+from globe.checkpoint.layout import find_expert_layers
+from globe.checkpoint.reader import open_checkpoint
+from globe.experts import ExpertStack, read_stack, to_storage
+from globe.metric import LayerStatistics, input_metric, row_scales
+from globe.plan import BankPlan
+from globe.report import Report
+from tests.model.compressed import FAMILIES, FAMILY_SETTINGS, LAYERS, D, E, P, tiny_model
+from tests.random_experts import normal
+from tests.tiny_sources import write_source
+
+compress_module = importlib.import_module("globe.compress")  # its name is the function in globe
+QUICK = CompressConfig(keep=0.7, steps=5, layers=(1, 3), calibrate="calibration", calibration_tokens=512)
+RANK, BASES = 5, 4
+
+
+def windows() -> torch.Tensor:
+    return torch.randint(0, 48, (3, 16), generator=torch.Generator().manual_seed(1))
+
+
+def read(folder: Path, model_type: str) -> tuple[ExpertStack, ExpertStack, dict[int, LayerStatistics]]:
+    """The experts of a tiny model in a whole-model bank, plain and calibrated."""
+    write_source(folder, model_type)
+    checkpoint = open_checkpoint(folder)
+    layers = {layer.index: layer for layer in find_expert_layers(checkpoint)}
+    bank = BankPlan(tuple(range(LAYERS)), FAMILIES, LAYERS * 3 * E, P, D, RANK, BASES)
+    statistics = calibrate(tiny_model(model_type), windows(), range(LAYERS))
+    plain = read_stack(checkpoint, layers, bank)
+    return plain, read_stack(checkpoint, layers, bank, statistics), statistics
+
+
+@pytest.mark.parametrize("model_type", FAMILY_SETTINGS)
+def test_a_calibrated_stack_has_its_rows_scaled_and_a_second_moment_for_gate_and_up(
+    tmp_path: Path, model_type: str
+) -> None:
+    plain, calibrated, statistics = read(tmp_path, model_type)
+    assert calibrated.metric is not None
+    for before, group in zip(plain.groups, calibrated.groups, strict=True):
+        assert (group.layer, group.family, group.part, group.sigma) == (
+            before.layer, before.family, before.part, before.sigma,
+        )  # fmt: skip
+        sigmas = {other.family: other.sigma for other in plain.groups if other.layer == group.layer}
+        scales = row_scales(statistics[group.layer], sigmas)[group.family]
+        torch.testing.assert_close(calibrated.weights[group.part], scales[:, :, None] * plain.weights[group.part])
+        everything = slice(0, E)
+        torch.testing.assert_close(
+            group.restore(calibrated.weights[group.part], everything),
+            before.restore(plain.weights[group.part], everything),
+        )
+        x = normal(E, RANK, D, dtype=torch.float32)
+        metric = torch.eye(D) if group.family == "down" else input_metric(statistics[group.layer])
+        torch.testing.assert_close(calibrated.metric.weigh(x, group.part), x @ metric)
+
+
+def test_stored_adapters_are_exact_in_the_metric(tmp_path: Path) -> None:
+    """(W − A N) C Nᵀ = 0 for every expert, in the units of the weights; the errors are plain Frobenius errors."""
+    plain, calibrated, statistics = read(tmp_path, "qwen3_moe")
+    plain = ExpertStack(plain.weights.double(), plain.groups)
+    calibrated = dataclasses.replace(
+        calibrated, weights=calibrated.weights.double(),
+        metric=calibrated.metric and calibrated.metric.to(plain.weights),
+    )  # fmt: skip
+    num_matrices = len(plain.weights)
+    factors = Factors(torch.empty(0), normal(num_matrices, BASES), normal(BASES, RANK, D, seed=1), "tanh")
+    stored = to_storage(calibrated, factors, torch.float64, lambda_a=0.0)
+    for group in plain.groups:
+        key = (group.layer, group.family)
+        features = torch.tanh(torch.einsum("em,mrd->erd", stored.codes[key], stored.bases))
+        missed = group.sigma * plain.weights[group.part] - stored.adapters[key] @ features
+        metric = torch.eye(D) if group.family == "down" else input_metric(statistics[group.layer])
+        assert (missed @ metric.double() @ features.mT).abs().max() < 1e-5
+        energy = (group.sigma * plain.weights[group.part]).square().sum()
+        assert stored.errors[key] == pytest.approx(float((missed.square().sum() / energy).sqrt()), rel=1e-5)
+
+
+def test_a_calibrated_run_is_resumed_without_another_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compress("shipped", tmp_path / "whole", QUICK)
+    fits, fit = 0, compress_module.fit_bank
+
+    def fit_once(*args: Any, **kwargs: Any) -> Any:
+        nonlocal fits
+        fits += 1
+        if fits == 2:
+            raise KeyboardInterrupt
+        return fit(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compress_module, "fit_bank", fit_once)
+        with pytest.raises(KeyboardInterrupt):
+            compress("shipped", tmp_path / "out", QUICK)
+    text = tmp_path / "other.txt"
+    text.write_text("def other():\n    return 1\n" * 400)
+    with pytest.raises(SettingsError, match="calibration was"):
+        compress("shipped", tmp_path / "out", dataclasses.replace(QUICK, calibrate=str(text)))
+    with monkeypatch.context() as patch:
+        patch.delattr(compress_module, "calibrate")
+        report = compress("shipped", tmp_path / "out", QUICK)
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    assert not (tmp_path / "out" / "calibration.safetensors").exists()
+    assert Report.read(tmp_path / "out") == report
+
+
+def test_experts_never_reached_are_reported(tmp_path: Path) -> None:
+    report = compress("shipped", tmp_path / "out", QUICK)
+    assert report.calibration is not None
+    assert report.calibration.num_tokens == 512
+    assert report.calibration.num_experts == 32
+    assert 5 in report.calibration.unreached["1"]
+    assert report.calibration.num_unreached >= 1
+    assert compress("shipped", tmp_path / "plain", dataclasses.replace(QUICK, calibrate=None)).calibration is None
+
+
+def test_a_text_without_a_window_is_refused_before_any_work(tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("pass\n")
+    with pytest.raises(SettingsError, match="give a longer text"):
+        compress("shipped", tmp_path / "out", dataclasses.replace(QUICK, calibrate=str(text)))
+    assert not (tmp_path / "out.partial").exists()
