@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from globe.calibrate import run_expert, run_hooked
 from globe.checkpoint.layout import Family
-from globe.model.expert_modules import find_experts
+from globe.model.expert_modules import RoutedExperts, find_experts
 
 DAMPING = 0.1
 """Share of its mean diagonal that is added to a second moment before it is factorised or inverted.
@@ -69,16 +70,16 @@ def damped(moment: Tensor) -> Tensor:
 class _Sums:
     """Sums over the tokens of one layer."""
 
-    def __init__(self, experts: Any, router: Any) -> None:
-        self._experts, self._router = experts, router
-        num_experts, hidden, inner = experts.down_proj.shape
-        zeros = experts.down_proj.new_zeros
+    def __init__(self, experts: RoutedExperts, router: Any) -> None:
+        self._layout, self._router = experts.layout, router
+        num_experts, inner, hidden = self._layout.num_experts, self._layout.intermediate_size, self._layout.hidden_size
+        zeros = router.weight.new_zeros
         self._num_tokens = 0
         self._inputs, self._inner = zeros(hidden, hidden), zeros(num_experts, inner, inner)
         self._counts, self._norms = zeros(num_experts), zeros(num_experts)
         self._outputs, self._logits = zeros(num_experts, num_experts), zeros(num_experts, num_experts)
 
-    def __call__(self, _: Any, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
+    def __call__(self, module: Any, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
         """Add tokens x (T, D), the experts chosen for each (T, K) and their weights (T, K)."""
         x, chosen, weights = arguments
         self._num_tokens += x.shape[0]
@@ -87,8 +88,8 @@ class _Sums:
         self._logits += logits.mT @ logits
         gates, outputs = logits.softmax(-1), []
         for expert in range(len(self._counts)):
-            h = self._experts._apply_gate(functional.linear(x, self._experts.gate_up_proj[expert]))
-            output = functional.linear(h, self._experts.down_proj[expert])
+            found = run_expert(module, self._layout, expert, x)
+            h, output = found.activations, found.outputs
             token, place = torch.where(chosen == expert)
             self._counts[expert] += len(token)
             self._norms[expert] += weights[token, place] @ output[token].norm(dim=1)
@@ -121,15 +122,11 @@ def calibrate(model: Any, windows: Tensor, layers: Collection[int], batch: int =
 
     The router is found as in `benchmarks.stacks.remove_experts`. Every expert sees every token, for the similarities.
     """
-    began, sums, hooks = time.monotonic(), {}, []
+    began, sums = time.monotonic(), dict[int, _Sums]()
     for found in find_experts(model):
         if found.layer in layers:
             router = model.get_submodule(f"{found.path.rpartition('.')[0]}.gate")
-            sums[found.layer] = _Sums(found.module, router)
-            hooks.append(found.module.register_forward_pre_hook(sums[found.layer]))
-    for ids in windows.split(batch):
-        model(input_ids=ids.to(model.device))
-    for hook in hooks:
-        hook.remove()
+            sums[found.layer] = _Sums(found, router)
+    run_hooked(model, windows, sums, batch)
     statistics = {layer: total.means() for layer, total in sums.items()}
     return Calibration(statistics, windows.numel(), time.monotonic() - began)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,16 +144,24 @@ def calibrate(model: Any, windows: Tensor, layers: Collection[int], batch: int =
     Beside the model, D² + 3·E·P numbers for each layer are kept, however long the text. Raises `UnsupportedModelError`
     as `find_experts` does.
     """
-    found = [experts for experts in find_experts(model) if experts.layer in layers]
-    sums = {experts.layer: _Sums(experts) for experts in found}
-    hooks = [experts.module.register_forward_pre_hook(sums[experts.layer]) for experts in found]
+    sums = {experts.layer: _Sums(experts) for experts in find_experts(model) if experts.layer in layers}
+    run_hooked(model, windows, sums, batch)
+    return {layer: total.statistics() for layer, total in sums.items()}
+
+
+def run_hooked(model: Any, windows: Tensor, hooks: Mapping[int, Callable[..., None]], batch: int) -> None:
+    """Run a model over token windows with a forward pre-hook on the experts module of each layer in `hooks`."""
+    handles = [
+        experts.module.register_forward_pre_hook(hooks[experts.layer])
+        for experts in find_experts(model)
+        if experts.layer in hooks
+    ]
     try:
         for ids in windows.split(batch):
             model(input_ids=ids.to(model.device))
     finally:
-        for hook in hooks:
-            hook.remove()
-    return {layer: total.statistics() for layer, total in sums.items()}
+        for handle in handles:
+            handle.remove()
 
 
 def save_statistics(path: Path, layers: Mapping[int, LayerStatistics]) -> None:
