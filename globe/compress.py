@@ -53,6 +53,7 @@ from globe.train.result import StepRecord
 STATISTICS = "calibration.safetensors"
 """In an unfinished output: what the calibration text said of the layers."""
 
+
 def compress(
     model: str | Path,
     output: str | Path,
