@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from globe.calibrate import calibrate, load_statistics, read_calibration_text, save_statistics
 from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.layout import ExpertLayer, Family, find_expert_layers, source_names
 from globe.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
+from globe.checkpoint.source import open_source
 from globe.checkpoint.stacks import read_family
 from globe.checkpoint.writer import (
     claim,
@@ -70,7 +71,7 @@ def compress(
     what is no mixture of experts that GloBE knows; `OutputError` if the output exists or the disk is full.
     """
     output = Path(output)
-    checkpoint = open_checkpoint(resolve_model(model))
+    checkpoint = open_source(resolve_model(model))
     job = Job(checkpoint, config)
     partial = claim(output)
     job.resume_or_begin(partial, str(model))
@@ -102,7 +103,7 @@ def model_names(checkpoint: Checkpoint) -> FactorNames:
 
 def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        config = CONFIG_MAPPING[checkpoint.config.get("model_type", "")].from_dict(checkpoint.config)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError) as error:

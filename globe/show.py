@@ -14,6 +14,7 @@ from rich.text import Text
 
 from globe.checkpoint.layout import ExpertLayer, find_expert_layers
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
+from globe.checkpoint.source import open_source
 from globe.compress import Job
 from globe.config import CompressConfig
 from globe.errors import GlobeError
@@ -129,10 +130,11 @@ def _size(model: str) -> int:
 
 def show_inspection(console: Console, model: str, config: CompressConfig) -> None:
     """A model's experts, and the plan of a compression with these settings."""
-    checkpoint = open_checkpoint(resolve_model(model))
-    if _is_compressed(str(resolve_model(model))):
-        _show_compressed(console, Report.read(checkpoint.folder))
+    folder = resolve_model(model)
+    if _is_compressed(str(folder)):
+        _show_compressed(console, Report.read(Path(folder)))
         return
+    checkpoint = open_source(folder)
     layers = find_expert_layers(checkpoint)
     job = Job(checkpoint, config)
     _show_experts(console, checkpoint, layers)

@@ -1,26 +1,140 @@
-"""Sources whose weights are not plain floating point: refused by name, since their numbers are not the weights."""
+"""Sources whose weights are quantised: what GloBE can read is seen as plain floating point, the rest refused by name.
+
+Read are DeepSeek-V3's block FP8, gpt-oss' MXFP4 and compressed-tensors' symmetric int4 (pack-quantized, Kimi-K2). Each
+tensor is dequantised when it is read, so that memory holds one at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NoReturn
 
-from globe.checkpoint.header import FLOAT_DTYPES
+import torch
+from torch import Tensor
+
+from globe.checkpoint.header import FLOAT_DTYPES, TORCH_DTYPES, TensorInfo
+from globe.checkpoint.packed import unpack_fp8, unpack_int4, unpack_mxfp4
 from globe.checkpoint.reader import Checkpoint
-from globe.errors import UnsupportedModelError
+from globe.errors import CheckpointError, UnsupportedModelError
 
-_ADVICE = f"only {', '.join(FLOAT_DTYPES)} weights are read: use the unquantised release, or dequantise it first"
+_READ = "block-wise fp8, mxfp4 and compressed-tensors' symmetric int4 (pack-quantized)"
+_ADVICE = (
+    f"only {', '.join(FLOAT_DTYPES)} weights, {_READ} are read: use the unquantised release, or dequantise it first"
+)
+_SECTIONS = ("quantization_config", "compression_config")  # the second: early compressed-tensors models
+_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_LEFTOVER = re.compile(r".*(?:_scale|_scale_inv|_scales|_blocks|_zero_point|_zeros|_g_idx|_packed)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """How one tensor lies in the files."""
+
+    parts: tuple[str, ...]
+    """The stored tensors, the one with the numbers first."""
+    shape: tuple[int, ...]
+    """Of what they stand for."""
+    unpack: Callable[..., Tensor]
+    """From the parts, in order, and `dtype` to the tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DequantizedCheckpoint(Checkpoint):
+    """A quantised checkpoint seen as the plain one that it stands for: no quantization_config, no scales."""
+
+    files: Checkpoint = dataclasses.field(kw_only=True)
+    """As the files are."""
+    packed: Mapping[str, Packed] = dataclasses.field(kw_only=True)
+    """The tensors that are not stored as they are read, by name."""
+
+    @property
+    def stored_plainly(self) -> bool:
+        """The files' bytes are not the tensors'."""
+        return False
+
+    def read_many(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of each in turn, dequantised one at a time.
+
+        Raises `CheckpointError` if a tensor is not what its shape in the header said.
+        """
+        infos = [self._info(name) for name in names]
+        parts = {
+            info.name: self.packed[info.name].parts if info.name in self.packed else (info.name,) for info in infos
+        }
+        stream = self.files.read_many(part for info in infos for part in parts[info.name])
+        for info in infos:
+            stored = [tensor for _, tensor in (next(stream) for _ in parts[info.name])]
+            if info.name in self.packed:
+                yield info.name, self.packed[info.name].unpack(*stored, dtype=TORCH_DTYPES[info.dtype])
+            else:
+                yield info.name, stored[0]
+
+    def fingerprint(self) -> str:
+        """That of the files."""
+        return self.files.fingerprint()
+
+
+def dequantized(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint in floating point: itself, or a view of it that dequantises what is read.
+
+    The view's quantised tensors have the configuration's dtype, bfloat16 unless it says otherwise.
+
+    Raises `UnsupportedModelError` naming the method if it is not one that is read, or a checkpoint of GloBE's own.
+    """
+    section = _section(checkpoint)
+    if section is None:
+        return checkpoint
+    method = _method(section)
+    find = _FINDERS.get(method)
+    if find is None or not isinstance(section, Mapping):
+        _refuse(checkpoint, method)
+    packed = find(checkpoint, section)
+    consumed = {part for recipe in packed.values() for part in recipe.parts} - packed.keys()
+    dtype = _NAMES.get(str(checkpoint.text_config.get("dtype") or checkpoint.text_config.get("torch_dtype")), "BF16")
+    tensors: dict[str, TensorInfo] = {}
+    for info in checkpoint.tensors.values():
+        owner = next(
+            (name for name in _names_of(info.name) if name in packed and packed[name].parts[0] == info.name), None
+        )
+        if owner is not None:
+            shape = packed[owner].shape
+            nbytes = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+            tensors[owner] = TensorInfo(owner, dtype, shape, info.shard, 0, nbytes)
+        elif info.name not in consumed:
+            tensors[info.name] = info
+    unknown = [
+        info.name
+        for info in tensors.values()
+        if info.name not in packed and (info.dtype.startswith("F8") or _LEFTOVER.fullmatch(info.name))
+    ]
+    if unknown:
+        raise UnsupportedModelError(
+            f"{checkpoint.folder} is quantised ({method}), but {len(unknown)} tensors are not in the form that GloBE "
+            f"knows of it: {', '.join(unknown[:3])}; {_ADVICE}"
+        )
+    held = {info.shard for info in tensors.values()}
+    return DequantizedCheckpoint(
+        checkpoint.folder,
+        _plain_config(checkpoint.config),
+        tensors,
+        tuple(shard for shard in checkpoint.shards if shard in held),
+        checkpoint.repo,
+        files=checkpoint,
+        packed=packed,
+    )
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raise `UnsupportedModelError` if config.json or the experts' dtypes say that the weights are quantised.
 
-    A checkpoint that GloBE has compressed is refused too: its experts are no longer dense.
+    A view from `dequantized` passes; a checkpoint that GloBE has compressed does not: its experts are no longer dense.
     """
-    for section in (checkpoint.config, checkpoint.text_config):
-        # compression_config is what early compressed-tensors models call it
-        if found := section.get("quantization_config") or section.get("compression_config"):
-            _refuse_method(checkpoint, _method(found))
+    if (section := _section(checkpoint)) is not None:
+        _refuse(checkpoint, _method(section))
     packed = [
         tensor
         for name, tensor in checkpoint.tensors.items()
@@ -33,7 +147,113 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
         )
 
 
-def _refuse_method(checkpoint: Checkpoint, method: str) -> None:
+def _find_fp8(checkpoint: Checkpoint, section: Mapping[str, Any]) -> dict[str, Packed]:
+    match section.get("weight_block_size"):
+        case [int(rows), int(columns)] if section.get("activation_scheme", "dynamic") == "dynamic":
+            block = (rows, columns)
+        case _:
+            _refuse(checkpoint, "fp8 without weight_block_size or with static activations")
+    packed: dict[str, Packed] = {}
+    for name, info in checkpoint.tensors.items():
+        scale = checkpoint.tensors.get(f"{name}_scale_inv")
+        if info.dtype == "F8_E4M3" and scale is not None:
+            *_, N, K = info.shape
+            blocks = (*info.shape[:-2], math.ceil(N / block[0]), math.ceil(K / block[1]))
+            _check_shape(scale, blocks, info)
+            packed[name] = Packed((name, scale.name), info.shape, functools.partial(unpack_fp8, block=block))
+    return packed
+
+
+def _find_mxfp4(checkpoint: Checkpoint, _: Mapping[str, Any]) -> dict[str, Packed]:
+    packed: dict[str, Packed] = {}
+    for name, info in checkpoint.tensors.items():
+        owner = name.removesuffix("_blocks")
+        scales = checkpoint.tensors.get(f"{owner}_scales")
+        if owner != name and info.dtype == "U8" and len(info.shape) == 4 and scales is not None:
+            E, rows, num_groups = info.shape[:-1]
+            _check_shape(scales, info.shape[:-1], info)
+            packed[owner] = Packed((name, scales.name), (E, 32 * num_groups, rows), _unpack_experts)
+    return packed
+
+
+def _unpack_experts(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """(E, N, G, 16), (E, N, G) -> (E, 32·G, N), as gpt-oss' unquantised experts lie; an expert at a time."""
+    E, N, G, _ = blocks.shape
+    experts = torch.empty(E, 32 * G, N, dtype=dtype)
+    for expert, own_blocks, own_scales in zip(experts, blocks, scales, strict=True):
+        expert.copy_(unpack_mxfp4(own_blocks, own_scales, dtype).T)
+    return experts
+
+
+def _find_int4(checkpoint: Checkpoint, section: Mapping[str, Any]) -> dict[str, Packed]:
+    groups: list[Mapping[str, Any]] = list((section.get("config_groups") or {}).values())
+    for group in groups:
+        weights: Mapping[str, Any] = group.get("weights") or {}
+        found = {name: weights.get(name) for name in ("num_bits", "type", "symmetric", "strategy", "actorder")}
+        described = f"{group.get('format') or section.get('format')}, {found}"
+        if (
+            (group.get("format") or section.get("format")) != "pack-quantized"
+            or (found["num_bits"], found["type"], found["symmetric"]) != (4, "int", True)
+            or found["strategy"] not in ("group", "channel")
+            or found["actorder"] not in (None, False, "static", "weight")
+        ):
+            _refuse(checkpoint, f"compressed-tensors {described}")
+    packed: dict[str, Packed] = {}
+    for name, info in checkpoint.tensors.items():
+        owner = name.removesuffix("_packed")
+        scale, shape = (checkpoint.tensors.get(f"{owner}_{part}") for part in ("scale", "shape"))
+        if owner != name and info.dtype == "I32" and scale is not None and shape is not None:
+            rows, columns = info.shape[0], 8 * info.shape[1]
+            if scale.shape[0] != rows or columns % scale.shape[1]:
+                _check_shape(scale, (rows, columns), info)
+            packed[owner] = Packed((name, scale.name, shape.name), (rows, columns), _unpack_linear)
+    return packed
+
+
+def _unpack_linear(packed: Tensor, scale: Tensor, shape: Tensor, dtype: torch.dtype) -> Tensor:
+    matrix = unpack_int4(packed, scale, dtype)
+    if tuple(shape.tolist()) != matrix.shape:
+        raise CheckpointError(
+            f"a packed matrix holds {tuple(matrix.shape)} numbers and says {tuple(shape.tolist())}: rows that do not "
+            "fill whole words are not supported"
+        )
+    return matrix
+
+
+_FINDERS: Mapping[str, Callable[[Checkpoint, Mapping[str, Any]], dict[str, Packed]]] = {
+    "fp8": _find_fp8,
+    "mxfp4": _find_mxfp4,
+    "compressed-tensors": _find_int4,
+}
+
+
+def _names_of(stored: str) -> tuple[str, str, str]:
+    """What a stored tensor may be part of."""
+    return stored, stored.removesuffix("_blocks"), stored.removesuffix("_packed")
+
+
+def _check_shape(scale: TensorInfo, expected: tuple[int, ...], weight: TensorInfo) -> None:
+    if scale.shape != expected:
+        raise CheckpointError(
+            f"{scale.name} has shape {scale.shape}; for {weight.name} of shape {weight.shape} it should be {expected}: "
+            "download the checkpoint again"
+        )
+
+
+def _section(checkpoint: Checkpoint) -> Any:
+    """What the configuration says of quantisation, if anything."""
+    sections = (part.get(key) for part in (checkpoint.config, checkpoint.text_config) for key in _SECTIONS)
+    return next((section for section in sections if section), None)
+
+
+def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {key: value for key, value in config.items() if key not in _SECTIONS}
+    if isinstance(nested := plain.get("text_config"), dict):
+        plain["text_config"] = {key: value for key, value in nested.items() if key not in _SECTIONS}
+    return plain
+
+
+def _refuse(checkpoint: Checkpoint, method: str) -> NoReturn:
     if method == "globe":
         raise UnsupportedModelError(
             f"{checkpoint.folder} is already compressed by GloBE: evaluate or export it, or compress its source"

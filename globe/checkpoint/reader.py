@@ -46,6 +46,11 @@ class Checkpoint:
         nested = self.config.get("text_config")
         return nested if isinstance(nested, dict) else self.config
 
+    @property
+    def stored_plainly(self) -> bool:
+        """Whether the files hold the bytes of the tensors as they are read."""
+        return True
+
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU in its stored dtype. A shard on the Hub is downloaded when first read."""
         return next(self.read_many([name]))[1]

@@ -37,13 +37,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     with _replacing(path, sum(info.nbytes for info in infos)) as file:
         file.write(build_header(infos, {**_METADATA, **(metadata or {})}))
         for info in infos:
-            file.write(tensors[info.name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.write(_bytes(tensors[info.name]))
 
 
 def copy_tensors(checkpoint: Checkpoint, shard: str, names: Collection[str], path: Path) -> None:
     """Write the named tensors of a shard to a file of their own, bit for bit, with a chunk at a time in memory.
 
-    All of the shard's tensors: the file itself is copied. Raises `CheckpointError` for a name that the shard lacks,
+    All of the shard's tensors: the file itself is copied. Of a dequantised checkpoint, what its tensors stand for is
+    written, with a tensor at a time in memory. Raises `CheckpointError` for a name that the shard lacks,
     `OutputError` when the disk is full.
     """
     held = checkpoint.shard_tensors(shard)
@@ -51,6 +52,12 @@ def copy_tensors(checkpoint: Checkpoint, shard: str, names: Collection[str], pat
     if len(kept) != len(set(names)):
         lacking = sorted(set(names) - {tensor.name for tensor in kept})
         raise CheckpointError(f"{shard} holds no tensor {lacking[0]!r}")
+    if not checkpoint.stored_plainly:
+        with _replacing(path, sum(tensor.nbytes for tensor in kept)) as file:
+            file.write(build_header(kept, _METADATA))
+            for _, tensor in checkpoint.read_many(info.name for info in kept):
+                file.write(_bytes(tensor))
+        return
     with (
         checkpoint.shard_path(shard).open("rb") as source,
         _replacing(path, sum(tensor.nbytes for tensor in kept)) as file,
@@ -148,6 +155,10 @@ def _replacing(path: Path, nbytes: int) -> Iterator[BinaryIO]:
                 "make room and run again"
             ) from error
         raise OutputError(f"{path} cannot be written: {error}") from error
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _copy_range(source: BinaryIO, file: BinaryIO, start: int, nbytes: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-E, P, D = 4, 12, 32
+E, P, D = 4, 24, 32
 LAYERS = 3
 
 COMMON: Mapping[str, Any] = {
@@ -38,7 +38,7 @@ _DEEPSEEK: Mapping[str, Any] = {
     "n_routed_experts": E,
     "n_shared_experts": 1,
     "moe_intermediate_size": P,
-    "intermediate_size": 24,
+    "intermediate_size": 40,
     "first_k_dense_replace": 1,
     "n_group": 1,
     "topk_group": 1,
@@ -59,14 +59,14 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "qwen2_moe": {
         "num_experts": E,
         "moe_intermediate_size": P,
-        "intermediate_size": 24,
+        "intermediate_size": 40,
         "shared_expert_intermediate_size": 8,
         "mlp_only_layers": [0],
     },
     "qwen3_moe": {
         "num_experts": E,
         "moe_intermediate_size": P,
-        "intermediate_size": 24,
+        "intermediate_size": 40,
         "head_dim": 16,
         "mlp_only_layers": [1],
     },
@@ -95,7 +95,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "n_routed_experts": E,
         "n_shared_experts": 1,
         "moe_intermediate_size": P,
-        "intermediate_size": 24,
+        "intermediate_size": 40,
         "first_k_dense_replace": 1,
         "head_dim": 16,
         "n_group": 1,
@@ -108,7 +108,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "moe_num_experts": E,
         "moe_k": 2,
         "moe_intermediate_size": P,
-        "intermediate_size": 24,
+        "intermediate_size": 40,
         "moe_num_shared_experts": 1,
         "moe_layer_start_index": 1,
         "moe_layer_end_index": -1,
@@ -118,7 +118,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "lfm2_moe": {
         "num_experts": E,
         "moe_intermediate_size": P,
-        "intermediate_size": 24,
+        "intermediate_size": 40,
         "num_dense_layers": 1,
         "layer_types": ["conv", "full_attention", "conv"],
     },
@@ -136,7 +136,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "llama4_text": {
         "num_local_experts": E,
         "intermediate_size": P,
-        "intermediate_size_mlp": 24,
+        "intermediate_size_mlp": 40,
         "num_experts_per_tok": 1,
         "interleave_moe_layer_step": 1,
         "head_dim": 16,
@@ -146,7 +146,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "n_routed_experts": E,
         "zero_expert_num": 2,
         "expert_ffn_hidden_size": P,
-        "ffn_hidden_size": 24,
+        "ffn_hidden_size": 40,
         "moe_topk": 2,
         "num_layers": LAYERS,
         "num_hidden_layers": 2 * LAYERS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -32,10 +33,10 @@ class Case:
 CASES = [Case(family, layout) for family in SETTINGS for layout in ("saved", "fused")]
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A model with random weights, every tensor of it different from its initial value."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**COMMON, **SETTINGS[family]}, dtype=dtype)
+    config = AutoConfig.for_model(family, **{**COMMON, **SETTINGS[family], **changes}, dtype=dtype)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
