@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
@@ -104,7 +105,11 @@ def model_names(checkpoint: Checkpoint) -> FactorNames:
 def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     try:
         config = CONFIG_MAPPING[checkpoint.config.get("model_type", "")].from_dict(checkpoint.config)
+        named = [getattr(transformers, name, None) for name in checkpoint.config.get("architectures") or ()]
+        known = [found for found in named if isinstance(found, type) and issubclass(found, PreTrainedModel)]
         with torch.device("meta"):
+            if known:  # of a model of text and pictures, more than its language model
+                return known[0]._from_config(config)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(

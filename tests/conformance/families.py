@@ -19,7 +19,7 @@ COMMON: Mapping[str, Any] = {
     "num_key_value_heads": 2,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 64,
-    "initializer_range": 0.1,
+    "initializer_range": 0.08,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -152,3 +152,41 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "num_hidden_layers": 2 * LAYERS,
     },
 }
+
+COMPOSITES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "qwen3_5_moe": (
+        "qwen3_5_moe_text",
+        {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "patch_size": 4,
+            "out_hidden_size": D,
+            "num_position_embeddings": 16,
+        },
+    ),
+    "llama4": (
+        "llama4_text",
+        {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "vision_output_dim": 16,
+            "image_size": 8,
+            "patch_size": 4,
+            "projector_input_dim": 16,
+            "projector_output_dim": 16,
+        },
+    ),
+}
+"""Models of text and pictures: the family of their language model, and the configuration of their eyes."""
+
+
+def settings(family: str) -> dict[str, Any]:
+    """All settings of a family's tiny configuration."""
+    if family not in COMPOSITES:
+        return {**COMMON, **SETTINGS[family]}
+    text, vision = COMPOSITES[family]
+    return {"text_config": settings(text), "vision_config": dict(vision), "tie_word_embeddings": False}

@@ -17,7 +17,7 @@ from globe.export import export_dense
 from globe.model import RoutedExperts, find_experts
 from globe.model.names import is_factor
 from globe.report import Report
-from tests.conformance.families import D, E, P
+from tests.conformance.families import COMPOSITES, D, E, P
 from tests.conformance.tiny import CASES, Case, load, logits, write
 
 EXACT = CompressConfig(rank_ratio=1, basis_ratio=1, activation="identity", steps=5)
@@ -58,8 +58,8 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         source,
         find_expert_layers(source),
         model,
-        load(folder / "exact"),
-        load(folder / "lossy"),
+        load(folder / "exact", case.family),
+        load(folder / "lossy", case.family),
         open_checkpoint(folder / "lossy"),
         report,
         open_checkpoint(folder / "dense"),
@@ -114,8 +114,18 @@ def test_nothing_compressed_away_leaves_the_logits(built: Built) -> None:
 
 def test_a_lossy_model_has_the_logits_of_its_dense_export(built: Built) -> None:
     ours = logits(built.lossy)
-    torch.testing.assert_close(ours, logits(load(built.dense.folder)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, logits(load(built.dense.folder, built.case.family)), rtol=0, atol=1e-5)
     assert (ours - logits(built.model)).abs().max() > 1e-2  # or the comparison would say nothing
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+@pytest.mark.parametrize("family", COMPOSITES)
+def test_the_language_model_of_a_composite_loads_alone(tmp_path: Path, family: str, scope: str) -> None:
+    write(Case(family, "saved"), tmp_path / "source")
+    compress(tmp_path / "source", tmp_path / "out", CompressConfig(keep=0.7, steps=2, scope=scope))
+    whole, alone = load(tmp_path / "out", family), load(tmp_path / "out")
+    assert type(whole) is not type(alone)
+    torch.testing.assert_close(logits(alone), logits(whole), rtol=0, atol=1e-5)
 
 
 def test_the_dense_export_is_laid_out_as_the_source(built: Built) -> None:

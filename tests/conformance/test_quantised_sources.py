@@ -72,8 +72,8 @@ def test_nothing_compressed_away_leaves_the_logits(quantised: Quantised, referen
 def test_a_lossy_run_exports_a_plain_model_with_its_logits(quantised: Quantised) -> None:
     compress(quantised.source, quantised.folder / "lossy", LOSSY)
     export_dense(quantised.folder / "lossy", quantised.folder / "dense")
-    ours = logits(load(quantised.folder / "lossy", torch.bfloat16))
-    theirs = logits(load(quantised.folder / "dense", torch.bfloat16))
+    ours = logits(load(quantised.folder / "lossy", dtype=torch.bfloat16))
+    theirs = logits(load(quantised.folder / "dense", dtype=torch.bfloat16))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02)
 
     dense = open_checkpoint(quantised.folder / "dense")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from tests.conformance.families import COMMON, SETTINGS
+from tests.conformance.families import COMPOSITES, SETTINGS, settings
 
 IDS = torch.tensor([[3, 5, 7, 11, 13, 17, 19, 23], [29, 31, 37, 41, 43, 47, 4, 6]])
 
@@ -30,14 +30,14 @@ class Case:
         return f"{self.family}-{self.layout}"
 
 
-CASES = [Case(family, layout) for family in SETTINGS for layout in ("saved", "fused")]
+CASES = [Case(family, layout) for family in (*SETTINGS, *COMPOSITES) for layout in ("saved", "fused")]
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A model with random weights, every tensor of it different from its initial value."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**COMMON, **SETTINGS[family], **changes}, dtype=dtype)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    config = AutoConfig.for_model(family, **{**settings(family), **changes}, dtype=dtype)
+    model = auto_class(family).from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("bias", "sinks")):
@@ -51,6 +51,7 @@ def write(case: Case, folder: Path, dtype: torch.dtype = torch.float32) -> PreTr
     if case.layout == "saved":
         model.save_pretrained(folder, max_shard_size="20KB")
     else:
+        model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
         state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -62,5 +63,11 @@ def logits(model: PreTrainedModel) -> Tensor:
     return model(input_ids=IDS, use_cache=False).logits
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+def auto_class(family: str) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """What builds and loads the whole of a model."""
+    return AutoModelForImageTextToText if family in COMPOSITES else AutoModelForCausalLM
+
+
+def load(folder: Path, family: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The whole model of a family, or, without one, its language model."""
+    return (AutoModelForCausalLM if family is None else auto_class(family)).from_pretrained(folder, dtype=dtype).eval()
