@@ -110,7 +110,11 @@ def find_expert_layers(checkpoint: Checkpoint) -> list[ExpertLayer]:
     if not modules:
         raise UnsupportedModelError(_nothing_found(checkpoint))
     config = checkpoint.text_config
-    layers = [_layer(index, prefix, modules[index, prefix], config) for index, prefix in sorted(modules)]
+    try:
+        layers = [_layer(index, prefix, modules[index, prefix], config) for index, prefix in sorted(modules)]
+    except UnsupportedModelError as error:
+        family = config.get("model_type", "this model")
+        raise UnsupportedModelError(f"{family} is not supported as it is stored here: {error}") from error
     for earlier, later in itertools.pairwise(layers):
         if earlier.index == later.index:
             raise UnsupportedModelError(
