@@ -38,7 +38,7 @@ from globe.errors import CheckpointError, UnsupportedModelError
 from globe.evaluate import load
 from globe.experts import read_stack, to_storage
 from globe.metric import LayerStatistics
-from globe.model.bank_spec import BankSpec
+from globe.model.bank_spec import BankSpec, encoding_of
 from globe.model.expert_modules import RoutedExperts, factor_names, find_experts
 from globe.model.names import FactorNames, dense_halves, tripwire_tensor
 from globe.model.quantization_config import GlobeQuantizationConfig
@@ -154,7 +154,7 @@ class Job:
             None if name is None else read_calibration_text(checkpoint.folder, name, self.config.calibration_tokens)
         )
         self.statistics: dict[int, LayerStatistics] | None = None
-        self.specs = [_spec(bank) for scope in self.scopes for bank in scope.banks]
+        self.specs = [self._spec(bank) for scope in self.scopes for bank in scope.banks]
         self._replaced = {name for scope in self.scopes for index in scope.layers for name in self._sources(index)}
         self._kept = {
             shard: [t.name for t in checkpoint.shard_tensors(shard) if t.name not in self._replaced]
@@ -163,16 +163,16 @@ class Job:
         self._dense_shards = [shard for shard in checkpoint.shards if self._kept[shard]]
 
     def dtype(self, layer: int) -> torch.dtype:
-        """What the factors of a layer are stored in."""
-        if self.config.dtype == "source":
-            return TORCH_DTYPES[self.layers[layer].dtype]
-        return getattr(torch, self.config.dtype)
+        """What a layer's factors in floating point are stored in."""
+        if self.config.factor_dtype in ("float32", "bfloat16", "float16"):
+            return getattr(torch, self.config.factor_dtype)
+        return TORCH_DTYPES[self.layers[layer].dtype]
 
     def predicted_bytes(self) -> int:
         """Of the output's tensors."""
         kept = sum(self.checkpoint.tensors[name].nbytes for names in self._kept.values() for name in names)
         factors = sum(
-            bank.stored_parameters * self.dtype(bank.layers[0]).itemsize
+            bank.stored_bytes(self.config.precision, self.dtype(bank.layers[0]).itemsize)
             for scope in self.scopes
             for bank in scope.banks
         )
@@ -295,9 +295,9 @@ class Job:
 
         result = fit_bank(stack.weights, config, on_step, metric=stack.metric)
         phases.end("fit")
-        stored = to_storage(stack, result.factors, self.dtype(bank.layers[0]))
+        stored = to_storage(stack, result.factors, self.dtype(bank.layers[0]), self.config.precision)
         phases.end("storing")
-        tensors = {self.names.bases(_spec(bank)): stored.bases}
+        tensors = {self.names.bases(self._spec(bank)): stored.bases}
         errors: dict[str, dict[str, float]] = {}
         expert_errors: dict[str, dict[str, list[float]]] = {}
         for group in stack.groups:
@@ -325,6 +325,9 @@ class Job:
         watch.bank(bank, report.error, report.seconds)
         return tensors, report
 
+    def _spec(self, bank: BankPlan) -> BankSpec:
+        return BankSpec(bank.layers, bank.families, bank.rank, bank.num_bases, encoding_of(self.config.precision))
+
     def _sources(self, index: int) -> list[str]:
         """The layer's source tensors that the output replaces: of its families in banks and of the dense halves."""
         families: set[Family] = {*self.config.families, *dense_halves(self.config.families)}
@@ -332,10 +335,6 @@ class Job:
 
     def _file(self, number: int) -> str:
         return f"model-{number + 1:05d}-of-{len(self.scopes) + len(self._dense_shards):05d}.safetensors"
-
-
-def _spec(bank: BankPlan) -> BankSpec:
-    return BankSpec(bank.layers, bank.families, bank.rank, bank.num_bases)
 
 
 def _record_file(number: int) -> str:

@@ -7,10 +7,17 @@ from typing import Literal
 
 from globe.bank.activations import Activation
 from globe.bank.codes import CodeMap
+from globe.bank.rounding import Precision
 from globe.checkpoint.layout import FAMILIES, Family
 from globe.errors import SettingsError
 from globe.init.warm_start import WarmStartName
 from globe.train.config import FitConfig, Solver
+
+FloatDtype = Literal["source", "float32", "bfloat16", "float16"]
+PackedDtype = Literal["int8", "int5", "int4", "int3", "int2"]
+
+_PRECISION_OF_BUDGET = ((7.0, 8, 8), (4.6, 5, 5), (2.8, 4, 5), (2.2, 4, 4), (1.8, 3, 4), (0.0, 3, 3))
+"""From so many bits per weight on, the bits of bank and adapters that lose least; measured, see docs/log.md."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +27,9 @@ class CompressConfig:
     keep: float | None = None
     """Stored parameters of the compressed families over the original ones; chooses rank and bases. 0.75 unless ratios
     are given."""
+    bits: float | None = None
+    """Stored bits per original weight of the compressed families, everything counted, instead of `keep`; chooses rank,
+    bases and `factor_dtype`."""
     rank_ratio: float | None = None
     """R / P, with `basis_ratio`, instead of `keep`."""
     basis_ratio: float | None = None
@@ -55,15 +65,26 @@ class CompressConfig:
     """Seeds what is random in a warm start."""
     device: str = "cpu"
     """Where the fits run: cpu, cuda or mps."""
-    dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
-    """Precision that the factors are stored in; source: that of the weights."""
+    factor_dtype: FloatDtype | PackedDtype = "source"
+    """What the factors are stored in: the dtype of the weights (source), a floating-point dtype, or few bits with a
+    scale for each group of 64; below 8 bits the fit knows."""
+    bank_dtype: PackedDtype | None = None
+    """Bits of the bank alone; None: as `factor_dtype`."""
 
     def __post_init__(self) -> None:
         ratios = (self.rank_ratio, self.basis_ratio)
         if (self.rank_ratio is None) != (self.basis_ratio is None):
             raise SettingsError("rank_ratio and basis_ratio go together; give both, or keep alone")
-        if self.keep is not None and ratios != (None, None):
-            raise SettingsError("give keep, or rank_ratio with basis_ratio, not both")
+        if (self.keep is not None) + (self.bits is not None) + (ratios != (None, None)) > 1:
+            raise SettingsError("give one of keep, bits, or rank_ratio with basis_ratio")
+        if self.bits is not None and (self.factor_dtype != "source" or self.bank_dtype is not None):
+            raise SettingsError("bits chooses the factors' dtype; give keep with factor_dtype to choose it yourself")
+        if self.bits is not None and not self.bits > 0:
+            raise SettingsError(f"bits is {self.bits:g}; it must be above 0")
+        if self.bank_bits is not None and self.solver != "varpro":
+            raise SettingsError(
+                f"solver {self.solver} does not round the bank inside the fit; use varpro, or a floating-point dtype"
+            )
         for name in ("rank_ratio", "basis_ratio"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
@@ -78,8 +99,24 @@ class CompressConfig:
         self.fit_config(rank=1, num_bases=self.support or 1)
 
     def resolved(self) -> CompressConfig:
-        """The same settings with `keep` filled in where neither it nor the ratios were given."""
-        return self if self.keep is not None or self.rank_ratio is not None else dataclasses.replace(self, keep=0.75)
+        """The same settings with `keep` filled in where nothing says how much to keep."""
+        sized = self.keep is not None or self.bits is not None or self.rank_ratio is not None
+        return self if sized else dataclasses.replace(self, keep=0.75)
+
+    @property
+    def precision(self) -> Precision:
+        """Bits of the stored factors; codes are encoded in 8 bits where any factor is in few."""
+        if self.bits is not None:
+            bases, adapters = next((b, a) for least, b, a in _PRECISION_OF_BUDGET if self.bits >= least)
+            return Precision(bases, 8, adapters)
+        adapters = _num_bits(self.factor_dtype)
+        bases = adapters if self.bank_dtype is None else _num_bits(self.bank_dtype)
+        return Precision(bases, None if (bases, adapters) == (None, None) else 8, adapters)
+
+    @property
+    def bank_bits(self) -> int | None:
+        """Bits that the fit rounds the bank to; 8 are not worth knowing."""
+        return None if self.precision.bases == 8 else self.precision.bases
 
     def fit_config(self, rank: int, num_bases: int) -> FitConfig:
         """The settings of one bank's fit."""
@@ -88,6 +125,7 @@ class CompressConfig:
             num_bases=num_bases,
             activation=self.activation,
             codes=self.codes,
+            bank_bits=self.bank_bits,
             support=None if self.support is None else min(self.support, num_bases),
             solver=self.solver,
             warm_start=self.warm_start,
@@ -95,3 +133,7 @@ class CompressConfig:
             seed=self.seed,
             device=self.device,
         )
+
+
+def _num_bits(dtype: str) -> int | None:
+    return int(dtype.removeprefix("int")) if dtype.startswith("int") else None

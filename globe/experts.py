@@ -14,6 +14,7 @@ from globe.bank.activations import activate
 from globe.bank.adapters import refit_adapters
 from globe.bank.factors import Factors, compose, mix
 from globe.bank.objective import InputMetric, expert_chunks, relative_errors
+from globe.bank.rounding import Precision, decoded, encode, encode_with_feedback
 from globe.checkpoint.layout import ExpertLayer, Family
 from globe.checkpoint.reader import Checkpoint
 from globe.checkpoint.stacks import read_family
@@ -55,11 +56,11 @@ class StoredFactors:
     """Factors in the precision they are stored in, and what that costs."""
 
     adapters: dict[tuple[int, Family], Tensor]
-    """A (E, P, R) by layer and family, in the units of the weights."""
+    """A (E, P, R) by layer and family, in the units of the weights; in few bits, rows are encoded."""
     codes: dict[tuple[int, Family], Tensor]
-    """a (E, M) by layer and family."""
+    """a (E, M) by layer and family, likewise."""
     bases: Tensor
-    """B (M, R, D)."""
+    """B (M, R, D), likewise."""
     errors: dict[tuple[int, Family], float]
     """‖W − What‖_F / ‖W‖_F of each layer and family, after rounding."""
     expert_errors: dict[tuple[int, Family], list[float]]
@@ -110,15 +111,22 @@ def _calibrated(stack: ExpertStack, statistics: Mapping[int, LayerStatistics]) -
 
 
 @torch.no_grad()
-def to_storage(stack: ExpertStack, factors: Factors, dtype: torch.dtype, lambda_a: float = 1e-6) -> StoredFactors:
-    """Round codes and bases to `dtype`, refit the adapters to what was rounded, fold σ in and round them too.
+def to_storage(
+    stack: ExpertStack,
+    factors: Factors,
+    dtype: torch.dtype,
+    precision: Precision = Precision(),  # noqa: B008
+    lambda_a: float = 1e-6,
+) -> StoredFactors:
+    """Round codes and bases, refit the adapters to what was rounded, fold σ in and round them too.
 
-    The adapters are ill-conditioned enough to amplify the bank's rounding; refitted, in the metric of the fit, they
-    make up for most of it. The errors are in plain Frobenius norms.
+    Factors without bits in `precision` are rounded to `dtype`. The adapters are ill-conditioned enough to amplify the
+    bank's rounding; refitted, in the metric of the fit, they make up for most of it. Rounded to few bits, their later
+    columns make up for the error of the earlier ones. The errors are in plain Frobenius norms.
     """
-    codes, bases = factors.codes.to(dtype), factors.bases.to(dtype)
+    codes, wide_codes = _stored(factors.codes, precision.codes, dtype)
+    bases, wide_bases = _stored(factors.bases, precision.bases, dtype)
     stored = StoredFactors({}, {}, bases, {}, {})
-    wide_codes, wide_bases = codes.to(stack.weights.dtype), bases.to(stack.weights.dtype)
     for group in stack.groups:
         key: tuple[int, Family] = (group.layer, group.family)
         adapters, errors, missed, energy = list[Tensor](), list[float](), 0.0, 0.0
@@ -126,11 +134,15 @@ def to_storage(stack: ExpertStack, factors: Factors, dtype: torch.dtype, lambda_
         for part in expert_chunks(weights):
             features = activate(mix(own_codes[part], wide_bases), factors.activation)
             place = slice(group.part.start + part.start, group.part.start + part.stop)
-            weighed = None if stack.metric is None else stack.metric.weigh(features, place)
+            weighed = features if stack.metric is None else stack.metric.weigh(features, place)
             exact, _ = refit_adapters(weights[part], features, lambda_a=lambda_a, weighed=weighed)
-            adapters.append(group.restore(exact, part).to(dtype))
+            exact = group.restore(exact, part)
+            if precision.adapters is None:
+                adapters.append(exact.to(dtype))
+            else:
+                adapters.append(encode_with_feedback(exact, weighed @ features.mT, precision.adapters))
             original = group.restore(weights[part], part)
-            approximation = adapters[-1].to(weights.dtype) @ features
+            approximation = decoded(adapters[-1], factors.bases.shape[1], precision.adapters).to(features) @ features
             errors += relative_errors(original, approximation).tolist()
             missed += float((original - approximation).square().sum())
             energy += float(original.square().sum())
@@ -140,11 +152,27 @@ def to_storage(stack: ExpertStack, factors: Factors, dtype: torch.dtype, lambda_
     return stored
 
 
-def restore(adapters: Tensor, codes: Tensor, bases: Tensor, activation: str) -> Tensor:
-    """The experts (E, P, D) of one layer and family from stored factors, composed in float32."""
+def _stored(factor: Tensor, bits: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A factor as it is stored, and what it is then worth."""
+    stored = factor.to(dtype) if bits is None else encode(factor, bits)
+    return stored, decoded(stored, factor.shape[-1], bits).to(factor.dtype)
+
+
+def restore(
+    adapters: Tensor, codes: Tensor, bases: Tensor, activation: str, shape: tuple[int, int, int], precision: Precision
+) -> Tensor:
+    """The experts (E, P, D) of one layer and family from stored factors of a bank of `shape` (M, R, D), composed in
+    float32."""
+    num_bases, rank, columns = shape
+    wide_bases = decoded(bases, columns, precision.bases)
     return torch.cat(
         [
-            compose(adapters[part].float(), codes[part].float(), bases.float(), activation)
+            compose(
+                decoded(adapters[part], rank, precision.adapters),
+                decoded(codes[part], num_bases, precision.codes),
+                wide_bases,
+                activation,
+            )
             for part in expert_chunks(adapters)
         ]
     )

@@ -90,6 +90,7 @@ class DenseView:
             return self.compressed.read(self._names.dense(index, family))
         read = self.compressed.read
         factors = (read(self._names.adapters(index, family)), read(self._names.codes(index, family)))
+        shape = bank.num_bases, bank.rank, self._layers[index].hidden_size
         with torch.no_grad():
-            stack = restore(*factors, read(self._names.bases(bank)), self._config.activation)
+            stack = restore(*factors, read(self._names.bases(bank)), self._config.activation, shape, bank.precision)
         return stack.to(TORCH_DTYPES[self._layers[index].dtype])

@@ -89,7 +89,11 @@ def test_the_compressed_model_has_the_logits_of_its_dense_export(tmp_path: Path,
         {"scope": "model", "max_experts": 36},
         {"codes": "entmax15", "support": 3},
         {"solver": "am", "activation": "silu"},
-        {"dtype": "bfloat16"},
+        {"factor_dtype": "bfloat16"},
+        {"factor_dtype": "int8"},
+        {"factor_dtype": "int3", "scope": "model"},
+        {"factor_dtype": "int5", "bank_dtype": "int4", "families": ("gate", "down")},
+        {"bank_dtype": "int4"},
     ],
 )
 def test_every_choice_of_scope_and_families_loads_as_it_exports(
@@ -101,7 +105,7 @@ def test_every_choice_of_scope_and_families_loads_as_it_exports(
     assert 0 < report.error < 1
     assert 0.5 < report.kept <= 0.7
     export_dense(tmp_path / "out", tmp_path / "dense")
-    tolerance = 1e-5 if config.dtype == "source" else 1e-4
+    tolerance = 1e-4 if config.factor_dtype == "bfloat16" else 1e-5
     torch.testing.assert_close(logits(tmp_path / "out"), logits(tmp_path / "dense"), rtol=0, atol=tolerance)
 
     source, output = open_checkpoint(tmp_path / "source"), open_checkpoint(tmp_path / "out")

@@ -6,9 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from globe.bank.rounding import Precision
 from globe.config import CompressConfig
 from globe.errors import SettingsError
-from globe.plan import choose_shape, compact, make_plan, stored_parameters
+from globe.plan import (
+    choose_shape,
+    choose_shape_for_bits,
+    compact,
+    make_plan,
+    stored_bytes,
+    stored_parameters,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +102,12 @@ def test_experts_of_different_shapes_do_not_share_a_bank() -> None:
     ("settings", "message"),
     [
         ({"rank_ratio": 0.5}, "go together"),
-        ({"keep": 0.5, "rank_ratio": 0.5, "basis_ratio": 0.5}, "not both"),
+        ({"keep": 0.5, "rank_ratio": 0.5, "basis_ratio": 0.5}, "give one of keep, bits"),
         ({"rank_ratio": 1.5, "basis_ratio": 0.5}, "at most 1"),
+        ({"keep": 0.5, "bits": 3}, "give one of keep, bits"),
+        ({"bits": 3, "factor_dtype": "int4"}, "bits chooses the factors' dtype"),
+        ({"bits": 0}, "above 0"),
+        ({"factor_dtype": "int4", "solver": "am"}, "am does not round the bank"),
         ({"families": ("gate", "side")}, "side"),
         ({"families": ()}, "none"),
         ({"scope": "half"}, "half"),
@@ -112,3 +124,26 @@ def test_settings_at_odds_are_refused(settings: dict[str, object], message: str)
 def test_indices_are_shown_as_runs() -> None:
     assert compact([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
     assert compact([]) == "none"
+
+
+@given(
+    num_matrices=st.integers(2, 400),
+    rows=st.integers(4, 200),
+    columns=st.integers(8, 300),
+    bits=st.floats(0.5, 9),
+    packed=st.sampled_from([(3, 8, 4), (4, 8, 4), (8, 8, 8), (None, None, None)]),
+)
+def test_a_shape_chosen_for_bits_takes_no_more_of_them(
+    num_matrices: int, rows: int, columns: int, bits: float, packed: tuple[int | None, ...]
+) -> None:
+    precision, total = Precision(*packed), num_matrices * rows * columns
+    if stored_bytes(num_matrices, rows, columns, 1, 1, precision, 2) * 8 > bits * total:
+        with pytest.raises(SettingsError, match="out of reach"):
+            choose_shape_for_bits(num_matrices, rows, columns, bits, precision, 2)
+        return
+    rank, num_bases = choose_shape_for_bits(num_matrices, rows, columns, bits, precision, 2)
+    assert 1 <= rank <= min(rows, columns)
+    assert 1 <= num_bases <= num_matrices
+    assert stored_bytes(num_matrices, rows, columns, rank, num_bases, precision, 2) * 8 <= bits * total
+    if num_bases < num_matrices:  # one basis more is too many
+        assert stored_bytes(num_matrices, rows, columns, rank, num_bases + 1, precision, 2) * 8 > bits * total

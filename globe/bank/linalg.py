@@ -76,3 +76,25 @@ def _pseudo_solve(gram: Tensor, rhs: Tensor) -> Tensor:
     inverse = torch.where(values > floor, 1 / values, 0.0)
     solution = vectors @ (inverse[..., None] * (vectors.mT @ rhs))
     return torch.where(finite[:, None, None], solution, torch.nan)
+
+
+def cholesky_of_inverse(gram: Tensor, ridge: float = 1e-6) -> Tensor:
+    """The upper triangular U with UᵀU = (G + ridge·mean(diag G)·I)⁻¹ for positive semidefinite G (..., N, N).
+
+    The ridge grows tenfold until the factorisation of every matrix succeeds.
+    """
+    diagonal = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    tiny = torch.finfo(gram.dtype).tiny
+    while True:
+        shifted = _capable(gram + (ridge * diagonal + tiny) * identity)
+        factor, info = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(shifted))
+        if not bool((info > 0).any()):
+            upper, info = cast(
+                tuple[Tensor, Tensor], torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            )
+            if not bool((info > 0).any()):
+                return upper.to(gram.device)
+        if not ridge < 1:
+            raise ValueError("the matrices are not positive semidefinite, or not finite")
+        ridge *= 10

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from globe.bank.factors import compose
+from globe.bank.rounding import Precision, decode, stored_shape
 
 WORKING_BYTES = 256 * 2**20
 """Bounds each of the two large things in memory while experts run: the composed matrices of the experts at work, and
@@ -32,29 +33,50 @@ class Bank(nn.Module):
         activation: str,
         dtype: torch.dtype,
         device: torch.device,
+        precision: Precision = Precision(),  # noqa: B008
     ) -> None:
         super().__init__()
-        self.bases = nn.Parameter(torch.empty(num_bases, rank, hidden_size, dtype=dtype, device=device))
-        self.activation = activation
+        self.num_bases, self.rank, self.hidden_size = num_bases, rank, hidden_size
+        self.activation, self.precision = activation, precision
+        self.bases = factor_parameter((num_bases, rank, hidden_size), precision.bases, dtype, device)
 
-    def forward(self, adapters: Tensor, codes: Tensor) -> Tensor:
-        """What_e = A_e φ(Σ_j a_ej B_j): (E, P, R), (E, M) -> (E, P, D), in the adapters' dtype.
+    def forward(self, adapters: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """What_e = A_e φ(Σ_j a_ej B_j) in `dtype`, (E, P, D), from adapters (E, P, R) and codes (E, M) as stored.
 
         Composed in float32 (float64 factors in float64) and rounded once, a slice of columns at a time, so that neither
         a float32 copy of the bank nor the mixtures of all experts exist at once; in training neither is kept for the
         backward pass.
         """
-        num_bases, rank, hidden_size = self.bases.shape
-        per_column = 4 * (num_bases * rank + adapters.shape[0] * (rank + adapters.shape[1]))
-        width = min(hidden_size, max(1, WORKING_BYTES // per_column))
-        run = _compose_columns
-        if width < hidden_size and torch.is_grad_enabled():
+        if self.precision.adapters is not None:
+            adapters = decode(adapters, self.rank, self.precision.adapters)
+        if self.precision.codes is not None:
+            codes = decode(codes, self.num_bases, self.precision.codes)
+        per_column = 4 * (self.num_bases * self.rank + adapters.shape[0] * (self.rank + adapters.shape[1]))
+        width = max(1, WORKING_BYTES // per_column)
+        if self.precision.bases is not None:
+            width = max(8, width // 8 * 8)  # where packed rows can be cut
+        run = self._compose_columns
+        if width < self.hidden_size and torch.is_grad_enabled():
             run = functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+        parts = [slice(start, start + width) for start in range(0, self.hidden_size, width)]
         with torch.autocast(adapters.device.type, enabled=False):
-            slices = [run(adapters, codes, bases, self.activation) for bases in self.bases.split(width, dim=2)]
+            slices = [run(adapters, codes, self.bases, part, dtype) for part in parts]
         return slices[0] if len(slices) == 1 else torch.cat(slices, dim=2)
 
+    def _compose_columns(
+        self, adapters: Tensor, codes: Tensor, bases: Tensor, part: slice, dtype: torch.dtype
+    ) -> Tensor:
+        exact = torch.promote_types(adapters.dtype, torch.float32)
+        bits = self.precision.bases
+        bases = bases[:, :, part] if bits is None else decode(bases, self.hidden_size, bits, part)
+        return compose(adapters.to(exact), codes.to(exact), bases.to(exact), self.activation).to(dtype)
 
-def _compose_columns(adapters: Tensor, codes: Tensor, bases: Tensor, activation: str) -> Tensor:
-    exact = torch.promote_types(adapters.dtype, torch.float32)
-    return compose(adapters.to(exact), codes.to(exact), bases.to(exact), activation).to(adapters.dtype)
+
+def factor_parameter(
+    shape: tuple[int, ...], bits: int | None, dtype: torch.dtype, device: torch.device
+) -> nn.Parameter:
+    """An empty parameter for a factor of `shape`: in `dtype`, or encoded in `bits` and then not trainable."""
+    if bits is None:
+        return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+    empty = torch.empty(stored_shape(shape, bits), dtype=torch.uint8, device=device)
+    return nn.Parameter(empty, requires_grad=False)

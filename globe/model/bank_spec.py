@@ -7,11 +7,14 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from globe.bank.rounding import BITS, Precision
 from globe.checkpoint.layout import FAMILIES
 from globe.errors import CheckpointError
 
 PLAIN = {"bases": "plain", "codes": "plain", "adapters": "plain"}
-"""The one encoding that this version reads: the factor as it is, in a floating-point dtype."""
+"""The encoding of factors as they are, in a floating-point dtype."""
+_BITS: Mapping[str, int | None] = {"plain": None, **{f"int{bits}": bits for bits in BITS}}
+"""What this version reads: plain, or rows of few bits (`globe.bank.rounding`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +48,17 @@ class BankSpec:
         for name in ("rank", "num_bases"):
             if not _is_count(getattr(self, name), 1):
                 raise CheckpointError(f"bank {self.name}: {name} must be a positive int; found {getattr(self, name)!r}")
-        if dict(self.encoding) != PLAIN:
+        if self.encoding.keys() != PLAIN.keys() or not set(self.encoding.values()) <= _BITS.keys():
             raise CheckpointError(
-                f"bank {self.name}: this version reads the encoding {PLAIN}; found {dict(self.encoding)}. "
-                "Install the version of globe-moe that wrote the checkpoint"
+                f"bank {self.name}: this version reads encodings of {', '.join(PLAIN)}, each one of "
+                f"{', '.join(_BITS)}; found {dict(self.encoding)}. Install the version of globe-moe that wrote the "
+                "checkpoint"
             )
+
+    @property
+    def precision(self) -> Precision:
+        """The bits of each factor."""
+        return Precision(**{factor: _BITS[name] for factor, name in self.encoding.items()})
 
     @property
     def shared(self) -> bool:
@@ -101,3 +110,9 @@ def _is_count(value: object, least: int) -> bool:
 
 def _increasing(numbers: tuple[int, ...]) -> bool:
     return all(low < high for low, high in itertools.pairwise(numbers))
+
+
+def encoding_of(precision: Precision) -> dict[str, str]:
+    """The entry of config.json for factors of so many bits."""
+    bits = dataclasses.asdict(precision)
+    return {factor: "plain" if bits[factor] is None else f"int{bits[factor]}" for factor in PLAIN}

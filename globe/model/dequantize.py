@@ -25,7 +25,7 @@ def restore_dense(model: PreTrainedModel) -> None:
             )
     for module in model.modules():
         if isinstance(module, GlobeExperts):
-            _restore(module)
+            _restore(module, model.dtype)
     if hasattr(model.base_model, BANKS):
         delattr(model.base_model, BANKS)
     # holds only the conversions that loading the factors used; without it, saving uses all of the family's
@@ -33,10 +33,10 @@ def restore_dense(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _restore(module: GlobeExperts) -> None:
+def _restore(module: GlobeExperts, dtype: torch.dtype) -> None:
     layout = module.globe_layout
     parameters = dict(module.named_parameters(recurse=False))
-    like = next(iter(parameters.values()))
+    like = next(iter(parameters.values())).new_empty(0, dtype=dtype)
     dense = {name: like.new_zeros(shape) for name, shape in layout.dense_parameters.items()}
     for experts in module.globe_batches(parameters, range(layout.num_experts)):
         for expert, gate_up, down in zip(experts, *module.globe_matrices(parameters, experts, like), strict=True):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from globe.errors import UnsupportedModelError
 from globe.model import bank_module
-from globe.model.bank_module import Bank
+from globe.model.bank_module import Bank, factor_parameter
 from globe.model.expert_modules import ExpertsLayout
 from globe.model.names import (
     BANKS,
@@ -97,7 +97,8 @@ class GlobeExperts(nn.Module):
     def globe_batches(self, parameters: Mapping[str, Tensor], experts: Sequence[int]) -> Iterator[Sequence[int]]:
         """Split the experts so that gate, up and down of a batch fit `WORKING_BYTES`."""
         adapters = parameters[adapters_parameter(self.globe_uses[0].families[0])]
-        per_expert = 3 * adapters.shape[1] * self.globe_layout.hidden_size * adapters.element_size()
+        itemsize = adapters.element_size() if adapters.is_floating_point() else 4
+        per_expert = 3 * adapters.shape[1] * self.globe_layout.hidden_size * itemsize
         size = max(1, bank_module.WORKING_BYTES // per_expert)
         return (experts[start : start + size] for start in range(0, len(experts), size))
 
@@ -142,7 +143,8 @@ class GlobeExperts(nn.Module):
         for use in self.globe_uses:
             adapters = torch.cat([parameters[adapters_parameter(family)][index] for family in use.families])
             codes = torch.cat([parameters[codes_parameter(family)][index] for family in use.families])
-            composed = use.bank(adapters, codes).to(like)
+            dtype = adapters.dtype if adapters.is_floating_point() else like.dtype
+            composed = use.bank(adapters, codes, dtype).to(like)
             matrices.update(zip(use.families, composed.split(len(index)), strict=True))
         return matrices
 
@@ -172,19 +174,19 @@ def factorise(module: nn.Module, layout: ExpertsLayout, uses: Sequence[BankUse])
     """
     like = next(module.parameters(recurse=False))
     E, P, D = layout.num_experts, layout.intermediate_size, layout.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {}
+    factors: dict[str, tuple[tuple[int, ...], int | None]] = {}
     for use in uses:
-        num_bases, rank, _ = use.bank.bases.shape
+        bank = use.bank
         for family in use.families:
-            shapes[adapters_parameter(family)] = (E, P, rank)
-            shapes[codes_parameter(family)] = (E, num_bases)
+            factors[adapters_parameter(family)] = (E, P, bank.rank), bank.precision.adapters
+            factors[codes_parameter(family)] = (E, bank.num_bases), bank.precision.codes
     factorised = {family for use in uses for family in use.families}
     for half in dense_halves(factorised):
-        shapes[dense_parameter(half)] = (E, P, D)
+        factors[dense_parameter(half)] = (E, P, D), None
     for parameter in {DENSE_PARAMETER[family] for family in factorised}:
         delattr(module, parameter)
-    for name, shape in shapes.items():
-        module.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device)))
+    for name, (shape, bits) in factors.items():
+        module.register_parameter(name, factor_parameter(shape, bits, like.dtype, like.device))
     own = {use.own: use.bank for use in uses if use.own is not None}
     if own:
         module.add_module(BANKS, nn.ModuleDict(own))

@@ -16,6 +16,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 from transformers.quantizers.base import HfQuantizer
 
+from globe.bank.rounding import Precision
 from globe.errors import CheckpointError, SettingsError
 from globe.model.bank_module import Bank
 from globe.model.bank_spec import BankSpec
@@ -93,6 +94,7 @@ class GlobeQuantizer(HfQuantizer):
             self.quantization_config.activation,
             dtype=like.dtype,
             device=like.device,
+            precision=bank.precision,
         )
 
     def update_weight_conversions(
@@ -130,9 +132,9 @@ class GlobeQuantizer(HfQuantizer):
         """What `save_pretrained` writes: the model's tensors and the tripwire."""
         return {**model.state_dict(), self._tripwire: tripwire_tensor(model.dtype)}, {}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         restore_dense(model)
-        nn.Module.to(model, dtype)
+        nn.Module.to(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)  # a saved config has a name
         return model
 
     def is_serializable(self) -> bool:
@@ -140,11 +142,12 @@ class GlobeQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return True
+        return True  # at least what is not factors, or adapters beside them
 
     @property
     def is_qat_trainable(self) -> bool:
-        return True  # the factors are ordinary parameters: no adapters needed
+        """Whether the factors are ordinary parameters, so that training needs no adapters beside them."""
+        return all(bank.precision == Precision() for bank in self.quantization_config.banks)
 
     @property
     def is_compileable(self) -> bool:

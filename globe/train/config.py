@@ -9,6 +9,7 @@ import torch
 
 from globe.bank.activations import Activation, check_activation
 from globe.bank.codes import CodeMap, check_codes
+from globe.bank.rounding import BITS
 from globe.errors import SettingsError
 from globe.init.warm_start import WarmStartName
 
@@ -45,6 +46,8 @@ class FitConfig:
     """Steps over which progress is judged."""
     window: float = 0.25
     """varpro: how far, as a share, the error may rise above the best before the solver returns to it."""
+    bank_bits: int | None = None
+    """varpro: bits that the bank is rounded to at every evaluation, so that the fit knows; None: not rounded."""
     lambda_a: float = 1e-6
     """Ridge of the adapters, relative to the mean diagonal of their Gram matrices."""
     lambda_b: float = 1e-4
@@ -70,6 +73,11 @@ class FitConfig:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.solver not in ("varpro", "am"):
             raise SettingsError(f"solver {self.solver!r} is unknown; choose varpro or am")
+        if self.bank_bits is not None and (self.solver != "varpro" or self.bank_bits not in BITS):
+            raise SettingsError(
+                f"bank_bits {self.bank_bits} with solver {self.solver}: a bank is rounded inside a fit by varpro only, "
+                f"to one of {', '.join(map(str, BITS))} bits"
+            )
         check_device(self.device)
         if self.support is not None and not 1 <= self.support <= self.num_bases:
             raise SettingsError(

@@ -23,7 +23,7 @@ from globe.init.init_bank import AMStep, BankUpdate, am_step
 from globe.init.warm_start import WarmStart, warm_start
 from globe.train.config import FitConfig
 from globe.train.result import FitResult, Outcome, StepRecord
-from globe.train.varpro import VariableProjection
+from globe.train.varpro import VariableProjection, rounded_bank
 
 SAFE_DEVIATION = (1e-4, 1e4)
 """Experts whose standard deviation lies between these are fitted as they are, others divided by it: their squares would
@@ -32,6 +32,8 @@ TEMPERATURE_RATE = 0.1
 BACKTRACKS = (1.0, 0.5, 0.25)
 SLOW = 0.99
 MAX_REJECTED = 5
+ROUND_FROM = 0.4
+"""Share of varpro's steps after which the bank is rounded; measured, see docs/log.md."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +126,11 @@ def fit_bank(
 
     C is each expert's in `metric`, by default the identity. `on_step` sees every record as it is made. The factors
     returned are in the units and on the device of `experts`, in the precision of the fit; their error is the last entry
-    of `history`, which never rises. The same input and settings give the same bytes on the same machine. `experts` are
-    neither changed nor, where they are on the fit's device in its precision, copied; varpro keeps four tensors of the
-    bank's size beside them. Raises `SettingsError` for settings that do not fit the shape and `GlobeError` for experts
-    that are not finite or all zero.
+    of `history`, which never rises. With `bank_bits` the adapters are those of the rounded bank, and the bases returned
+    are the ones behind it, which round to it. The same input and settings give the same bytes on the same machine.
+    `experts` are neither changed nor, where they are on the fit's device in its precision, copied; varpro keeps four
+    tensors of the bank's size beside them. Raises `SettingsError` for settings that do not fit the shape and
+    `GlobeError` for experts that are not finite or all zero.
     """
     if experts.dim() != 3:
         raise SettingsError(f"experts must be (E, P, D); found shape {tuple(experts.shape)}")
@@ -161,7 +164,9 @@ def fit_bank(
         del start  # with its targets, which are as large as the experts
         outcome, steps, metrics = _varpro(problem, best, codes, config, notify)
     metrics["num_fallbacks"] += num_fallbacks
-    final = project(problem, best.codes, best.bases, config.activation, adapters=True)
+    bases = rounded_bank(best.bases, config.bank_bits)
+    final = project(problem, best.codes, bases, config.activation, adapters=True)
+    del bases
     assert final.adapters is not None
     factors = Factors(
         final.adapters.mul_(sigma).to(experts.device),
@@ -186,7 +191,7 @@ def _feasible_start(problem: Problem, start: WarmStart, config: FitConfig) -> tu
     codes = start.codes
     if config.codes == "ridge" and config.support is not None:
         codes = ridge_codes(start.targets, start.bases, num_kept=config.support)
-    first = project(problem, codes, start.bases, config.activation)
+    first = project(problem, codes, rounded_bank(start.bases, config.bank_bits), config.activation)
     return Best(first.objective, codes, start.bases), first.num_fallbacks
 
 
@@ -231,12 +236,13 @@ def _varpro(
     for step in range(1, config.max_steps + 1):
         length = shrink * step_length(step, config.max_steps)
         num_kept = num_codes_kept(step, config)
-        solver.step(length, schedule.temperature, num_kept)
+        bank_bits = config.bank_bits if step >= ROUND_FROM * config.max_steps else None
+        solver.step(length, schedule.temperature, num_kept, bank_bits)
         num_fallbacks += solver.num_fallbacks
         if not math.isfinite(solver.objective):
             outcome = "non_finite"
             break
-        feasible = num_kept is None or num_kept == config.support
+        feasible = (num_kept is None or num_kept == config.support) and bank_bits == config.bank_bits
         num_feasible += feasible
         if feasible:
             best.offer(solver.objective, solver.codes, solver.bases)

@@ -15,6 +15,7 @@ from torch import Tensor
 from globe.bank.codes import CODE_FLOOR, on_simplex, prune, simplex_preimage, top_mask
 from globe.bank.linalg import norms
 from globe.bank.objective import Problem, Projection, expert_chunks, project
+from globe.bank.rounding import round_nearest
 
 FIRST_DECAY, SECOND_DECAY = 0.9, 0.95
 
@@ -59,6 +60,11 @@ class Accelerated:
         self.count = 0
 
 
+def rounded_bank(bases: Tensor, bits: int | None) -> Tensor:
+    """The bank as it will be stored: rounded to `bits`, or as it is."""
+    return bases if bits is None else round_nearest(bases, bits)
+
+
 class VariableProjection:
     """The iterate (a, B) of the solver, its exact adapters implied.
 
@@ -76,6 +82,7 @@ class VariableProjection:
         temperature: float,
     ) -> None:
         self._problem, self._activation, self._code_map = problem, activation, code_map
+        self._bank_bits: int | None = None
         self._energy = problem.energy()
         self.codes = codes
         self._bases = Accelerated(bases.clone(), learning_rate * float(bases.std()))
@@ -96,8 +103,13 @@ class VariableProjection:
     def num_fallbacks(self) -> int:
         return self._projection.num_fallbacks
 
-    def step(self, length: float, temperature: float, num_kept: int | None) -> None:
-        """Move codes and bases by `length` of the full step, then keep the `num_kept` largest signed codes."""
+    def step(self, length: float, temperature: float, num_kept: int | None, bank_bits: int | None = None) -> None:
+        """Move codes and bases by `length` of the full step, then keep the `num_kept` largest signed codes.
+
+        With `bank_bits` the objective and its gradient are from now on those of the rounded bank, and the gradient
+        moves the bank behind it (the straight-through estimator; Bengio et al. 2013).
+        """
+        self._bank_bits = bank_bits
         grad_codes, grad_bases = self._projection.grad_codes, self._projection.grad_bases
         assert grad_codes is not None
         assert grad_bases is not None
@@ -126,7 +138,8 @@ class VariableProjection:
         return codes.clone() if self._code_map == "ridge" else simplex_preimage(codes, self._code_map) * temperature
 
     def _project(self) -> Projection:
-        return project(self._problem, self.codes, self.bases, self._activation, energy=self._energy, gradient=True)
+        bases = rounded_bank(self.bases, self._bank_bits)
+        return project(self._problem, self.codes, bases, self._activation, energy=self._energy, gradient=True)
 
     def _through_map(self, grad_codes: Tensor, temperature: float) -> Tensor:
         scores = self._scores.value.detach().requires_grad_()

@@ -81,8 +81,8 @@ def test_refuses_a_section_it_cannot_read(change: dict[str, Any], message: str) 
         ({"rank": 0}, "rank must be a positive int; found 0"),
         ({"rank": [48, 32]}, "rank must be a positive int"),
         ({"num_bases": True}, "num_bases must be a positive int"),
-        ({"encoding": {**BANK["encoding"], "bases": "int4"}}, "'bases': 'int4'"),
-        ({"encoding": {"bases": "plain"}}, "reads the encoding"),
+        ({"encoding": {**BANK["encoding"], "bases": "int7"}}, "'bases': 'int7'"),
+        ({"encoding": {"bases": "plain"}}, "reads encodings"),
         ({"encoding": None}, "needs layers, families"),
     ],
 )
