@@ -21,7 +21,7 @@ from globe.export import export_dense
 from tests.conformance.quantise import BLOCK, INT4, change_config, write_quantised, write_shards
 from tests.conformance.tiny import load, logits
 
-EXACT = CompressConfig(rank_ratio=1, basis_ratio=1, activation="identity", steps=5, dtype="float32")
+EXACT = CompressConfig(rank_ratio=1, basis_ratio=1, activation="identity", steps=5, factor_dtype="float32")
 LOSSY = CompressConfig(keep=0.7, steps=3)
 
 
