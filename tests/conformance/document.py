@@ -82,6 +82,7 @@ its files and its module follow one of these forms, and is refused otherwise.
 Dequantised a tensor at a time as they are read, experts and all else, to the dtype that config.json names (bfloat16 if
 none). What is compressed, and the dense export, is therefore a plain model without the source's `quantization_config`:
 the names are those of the unquantised release, the shards those of the source without any that held scales only.
+Reports and `globe inspect` count the source's bytes as dequantised.
 
 | method | as in | judged by |
 |---|---|---|
