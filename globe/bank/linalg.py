@@ -46,6 +46,30 @@ def polar(x: Tensor) -> Tensor:
     return u @ vh
 
 
+_POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845749493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
+
+
+def approximate_polar(x: Tensor) -> Tensor:
+    """`polar` by matrix products alone: x times eight polynomials in xᵀx (Amsel et al. 2025, Polar Express).
+
+    Singular values above a thousandth of the Frobenius norm come to within 1e-3 of 1, smaller ones stay below it.
+    """
+    x = x / (1.01 * norms(x)[:, None, None]).clamp_min(torch.finfo(x.dtype).tiny)
+    for a, b, c in _POLAR_EXPRESS:
+        gram = x.mT @ x
+        x = torch.baddbmm(x, x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), beta=a)
+    return x
+
+
 def solve_positive(gram: Tensor, rhs: Tensor, ridge: float) -> tuple[Tensor, int]:
     """Solve (G + ridge·mean(diag G)·I) X = rhs for symmetric positive semidefinite G, batched.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from globe.bank.factors import mix
-from globe.bank.linalg import eigh, norms, polar, svd
+from globe.bank.linalg import approximate_polar, eigh, norms, polar, svd
 from globe.bank.objective import expert_chunks
 from globe.init.subspaces import peak_signs
 
@@ -46,10 +46,12 @@ def initial_frames(weights: Tensor, rank: int) -> Tensor:
 def align(weights: Tensor, rank: int, num_bases: int, steps: int) -> tuple[Tensor, Tensor, Tensor, list[float]]:
     """Alternate the two exact steps of min Σ_e ‖W_e − Q_e T_e‖² over QᵀQ = I and T of rank M across the experts.
 
-    (i) T is the best rank-M approximation of the stacked vec(Q_eᵀ W_e); (ii) Q_e = polar(W_e T_eᵀ). Each lowers the
-    objective. `weights` (E, P, D). Returns codes (E, M), bases (M, R, D), the aligned experts Q_eᵀW_e (E, R, D) and the
-    relative error after each step. Beside the weights, memory holds the aligned experts and the bank: frames are made
-    and used for a chunk of experts at a time.
+    (i) T is the best rank-M approximation of the stacked vec(Q_eᵀ W_e); (ii) Q_e = polar(W_e T_eᵀ). Between the first
+    and the last alternation T is extrapolated along its last change, by Nesterov's weights, which restart when the
+    error rises (O'Donoghue and Candès 2015), and the polar factors are approximate; the last alternation is exact and
+    lowers the error. `weights` (E, P, D). Returns codes (E, M), bases (M, R, D), the aligned experts Q_eᵀW_e (E, R, D)
+    and the relative error after each step. Beside the weights, memory holds the aligned experts and two banks: frames
+    are made and used for a chunk of experts at a time.
     """
     chunks, errors = expert_chunks(weights), list[float]()
     energy = norms(weights).square().sum()
@@ -58,12 +60,22 @@ def align(weights: Tensor, rank: int, num_bases: int, steps: int) -> tuple[Tenso
     for part in chunks:
         torch.matmul(frames[part].mT, weights[part], out=aligned[part])
     del frames
+    earlier: tuple[Tensor, Tensor] | None = None
+    num_extrapolated = 0
     while True:
         codes, bases, spectrum = low_rank(aligned, num_bases)
         errors.append(float((1 - spectrum[:num_bases].square().sum() / energy).clamp_min(0).sqrt()))
         if len(errors) == steps:
             return codes, bases, aligned, errors
+        last = len(errors) == steps - 1
+        num_extrapolated = 0 if last or errors[-1] > min(errors) else num_extrapolated + 1
+        weight = (num_extrapolated - 1) / (num_extrapolated + 2) if num_extrapolated else 0.0
         for part in chunks:
-            frame = polar(weights[part] @ mix(codes[part], bases).mT)
+            target = mix(codes[part], bases)
+            if earlier is not None and weight:
+                target.lerp_(mix(earlier[0][part], earlier[1]), -weight)
+            product = weights[part] @ target.mT
+            frame = polar(product) if last else approximate_polar(product)
             torch.matmul(frame.mT, weights[part], out=aligned[part])
+        earlier = codes, bases
         del bases

@@ -20,6 +20,9 @@ from globe.init.subspaces import left_gram_rows, right_singular_rows, tangent_ro
 
 WarmStartName = Literal["procrustes", "svd", "ts_pca", "left_gram_pca", "spherical_kmeans", "residual_greedy", "hybrid"]
 
+START_DEVIATION = 0.5
+"""Standard deviation of T at the start: small enough for φ to be nearly linear there; measured, see docs/log.md."""
+
 
 @dataclasses.dataclass(frozen=True)
 class WarmStart:
@@ -45,7 +48,7 @@ def warm_start(
     align_steps: int = 64,
     seed: int = 0,
 ) -> WarmStart:
-    """Codes, bases and targets for `weights` (E, P, D), T scaled to unit standard deviation.
+    """Codes, bases and targets for `weights` (E, P, D), T scaled to `START_DEVIATION`.
 
     - `procrustes`: alternate rank-M approximation and Procrustes rotation; `alignment_error`.
     - `svd`: PCA of the experts' leading right singular vectors; `explained`, the energy share of M components.
@@ -61,7 +64,7 @@ def warm_start(
     if method not in get_args(WarmStartName):
         raise SettingsError(f"warm start {method!r} is unknown; choose one of {', '.join(get_args(WarmStartName))}")
     targets, a, b, metrics = _METHODS[method](weights, rank, num_bases, align_steps, seed)
-    scale = max(deviation(a, b), torch.finfo(weights.dtype).tiny)
+    scale = max(deviation(a, b) / START_DEVIATION, torch.finfo(weights.dtype).tiny)
     b.div_(scale)
     targets.div_(scale)
     if codes != "ridge":

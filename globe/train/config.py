@@ -38,7 +38,7 @@ class FitConfig:
     """Alternations of the procrustes warm start."""
     max_steps: int = 500
     """Steps at most; the schedules are laid out over them."""
-    learning_rate: float = 0.5
+    learning_rate: float = 0.8
     """varpro: first step, in standard deviations of the codes and of the bases."""
     tolerance: float = 1e-5
     """Converged when the relative error falls by less than this share over `patience` steps."""

@@ -209,11 +209,11 @@ def _record(step: int, best: Best, raw: float, codes: Tensor, schedule: Schedule
     )
 
 
-def _settled(steps: list[StepRecord], num_eligible: int, config: FitConfig) -> bool:
-    """Whether the error has stopped falling, judged over the last `num_eligible` steps, which could lower it."""
-    if num_eligible <= config.patience:
+def _settled(steps: list[StepRecord], num_eligible: int, patience: int, config: FitConfig) -> bool:
+    """Whether the error has stopped falling over `patience` steps, when the last `num_eligible` could lower it."""
+    if num_eligible <= patience:
         return False
-    earlier = steps[-1 - config.patience].error
+    earlier = steps[-1 - patience].error
     return earlier - steps[-1].error <= config.tolerance * earlier
 
 
@@ -252,7 +252,8 @@ def _varpro(
         if num_feasible > config.patience and solver.objective > best.objective * (1 + config.window) ** 2:
             solver.restart(best.codes, best.bases, schedule.temperature)
             shrink, num_restarts = shrink / 2, num_restarts + 1
-        if _settled(steps, num_feasible, config):
+        # long steps far from the end may find nothing better for a while
+        if _settled(steps, num_feasible, max(config.patience, config.max_steps // 4), config):
             outcome = "converged"
             break
     return outcome, steps, {"num_fallbacks": num_fallbacks, "num_restarts": num_restarts}
@@ -337,7 +338,7 @@ def _alternate(
             if rejected_in_a_row >= MAX_REJECTED:
                 outcome = "stalled"
                 break
-            if _settled(steps, num_final, config):
+            if _settled(steps, num_final, config.patience, config):
                 outcome = "converged"
                 break
         schedule = next_schedule(schedule, step, taken.accepted, steps[-1].median_support, config)

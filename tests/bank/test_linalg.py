@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from globe.bank.linalg import eigh, inner, norms, polar, solve_positive, svd
+from globe.bank.linalg import approximate_polar, eigh, inner, norms, polar, solve_positive, svd
 from tests.random_experts import F64, normal, orthonormal
 
 
@@ -86,3 +86,15 @@ def test_nan_stays_with_its_own_matrix():
 def test_a_zero_matrix_gives_zero_for_a_zero_right_hand_side():
     solution, _ = solve_positive(torch.zeros(2, 3, 3), torch.zeros(2, 3, 2), 1e-6)
     assert (solution == 0).all()
+
+
+@given(rows=st.integers(1, 12), columns=st.integers(1, 12), octave=st.integers(-30, 30), seed=st.integers(0, 50))
+def test_the_approximate_polar_factor_is_near_the_exact_one(rows: int, columns: int, octave: int, seed: int) -> None:
+    columns = min(rows, columns)
+    x = normal(3, rows, columns, seed=seed) * 2.0**octave
+    singular = torch.linalg.svdvals(approximate_polar(x))
+    given_singular = torch.linalg.svdvals(x) / x.flatten(1).norm(dim=1, keepdim=True)
+    assert (singular < 1 + 2e-3).all()
+    assert ((singular - 1).abs() < 2e-3)[given_singular > 2e-3].all()
+    large = given_singular[:, -1] > 2e-3
+    torch.testing.assert_close(approximate_polar(x)[large], polar(x)[large], rtol=0, atol=5e-3)

@@ -10,7 +10,7 @@ from globe.bank.codes import CodeMap
 from globe.bank.factors import mix
 from globe.bank.objective import Problem, project
 from globe.errors import SettingsError
-from globe.init.warm_start import WarmStartName, to_simplex, warm_start
+from globe.init.warm_start import START_DEVIATION, WarmStartName, to_simplex, warm_start
 from tests.random_experts import F64, normal, orthonormal, planted_alignment, simplex
 
 E, P, D = 8, 5, 9
@@ -55,11 +55,11 @@ def test_every_warm_start_is_finite_of_the_right_shape_and_measured(name: str, c
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_mixtures_have_unit_standard_deviation_at_any_scale_of_the_weights(name: str):
+def test_mixtures_have_the_deviation_of_a_start_at_any_scale_of_the_weights(name: str):
     weights = normal(E, P, D)
     start, tiny = warm_start(weights, 3, 4, name), warm_start(1e-3 * weights, 3, 4, name)
     mixed = mix(start.codes, start.bases)
-    assert float(mixed.std()) == pytest.approx(1)
+    assert float(mixed.std()) == pytest.approx(START_DEVIATION)
     torch.testing.assert_close(mix(tiny.codes, tiny.bases), mixed, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(tiny.targets, start.targets, rtol=1e-6, atol=1e-7)
     assert tiny.metrics == pytest.approx(start.metrics)

@@ -303,11 +303,11 @@ def test_a_support_still_improves_on_the_warm_start(experts: Tensor, solver: str
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_fit_that_stops_improving_has_converged(experts: Tensor, solver: str):
-    config = configure(solver=solver, activation="identity", max_steps=100, tolerance=1e-2, patience=10)
+    config = configure(solver=solver, activation="identity", max_steps=100, tolerance=0.05, patience=10)
     result = fit_bank(experts, config)
     assert result.outcome == "converged"
     assert 11 < len(result.history) < 101
-    assert result.history[-11] - result.history[-1] <= 1e-2 * result.history[-11]
+    assert result.history[-11] - result.history[-1] <= 0.05 * result.history[-11]
     strict = fit_bank(experts, dataclasses.replace(config, tolerance=1e-4))
     assert len(strict.history) > len(result.history)
 

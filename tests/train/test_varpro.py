@@ -9,7 +9,7 @@ from torch import Tensor
 from globe.bank.codes import CODE_FLOOR, on_simplex, prune, simplex_preimage, support
 from globe.bank.objective import Problem, project
 from globe.init.warm_start import warm_start
-from globe.train.varpro import Accelerated, VariableProjection
+from globe.train.varpro import FIRST_DECAY, SECOND_DECAY, Accelerated, VariableProjection
 from tests.random_experts import normal, simplex
 
 E, P, D, R, M = 8, 5, 9, 4, 3
@@ -24,11 +24,11 @@ def begin(code_map: str, activation: str = "tanh", learning_rate: float = 0.5, t
 
 
 def test_the_accelerated_step_is_adams():
-    """Against torch.optim.Adam at betas (0.9, 0.95), with a length that changes from step to step."""
+    """Against torch.optim.Adam at its betas, with a length that changes from step to step."""
     start, scale = normal(4, 3), 0.3
     mine = Accelerated(start.clone(), scale)
     theirs = start.clone().requires_grad_()
-    adam = torch.optim.Adam([theirs], lr=scale, betas=(0.9, 0.95), eps=1e-300)
+    adam = torch.optim.Adam([theirs], lr=scale, betas=(FIRST_DECAY, SECOND_DECAY), eps=1e-300)
     for step in range(1, 12):
         gradient, length = normal(4, 3, seed=step), 1 / step
         mine.step(gradient, length)
