@@ -6,22 +6,26 @@ Every method gets the same weights and a budget of stored parameters, and what i
 the checkpoint. GloBE goes the whole way: compressed to a directory and loaded from it. All models are evaluated in
 float32 on the same held-out tokens, against the original.
 
-With `--rivals all` the other factorisations, pruning and merging come in at the same budgets, and rounding of the
-weights alone at the bytes that it takes. What needs calibration sees the shipped calibration split and nothing else.
+With `--rivals all` the other factorisations, pruning and merging come in at the same budgets, rounding of the weights
+alone at the bytes that it takes, and GloBE calibrated and with factors in few bits. What needs calibration sees the
+shipped calibration split and nothing else.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import matplotlib as mpl
 import torch
 import tyro
+from matplotlib.figure import Figure
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -41,12 +45,17 @@ from benchmarks.rivals.whitened_svd import whitened_svd
 from benchmarks.stacks import Approximation, Stacks, family_errors, read_stacks, remove_experts, write_stacks
 from benchmarks.tables import Column, print_claims, print_table
 from globe import CompressConfig, EvaluateConfig, compress
+from globe.checkpoint.reader import open_checkpoint
 from globe.evaluate import evaluate_model, token_windows
+from globe.model.names import is_factor
 from globe.shipped import read_text, resolve_model
+from globe.style import MARKERS, STYLE
 
 PERPLEXITY_RISE = 0.02
 """Largest rise of GloBE's perplexity at keep 0.75 that is claimed."""
 CLAIMED_KEEP = 0.75
+CALIBRATION = "calibration"
+"""The split that GloBE and its rivals are calibrated on."""
 CALIBRATED: Mapping[str, Callable[[Stacks, float, torch.dtype, Calibration], Approximation]] = {
     "whitened SVD": whitened_svd,
     "D²-MoE": d2_moe,
@@ -55,8 +64,10 @@ CALIBRATED: Mapping[str, Callable[[Stacks, float, torch.dtype, Calibration], App
     "REAM": ream,
 }
 """Rivals that take a budget and the statistics of the calibration text."""
-BITS = (8, 4, 3, 2)
-"""Precisions to which the weights alone are rounded."""
+ROUNDINGS = ((8, 32), (4, 32), (4, 128), (3, 32), (3, 128), (2, 32), (2, 64), (2, 128))
+"""Bits to which the weights alone are rounded, and weights that share a scale and an offset."""
+CLAIMED_RATIO = 0.5
+"""KL of GloBE in few bits over that of the better rounding that takes no more of them, at most."""
 COLUMNS = (
     Column("keep", "keep", "g"),
     Column("method", "method"),
@@ -82,8 +93,10 @@ class QualityConfig:
 
     model: str = "shipped"
     """`shipped`, a local directory or a Hub id."""
-    keeps: tuple[float, ...] = (0.75, 0.5, 0.35)
+    keeps: tuple[float, ...] = (0.75, 0.625, 0.5, 0.35)
     """Budgets: stored parameters of the experts over the original ones."""
+    bits: tuple[float, ...] = (4.0, 3.0, 2.5)
+    """With all rivals: bits per weight that GloBE's factors take, everything counted."""
     mobe_epochs: int = 2000
     """Adam steps of MoBE."""
     steps: int = 500
@@ -125,7 +138,7 @@ class Evaluator:
 
     def calibration(self, max_tokens: int, stacks: Stacks) -> Calibration:
         """Statistics of the original on the calibration split, of the layers that `stacks` has."""
-        windows, _ = self._split("calibration", max_tokens)
+        windows, _ = self._split(CALIBRATION, max_tokens)
         return calibrate(self._original, windows, {layer for layer, _ in stacks})
 
     def directory(self, folder: Path) -> dict[str, float]:
@@ -147,18 +160,30 @@ def _load(model: str | Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32).eval()
 
 
-def globe_row(config: QualityConfig, keep: float, evaluator: Evaluator) -> dict[str, Any]:
-    """GloBE at its defaults: compressed to a directory, loaded from it and judged."""
-    settings = CompressConfig(keep=keep, steps=config.steps, seed=config.seed, layers=config.layers)
+def globe_row(
+    config: QualityConfig, evaluator: Evaluator, method: str = "GloBE", calibrate: str | None = None, **budget: float
+) -> dict[str, Any]:
+    """GloBE at its defaults within a `budget`, keep or bits: compressed to a directory, loaded from it and judged."""
+    settings = CompressConfig(
+        steps=config.steps,
+        seed=config.seed,
+        layers=config.layers,
+        calibrate=calibrate,
+        calibration_tokens=config.calibration_tokens,
+        **budget,
+    )
     with tempfile.TemporaryDirectory() as folder:
         report = compress(resolve_model(config.model), Path(folder) / "compressed", settings)
         quality = evaluator.directory(Path(folder) / "compressed")
+        found = open_checkpoint(Path(folder) / "compressed").tensors.values()
+        factors = sum(tensor.nbytes for tensor in found if is_factor(tensor.name))
     bank = report.banks[0]
     return {
-        "keep": keep,
-        "method": "GloBE",
+        **budget,
+        "method": method,
         "shape": f"R={bank.rank} M={bank.num_bases}",
         "stored": report.kept,
+        "bytes": factors / (2 * sum(bank.original_parameters for bank in report.banks)),
         "error": report.error,
         **report.family_errors(),
         **quality,
@@ -192,7 +217,7 @@ def rows_at(
     config: QualityConfig, keep: float, stacks: Stacks, dtype: torch.dtype, evaluator: Evaluator
 ) -> Iterator[dict[str, Any]]:
     """All methods at one budget. MoBE comes as published, with R = P, and with the shape that serves it best."""
-    yield globe_row(config, keep, evaluator)
+    yield globe_row(config, evaluator, keep=keep)
     yield rival_row(keep, "truncated SVD", stacks, truncated_svd(stacks, keep, dtype), evaluator)
     shape_of = next(iter(stacks.values())).shape
     published, best = published_shape(*shape_of, keep), best_shape(*shape_of, keep)
@@ -217,12 +242,19 @@ def more_rows_at(
 
 def rounding_rows(stacks: Stacks, calibration: Calibration, evaluator: Evaluator) -> Iterator[dict[str, Any]]:
     """Rounding of the weights alone, plain and with error feedback, each at the bytes that it takes."""
-    for bits in BITS:
-        plain, feedback = rounding(stacks, bits), gptq(stacks, bits, calibration)
+    for bits, group in ROUNDINGS:
+        plain, feedback = rounding(stacks, bits, group), gptq(stacks, bits, calibration, group)
         feedback = dataclasses.replace(feedback, seconds=feedback.seconds + calibration.seconds)
         for method, found in ((f"int{bits}", plain), (f"int{bits}, GPTQ", feedback)):
-            stored = bits_of_a_weight(bits) / 16
+            stored = bits_of_a_weight(bits, group) / 16
             yield {"method": method, "shape": found.shape, "bytes": stored, **judged(stacks, found, evaluator)}
+
+
+def few_bits_rows(config: QualityConfig, evaluator: Evaluator) -> Iterator[dict[str, Any]]:
+    """GloBE with factors in few bits, without and with calibration."""
+    for bits in config.bits:
+        yield globe_row(config, evaluator, "GloBE, few bits", bits=bits)
+        yield globe_row(config, evaluator, "GloBE, few bits, calibrated", CALIBRATION, bits=bits)
 
 
 def add_ratios(rows: list[dict[str, Any]], original: float, dtype: torch.dtype) -> None:
@@ -235,7 +267,7 @@ def add_ratios(rows: list[dict[str, Any]], original: float, dtype: torch.dtype) 
     for row in rows:
         row["perplexity_rise"] = row["perplexity"] / original - 1
         if "keep" in row:
-            row["bytes"] = row["stored"] * dtype.itemsize / torch.bfloat16.itemsize
+            row.setdefault("bytes", row["stored"] * dtype.itemsize / torch.bfloat16.itemsize)
             row["error_over_globe"] = row["error"] / globe[row["keep"]]["error"]
             row["seconds_over_globe"] = row["seconds"] / globe[row["keep"]]["seconds"]
 
@@ -248,7 +280,7 @@ def judge_claims(rows: list[dict[str, Any]]) -> list[Claim]:
         if keep == CLAIMED_KEEP:
             statement = f"keep {keep:g}: GloBE's perplexity is within {PERPLEXITY_RISE:.0%} of the original's"
             claims.append(Claim(statement, f"{rise:+.2%}", rise <= PERPLEXITY_RISE))
-        rivals = [row for row in rows if row.get("keep") == keep and row is not globe]
+        rivals = [row for row in rows if row.get("keep") == keep and not row["method"].startswith("GloBE")]
         for key, name in (("error", "error"), ("kl", "KL divergence")):
             best = min(rivals, key=lambda row: row[key])
             measured = (
@@ -258,7 +290,36 @@ def judge_claims(rows: list[dict[str, Any]]) -> list[Claim]:
             claims.append(
                 Claim(f"keep {keep:g}: GloBE's {name} is below every rival's", measured, globe[key] < best[key])
             )
+    for globe in (row for row in rows if row["method"] == "GloBE, few bits, calibrated"):
+        rivals = [row for row in rows if row["method"].startswith("int") and row["bytes"] <= globe["bits"] / 16]
+        if rivals:
+            best = min(rivals, key=lambda row: row["kl"])
+            ratio = globe["kl"] / best["kl"]
+            statement = f"{globe['bits']:g} bits: GloBE's KL is at most {CLAIMED_RATIO:g} of the better rounding's"
+            measured = f"{ratio:.2f}: {globe['kl']:.4g}; {best['method']}, {best['shape']}, {best['kl']:.4g}"
+            claims.append(Claim(statement, measured, ratio <= CLAIMED_RATIO))
     return claims
+
+
+def draw(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Divergence against stored bytes, a line for each method."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if "bytes" in row:
+            method = "rounding, GPTQ" if row["method"].endswith("GPTQ") else row["method"]
+            method = "rounding" if method.startswith("int") else method.partition(", R ")[0]
+            lines.setdefault(method, []).append((row["bytes"], row["kl"]))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4.6), layout="constrained")
+        axes = figure.subplots()
+        markers = itertools.cycle(MARKERS)
+        for method, points in sorted(lines.items(), key=lambda line: not line[0].startswith("GloBE")):
+            ours = method.startswith("GloBE")
+            x, y = zip(*sorted(points), strict=True)
+            axes.plot(x, y, marker=next(markers), label=method, linewidth=2.2 if ours else 1, zorder=3 if ours else 2)
+        axes.set(xscale="log", yscale="log", xlabel="bytes of the experts over bfloat16's", ylabel="KL to the original")
+        axes.legend(ncols=2, fontsize=7)
+        figure.savefig(path)
 
 
 def main(config: QualityConfig) -> None:
@@ -284,9 +345,12 @@ def main(config: QualityConfig) -> None:
         for row in rows_at(config, keep, stacks, dtype, evaluator):
             add(row)
         if calibration is not None:
+            add(globe_row(config, evaluator, "GloBE, calibrated", CALIBRATION, keep=keep))
             for row in more_rows_at(keep, stacks, dtype, calibration, evaluator):
                 add(row)
     if calibration is not None:
+        for row in few_bits_rows(config, evaluator):
+            add(row)
         for row in rounding_rows(stacks, calibration, evaluator):
             add(row)
     add_ratios(rows, rows[0]["perplexity"], dtype)
@@ -296,6 +360,7 @@ def main(config: QualityConfig) -> None:
     print_claims(claims)
     output = config.output or RESULTS / ("quality.json" if calibration is None else "quality_all.json")
     write_record(output, "quality", config, rows, claims)
+    draw(output.with_suffix(".png"), rows)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ SHRINKS = tuple(1 - 0.05 * step for step in range(11))
 
 
 def best_grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and offset (…, 1) of the range whose rounding has the lowest squared error on groups (…, 32)."""
+    """Scale and offset (…, 1) of the range whose rounding has the lowest squared error on groups (…, N)."""
     scales, offsets = zip(*(grid(groups, bits, shrink) for shrink in SHRINKS), strict=True)
     scale, offset = torch.stack(scales), torch.stack(offsets)
     errors = (round_to(groups, scale, offset, bits) - groups).square().sum(-1, keepdim=True)
@@ -32,7 +32,7 @@ def best_grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return scale.gather(0, best)[0], offset.gather(0, best)[0]
 
 
-def round_with_feedback(weights: Tensor, moment: Tensor, bits: int, across_outputs: bool) -> Tensor:
+def round_with_feedback(weights: Tensor, moment: Tensor, bits: int, across_outputs: bool, group: int = GROUP) -> Tensor:
     """Ŵ (E, N, K) of weights (E, N, K) with N inputs and K outputs, given the inputs' C (1 or E, N, N).
 
     Groups lie along the outputs or, otherwise, along the inputs.
@@ -44,25 +44,25 @@ def round_with_feedback(weights: Tensor, moment: Tensor, bits: int, across_outpu
     for place in range(weights.shape[1]):
         row = now[:, place]
         if across_outputs:
-            groups = in_groups(row)
+            groups = in_groups(row, group)
             result[:, place] = round_to(groups, *best_grid(groups, bits), bits).flatten(-2)
         else:
-            if place % GROUP == 0:
-                scale, offset = (found[..., 0] for found in best_grid(now[:, place : place + GROUP].mT, bits))
+            if place % group == 0:
+                scale, offset = (found[..., 0] for found in best_grid(now[:, place : place + group].mT, bits))
             result[:, place] = round_to(row, scale, offset, bits)
         step = (row - result[:, place]) / upper[:, place, place, None]
         now[:, place + 1 :] -= upper[:, place, place + 1 :, None] * step[:, None]
     return result
 
 
-def gptq(stacks: Stacks, bits: int, calibration: Calibration) -> Approximation:
+def gptq(stacks: Stacks, bits: int, calibration: Calibration, group: int = GROUP) -> Approximation:
     """Round every weight to `bits`, feeding the error back to the inputs that are still to come."""
     began, approximation = time.monotonic(), {}
     for key, experts in stacks.items():
         moment = calibration.moment(*key)
         if key[1] == "down":
-            approximation[key] = round_with_feedback(experts, moment, bits, across_outputs=True)
+            approximation[key] = round_with_feedback(experts, moment, bits, across_outputs=True, group=group)
         else:
-            in_groups(experts)  # refuse a ragged last group
-            approximation[key] = round_with_feedback(experts.mT, moment, bits, across_outputs=False).mT
-    return rounded(approximation, began)
+            in_groups(experts, group)  # refuse a ragged last group
+            approximation[key] = round_with_feedback(experts.mT, moment, bits, across_outputs=False, group=group).mT
+    return rounded(approximation, group, began)
