@@ -44,6 +44,7 @@ LADDER = (
     (64, 200),
     (64, 500),
     (64, 1000),
+    (64, 2000),
 )
 """Alternations of the warm start and steps of GloBE's fits."""
 WIDE_LADDER = ((16, 60), (32, 120), (64, 250), (64, 500), (64, 1000), (64, 1700))
