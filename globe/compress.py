@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from globe.allocate import allocated, obstacle
 from globe.calibrate import calibrate, load_statistics, read_calibration_text, save_statistics
 from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.layout import ExpertLayer, Family, find_expert_layers, source_names
@@ -43,7 +44,7 @@ from globe.model.expert_modules import RoutedExperts, factor_names, find_experts
 from globe.model.names import FactorNames, dense_halves, tripwire_tensor
 from globe.model.quantization_config import GlobeQuantizationConfig
 from globe.phases import PhaseClock
-from globe.plan import BankPlan, make_plan
+from globe.plan import BankPlan, make_plan, scope_from_json
 from globe.progress import Observer, Observers
 from globe.report import REPORT, BankReport, CalibrationReport, Report, peak_memory, step_columns, versions
 from globe.run_record import RUN, as_json, resume_or_begin
@@ -52,6 +53,8 @@ from globe.source_layout import write_source_layout
 from globe.train.fit_banks import fit_bank
 from globe.train.result import StepRecord
 
+PLAN = "plan.json"
+"""In an unfinished output: the shapes of the banks, decided before any work."""
 STATISTICS = "calibration.safetensors"
 """In an unfinished output: what the calibration text said of the layers."""
 
@@ -76,6 +79,7 @@ def compress(
     job = Job(checkpoint, config)
     partial = claim(output)
     job.resume_or_begin(partial, str(model))
+    job.plan(partial)
     watch = Observers(observers)
     finished = [_read_record(partial, number) for number in range(len(job.scopes))]
     num_finished = next((number for number, record in enumerate(finished) if record is None), len(finished))
@@ -146,6 +150,7 @@ class Job:
         self.checkpoint, self.config = checkpoint, config.resolved()
         self.layers: dict[int, ExpertLayer] = {layer.index: layer for layer in find_expert_layers(checkpoint)}
         self.scopes = make_plan(list(self.layers.values()), self.config)
+        self.uniform_because: str | None = None
         model = _empty_model(checkpoint)
         _check_same_experts(self.layers, find_experts(model))
         self.names = factor_names(model)
@@ -154,13 +159,16 @@ class Job:
             None if name is None else read_calibration_text(checkpoint.folder, name, self.config.calibration_tokens)
         )
         self.statistics: dict[int, LayerStatistics] | None = None
-        self.specs = [self._spec(bank) for scope in self.scopes for bank in scope.banks]
         self._replaced = {name for scope in self.scopes for index in scope.layers for name in self._sources(index)}
         self._kept = {
             shard: [t.name for t in checkpoint.shard_tensors(shard) if t.name not in self._replaced]
             for shard in checkpoint.shards
         }
         self._dense_shards = [shard for shard in checkpoint.shards if self._kept[shard]]
+
+    @property
+    def specs(self) -> list[BankSpec]:
+        return [self._spec(bank) for scope in self.scopes for bank in scope.banks]
 
     def dtype(self, layer: int) -> torch.dtype:
         """What a layer's factors in floating point are stored in."""
@@ -200,6 +208,26 @@ class Job:
                 "calibration": None if self.calibration_text is None else self.calibration_text.fingerprint,
             },
         )
+
+    def allocate(self) -> None:
+        """Share the budget out among the banks, or keep the uniform plan and the reason for it."""
+        self.uniform_because = obstacle(self.checkpoint, self.config, len(self.specs))
+        if self.uniform_because is None:
+            text = self.calibration_text
+            windows = None if text is None else text.windows
+            self.scopes = allocated(self.checkpoint, self.layers, self.scopes, self.config, windows)
+
+    def plan(self, partial: Path) -> None:
+        """Take up the plan of the unfinished run, or make that of a new one."""
+        path = partial / PLAN
+        if not path.exists():
+            self.allocate()
+            record = {"uniform_because": self.uniform_because, "scopes": [dataclasses.asdict(s) for s in self.scopes]}
+            write_json(path, record)
+            return
+        record = json.loads(path.read_text())
+        self.uniform_because = record["uniform_because"]
+        self.scopes = [scope_from_json(scope) for scope in record["scopes"]]
 
     def calibrate(self, partial: Path) -> None:
         """Run the model on the calibration text, if there is one, or read what an earlier run has kept of that."""
@@ -255,6 +283,7 @@ class Job:
             sum(bank.seconds for bank in banks),
             peak_memory(),
             self._calibration_report(),
+            self.uniform_because,
         )
         copy_side_files(self.checkpoint, partial)
         write_source_layout(partial, self.checkpoint)
@@ -268,6 +297,7 @@ class Job:
         for number in range(len(self.scopes)):
             (partial / _record_file(number)).unlink()
         (partial / STATISTICS).unlink(missing_ok=True)
+        (partial / PLAN).unlink()
         (partial / RUN).unlink()
         return report
 

@@ -34,6 +34,9 @@ class CompressConfig:
     """R / P, with `basis_ratio`, instead of `keep`."""
     basis_ratio: float | None = None
     """M / E, E counting all the matrices that share a bank, with `rank_ratio`, instead of `keep`."""
+    allocation: Literal["sensitivity", "uniform"] = "sensitivity"
+    """With `keep`, each bank's share of the budget: by what its error costs the model's output, measured on random
+    tokens where the model fits into memory, or the same for all."""
     families: tuple[Family, ...] = FAMILIES
     """Matrices of an expert to compress: any of gate, up, down."""
     scope: str = "layer"

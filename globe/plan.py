@@ -6,8 +6,8 @@ import bisect
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from globe.bank.rounding import Precision, num_bytes
 from globe.checkpoint.layout import Family
@@ -50,6 +50,8 @@ class BankPlan:
     """R."""
     num_bases: int
     """M."""
+    predicted_error: float | None = None
+    """Relative error to expect, where the budget was allocated by what was measured."""
 
     @property
     def original_parameters(self) -> int:
@@ -70,6 +72,12 @@ class Scope:
 
     layers: tuple[int, ...]
     banks: tuple[BankPlan, ...]
+
+
+def scope_from_json(record: Mapping[str, Any]) -> Scope:
+    """The inverse of `dataclasses.asdict`, through JSON."""
+    banks = [{**bank, "layers": tuple(bank["layers"]), "families": tuple(bank["families"])} for bank in record["banks"]]
+    return Scope(tuple(record["layers"]), tuple(BankPlan(**bank) for bank in banks))
 
 
 def stored_parameters(num_matrices: int, rows: int, columns: int, rank: int, num_bases: int) -> int:

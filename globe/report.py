@@ -94,6 +94,8 @@ class Report:
     """Largest resident memory of the process."""
     calibration: CalibrationReport | None = None
     """None: data-free."""
+    uniform_because: str | None = None
+    """Why every bank keeps the same share; None where the budget was allocated."""
 
     @property
     def kept(self) -> float:

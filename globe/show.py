@@ -56,6 +56,7 @@ def show_report(console: Console, report: Report, output: Path) -> None:
         console.print(
             f"note            these fits met NaN or Inf and kept their best step: {'; '.join(broken)}", style="yellow"
         )
+    _show_uniform(console, report.uniform_because, report.config.get("allocation"))
     console.print(f"next            globe evaluate {output}")
 
 
@@ -138,7 +139,12 @@ def show_inspection(console: Console, model: str, config: CompressConfig) -> Non
     layers = find_expert_layers(checkpoint)
     job = Job(checkpoint, config)
     _show_experts(console, checkpoint, layers)
+    if checkpoint.repo is None:
+        job.allocate()
     _show_plan(console, job.scopes)
+    if checkpoint.repo is not None and config.allocation == "sensitivity":
+        console.print("note: banks get their shares of the budget when the weights are here", style="yellow")
+    _show_uniform(console, job.uniform_because, config.allocation)
     original, predicted = job.original_bytes(), job.predicted_bytes()
     console.print(f"whole model {megabytes(original)} -> {megabytes(predicted)} ({predicted / original:.1%})")
     first = layers[0]
@@ -150,6 +156,12 @@ def show_inspection(console: Console, model: str, config: CompressConfig) -> Non
             style="yellow",
             soft_wrap=True,
         )
+
+
+def _show_uniform(console: Console, because: str | None, allocation: object) -> None:
+    """Say it where the budget was not allocated although the settings ask for that."""
+    if because is not None and allocation == "sensitivity":
+        console.print(f"note            every bank keeps the same share: {because}", style="yellow", soft_wrap=True)
 
 
 def _show_experts(console: Console, checkpoint: Checkpoint, layers: list[ExpertLayer]) -> None:
@@ -171,15 +183,17 @@ def _show_experts(console: Console, checkpoint: Checkpoint, layers: list[ExpertL
 
 def _show_plan(console: Console, scopes: list[Scope]) -> None:
     table = Table(title="plan")
-    for name in ("bank", "matrices", "rank", "bases", "kept"):
+    for name in ("bank", "matrices", "rank", "bases", "kept", "error"):
         table.add_column(name, justify="right")
     banks = [bank for scope in scopes for bank in scope.banks]
     for bank in banks if len(banks) <= 8 else [*banks[:4], None, *banks[-3:]]:
         if bank is None:
-            table.add_row("...", "", "", "", "")
+            table.add_row("...", *[""] * 5)
         else:
             kept = bank.stored_parameters / bank.original_parameters
-            table.add_row(describe(bank), str(bank.num_matrices), str(bank.rank), str(bank.num_bases), f"{kept:.4f}")
+            error = "" if bank.predicted_error is None else f"{bank.predicted_error:.3f}"
+            shape = (str(bank.num_matrices), str(bank.rank), str(bank.num_bases))
+            table.add_row(describe(bank), *shape, f"{kept:.4f}", error)
     console.print(table)
 
 
