@@ -15,7 +15,7 @@ import entmax  # pyright: ignore[reportMissingTypeStubs]
 import torch
 from torch import Tensor
 
-from globe.bank.linalg import norms, solve_positive
+from globe.bank.linalg import eigh, norms, solve_positive
 from globe.errors import SettingsError
 
 CodeMap = Literal["ridge", "entmax15", "sparsemax", "softmax"]
@@ -59,11 +59,35 @@ def ridge_codes(targets: Tensor, bases: Tensor, lambda_: float = 1e-6, num_kept:
     codes = solve_positive(gram, cross, lambda_)[0].mT
     if num_kept is None or num_kept >= codes.shape[1]:
         return codes
-    mask = top_mask(codes * norms(b), num_kept)
-    masked = gram * mask[:, :, None] * mask[:, None, :]
-    masked = masked + torch.diag_embed((~mask).to(gram.dtype) * gram.diagonal().mean())
-    restricted = solve_positive(masked, (cross.mT * mask)[:, :, None], lambda_)[0][..., 0]
-    return restricted * mask
+    return _restricted(gram, cross.mT, top_mask(codes * norms(b), num_kept), lambda_)
+
+
+def pursue_codes(codes: Tensor, targets: Tensor, bases: Tensor, num_kept: int, lambda_: float = 1e-6) -> Tensor:
+    """Codes with `num_kept` non-zeros for ‖S_e − Σ_j a_ej B_j‖², by hard-thresholding pursuit (Foucart 2011).
+
+    From `codes` (E, M), ten gradient steps of length 1/L in units of the atoms' norms, each cut to the `num_kept`
+    largest entries (iterative hard thresholding, Blumensath and Davies 2009), then the least squares on the support
+    found. `targets` S (E, R, D), `bases` B (M, R, D). Returns (E, M).
+    """
+    s, b = targets.flatten(1), bases.flatten(1)
+    size = norms(b).clamp_min(torch.finfo(b.dtype).tiny)
+    gram, cross = b @ b.mT, s @ b.mT
+    unit_gram, unit_cross, scaled = gram / size / size[:, None], cross / size, codes * size
+    length = 1 / eigh(unit_gram)[0][-1]
+    mask = top_mask(scaled, num_kept)
+    for _ in range(10):
+        scaled = scaled + length * (unit_cross - scaled @ unit_gram)
+        mask = top_mask(scaled, num_kept)
+        scaled = scaled * mask
+    return _restricted(gram, cross, mask, lambda_)
+
+
+def _restricted(gram: Tensor, cross: Tensor, mask: Tensor, lambda_: float) -> Tensor:
+    """Least-squares codes (E, M) that are zero outside `mask`, whose rows hold equally many."""
+    kept = mask.nonzero()[:, 1].view(mask.shape[0], -1)
+    gram_ekk = gram[kept[:, :, None], kept[:, None, :]]
+    solution = solve_positive(gram_ekk, cross.gather(1, kept)[:, :, None], lambda_)[0][..., 0]
+    return torch.zeros_like(cross).scatter(1, kept, solution)
 
 
 def top_mask(codes: Tensor, num_kept: int) -> Tensor:
@@ -78,18 +102,17 @@ def simplex_codes(
     """Mirror descent on ‖S_e − Σ_j α_ej B_j‖² over the simplex, then temperature, ε-prune and renormalisation.
 
     For sparsemax this is projected gradient descent, for softmax exponentiated gradient, for entmax15 the mirror map
-    of its Tsallis entropy. Ten steps of length 1/L, L the largest eigenvalue of BBᵀ. A temperature other than 1 acts
-    in log space, α^(1/T) renormalised, inside this step only. `alpha` (E, M) in and out.
+    of its Tsallis entropy. Ten steps of length 1/L, L the largest eigenvalue of BBᵀ. The temperature divides the scores
+    of the last one, which is α^(1/T) renormalised for softmax, and is not stored; α^(1/T) cannot widen the support of
+    the other two, scores can. `alpha` (E, M) in and out.
     """
     s, b = targets.flatten(1), bases.flatten(1)
     gram, cross = b @ b.mT, s @ b.mT
     bound = gram.square().sum().sqrt()  # the Frobenius norm is at least the largest eigenvalue
     length = 1 / bound.clamp_min(torch.finfo(gram.dtype).tiny)
-    for _ in range(10):
+    for step in range(10):
         z = simplex_preimage(alpha, codes) - length * (alpha @ gram - cross)
-        alpha = on_simplex(z, codes)
-    if temperature != 1.0:
-        alpha = torch.softmax(alpha.log() / temperature, dim=-1)
+        alpha = on_simplex(z / temperature if step == 9 else z, codes)
     return prune(alpha, epsilon)
 
 
@@ -103,6 +126,13 @@ def prune(alpha: Tensor, epsilon: float) -> Tensor:
 def support(codes: Tensor) -> Tensor:
     """Number of non-zero codes of each expert, (E,)."""
     return (codes != 0).sum(-1)
+
+
+def spread_codes(alpha: Tensor, num_kept: int) -> Tensor:
+    """Codes on the simplex with exactly `num_kept` non-zeros: each expert's largest, every atom lent a tenth first."""
+    lent = 0.9 * alpha + 0.1 / alpha.shape[1]
+    kept = lent * top_mask(lent, num_kept)
+    return kept / kept.sum(-1, keepdim=True)
 
 
 def entropy(codes: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from globe.bank.objective import expert_chunks, relative_errors
 from globe.errors import SettingsError
 from globe.init.clusters import residual_greedy, spherical_kmeans
 from globe.init.procrustes import align, low_rank
+from globe.init.sparse_start import align_sparse
 from globe.init.subspaces import left_gram_rows, right_singular_rows, tangent_rows
 
 WarmStartName = Literal["procrustes", "svd", "ts_pca", "left_gram_pca", "spherical_kmeans", "residual_greedy", "hybrid"]
@@ -45,6 +46,7 @@ def warm_start(
     method: str = "procrustes",
     *,
     codes: str = "ridge",
+    support: int | None = None,
     align_steps: int = 64,
     seed: int = 0,
 ) -> WarmStart:
@@ -58,12 +60,16 @@ def warm_start(
     - `residual_greedy`: experts chosen by what is left of them; `largest_residual`.
     - `hybrid`: half the atoms by k-means, the rest greedily on what those leave; both metrics.
 
-    For codes on the simplex the atoms are moved to the mixtures of M pivot experts, whose convex hull the codes span.
+    For signed codes with a `support` the bank is learned for codes with that many non-zeros (`align_sparse`), beginning
+    from the method's. For codes on the simplex the atoms are moved to the mixtures of M pivot experts, whose convex
+    hull the codes span.
     Raises `SettingsError` for an unknown method.
     """
     if method not in get_args(WarmStartName):
         raise SettingsError(f"warm start {method!r} is unknown; choose one of {', '.join(get_args(WarmStartName))}")
     targets, a, b, metrics = _METHODS[method](weights, rank, num_bases, align_steps, seed)
+    if codes == "ridge" and support is not None and support < num_bases:
+        a, b, targets = align_sparse(weights, a, b, support, align_steps)
     scale = max(deviation(a, b) / START_DEVIATION, torch.finfo(weights.dtype).tiny)
     b.div_(scale)
     targets.div_(scale)

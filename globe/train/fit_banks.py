@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from globe.bank.codes import entropy, popularity, ridge_codes, support, update_temperature
+from globe.bank.codes import entropy, popularity, spread_codes, support, update_temperature
 from globe.bank.factors import Factors
 from globe.bank.linalg import norms
 from globe.bank.objective import InputMetric, Problem, objective, project
@@ -28,7 +28,7 @@ from globe.train.varpro import VariableProjection, rounded_bank
 SAFE_DEVIATION = (1e-4, 1e4)
 """Experts whose standard deviation lies between these are fitted as they are, others divided by it: their squares would
 leave the range of float32."""
-TEMPERATURE_RATE = 0.1
+TEMPERATURE_RATE = 0.3
 BACKTRACKS = (1.0, 0.5, 0.25)
 SLOW = 0.99
 MAX_REJECTED = 5
@@ -91,14 +91,6 @@ def step_length(step: int, max_steps: int, warm_up: int = 10) -> float:
     return min(1.0, step / warm_up) * 0.5 * (1 + math.cos(math.pi * (step - 1) / max_steps))
 
 
-def num_codes_kept(step: int, config: FitConfig) -> int | None:
-    """varpro's gradual pruning of signed codes: all until a tenth of the steps, down to the support at six tenths."""
-    if config.support is None or config.codes != "ridge":
-        return None
-    progress = min(1.0, max(0.0, (step / config.max_steps - 0.1) / 0.5))
-    return round(config.num_bases + progress * (config.support - config.num_bases))
-
-
 @dataclasses.dataclass
 class Best:
     """The best feasible factors so far, a copy of its own; `objective` is f at λ = 1 and never rises."""
@@ -152,6 +144,7 @@ def fit_bank(
         config.num_bases,
         config.warm_start,
         codes=config.codes,
+        support=config.support,
         align_steps=config.align_steps,
         seed=config.seed,
     )
@@ -160,9 +153,8 @@ def fit_bank(
     if config.solver == "am":
         outcome, steps, metrics = _alternate(problem, best, start.targets, config, notify)
     else:
-        codes = start.codes
         del start  # with its targets, which are as large as the experts
-        outcome, steps, metrics = _varpro(problem, best, codes, config, notify)
+        outcome, steps, metrics = _varpro(problem, best, config, notify)
     metrics["num_fallbacks"] += num_fallbacks
     bases = rounded_bank(best.bases, config.bank_bits)
     final = project(problem, best.codes, bases, config.activation, adapters=True)
@@ -187,12 +179,19 @@ def _ignore(_: StepRecord) -> None:
 
 
 def _feasible_start(problem: Problem, start: WarmStart, config: FitConfig) -> tuple[Best, int]:
-    """The warm start with its codes cut to the support, which is what a fit must improve on."""
+    """The warm start, codes on the simplex cut or spread to the support: what a fit must improve on."""
     codes = start.codes
-    if config.codes == "ridge" and config.support is not None:
-        codes = ridge_codes(start.targets, start.bases, num_kept=config.support)
+    if config.codes != "ridge" and config.support is not None:
+        codes = spread_codes(codes, config.support)
     first = project(problem, codes, rounded_bank(start.bases, config.bank_bits), config.activation)
     return Best(first.objective, codes, start.bases), first.num_fallbacks
+
+
+def _feasible(codes: Tensor, config: FitConfig) -> bool:
+    """Whether the median support is within 1 of the one asked for; signed codes have theirs by construction."""
+    if config.codes == "ridge" or config.support is None:
+        return True
+    return abs(float(support(codes).double().median()) - config.support) <= 1
 
 
 def _record(step: int, best: Best, raw: float, codes: Tensor, schedule: Schedule, step_size: float) -> StepRecord:
@@ -220,12 +219,17 @@ def _settled(steps: list[StepRecord], num_eligible: int, patience: int, config: 
 Run = tuple[Outcome, list[StepRecord], dict[str, Any]]
 
 
-def _varpro(
-    problem: Problem, best: Best, codes: Tensor, config: FitConfig, on_step: Callable[[StepRecord], None]
-) -> Run:
-    """Move `best` from its bases and the warm start's `codes`, which may exceed the support yet."""
+def _varpro(problem: Problem, best: Best, config: FitConfig, on_step: Callable[[StepRecord], None]) -> Run:
+    """Move `best`."""
     solver = VariableProjection(
-        problem, codes, best.bases, config.activation, config.codes, config.learning_rate, config.temperature
+        problem,
+        best.codes,
+        best.bases,
+        config.activation,
+        config.codes,
+        config.learning_rate,
+        config.temperature,
+        fixed_support=config.codes == "ridge" and config.support is not None,
     )
     schedule, shrink, num_restarts, num_feasible, num_fallbacks = first_schedule(config), 1.0, 0, 0, 0
     steps = [_record(0, best, best.objective, best.codes, schedule, 0.0)]
@@ -235,16 +239,14 @@ def _varpro(
         return "non_finite", steps, {"num_fallbacks": 0, "num_restarts": 0}
     for step in range(1, config.max_steps + 1):
         length = shrink * step_length(step, config.max_steps)
-        num_kept = num_codes_kept(step, config)
         bank_bits = config.bank_bits if step >= ROUND_FROM * config.max_steps else None
-        solver.step(length, schedule.temperature, num_kept, bank_bits)
+        solver.step(length, schedule.temperature, bank_bits)
         num_fallbacks += solver.num_fallbacks
         if not math.isfinite(solver.objective):
             outcome = "non_finite"
             break
-        feasible = (num_kept is None or num_kept == config.support) and bank_bits == config.bank_bits
-        num_feasible += feasible
-        if feasible:
+        if _feasible(solver.codes, config) and bank_bits == config.bank_bits:
+            num_feasible += 1
             best.offer(solver.objective, solver.codes, solver.bases)
         steps.append(_record(step, best, solver.objective, solver.codes, schedule, length))
         on_step(steps[-1])
@@ -267,12 +269,14 @@ def _backtrack(
     warm_targets: Tensor,
     schedule: Schedule,
     config: FitConfig,
-) -> tuple[AMStep, float]:
+) -> tuple[AMStep, float, float]:
     """The longest accepted step of the method of optimal directions; where that gains less than 1 %, or nothing, a
-    Gauss–Newton update of the bank follows. Returns the step and its share of the full step."""
+    Gauss–Newton update of the bank follows. A step that leaves the support asked for is not accepted. Returns the step,
+    its share of the full step, and the median support of the full step where that lowered f, for the temperature.
+    """
 
     def step(adapters: Tensor, alpha: Tensor, bases: Tensor, size: float, bank_update: BankUpdate) -> AMStep:
-        return am_step(
+        tried = am_step(
             problem,
             adapters,
             alpha,
@@ -289,7 +293,13 @@ def _backtrack(
             bank_update=bank_update,
             lambda_b=config.lambda_b,
         )
+        medians.append(float(support(tried.alpha).double().median()))
+        if _feasible(tried.alpha, config):
+            return tried
+        kept = objective(problem, adapters, alpha, bases, config.activation, schedule.activation_lambda)
+        return dataclasses.replace(tried, adapters=adapters, alpha=alpha, bases=bases, objective=kept, accepted=False)
 
+    medians = list[float]()
     before = objective(problem, adapters, alpha, bases, config.activation, schedule.activation_lambda)
     taken, size = step(adapters, alpha, bases, BACKTRACKS[0], "optimal_directions"), BACKTRACKS[0]
     for size in BACKTRACKS[1:]:
@@ -297,12 +307,12 @@ def _backtrack(
             break
         taken = step(adapters, alpha, bases, size, "optimal_directions")
     if taken.accepted and taken.objective <= SLOW * before:
-        return taken, size
+        return taken, size, medians[0]
     for size in BACKTRACKS:
         refined = step(taken.adapters, taken.alpha, taken.bases, size, "gauss_newton")
         if refined.accepted:
-            return refined, size
-    return taken, size
+            return refined, size, medians[0]
+    return taken, size, medians[0]
 
 
 def _alternate(
@@ -319,7 +329,7 @@ def _alternate(
     for step in range(1, config.max_steps + 1):
         now = project(problem, alpha, bases, config.activation, schedule.activation_lambda, adapters=True)
         assert now.adapters is not None
-        taken, size = _backtrack(problem, now.adapters, alpha, bases, warm_targets, schedule, config)
+        taken, size, wanted_support = _backtrack(problem, now.adapters, alpha, bases, warm_targets, schedule, config)
         if not math.isfinite(taken.candidate_objective):
             outcome = "non_finite"
             break
@@ -341,5 +351,5 @@ def _alternate(
             if _settled(steps, num_final, config.patience, config):
                 outcome = "converged"
                 break
-        schedule = next_schedule(schedule, step, taken.accepted, steps[-1].median_support, config)
+        schedule = next_schedule(schedule, step, taken.accepted, wanted_support, config)
     return outcome, steps, {"num_fallbacks": num_fallbacks, "num_rejected": num_rejected}

@@ -12,8 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from globe.bank.codes import CODE_FLOOR, on_simplex, prune, simplex_preimage, top_mask
-from globe.bank.linalg import norms
+from globe.bank.codes import CODE_FLOOR, on_simplex, prune, simplex_preimage
 from globe.bank.objective import Problem, Projection, expert_chunks, project
 from globe.bank.rounding import round_nearest
 
@@ -69,7 +68,8 @@ def rounded_bank(bases: Tensor, bits: int | None) -> Tensor:
 class VariableProjection:
     """The iterate (a, B) of the solver, its exact adapters implied.
 
-    Signed codes are moved themselves; codes on the simplex are moved through scores z with a = map(z / T).
+    Signed codes are moved themselves, with `fixed_support` only where they are not 0; codes on the simplex are moved
+    through scores z with a = map(z / T).
     """
 
     def __init__(
@@ -81,11 +81,14 @@ class VariableProjection:
         code_map: str,
         learning_rate: float,
         temperature: float,
+        *,
+        fixed_support: bool = False,
     ) -> None:
         self._problem, self._activation, self._code_map = problem, activation, code_map
         self._bank_bits: int | None = None
         self._energy = problem.energy()
         self.codes = codes
+        self._mask = codes != 0 if fixed_support else None
         self._bases = Accelerated(bases.clone(), learning_rate * float(bases.std()))
         scores = self._scores_of(codes, temperature)
         spread = float(scores.std()) if scores.numel() > 1 else 1.0
@@ -104,8 +107,8 @@ class VariableProjection:
     def num_fallbacks(self) -> int:
         return self._projection.num_fallbacks
 
-    def step(self, length: float, temperature: float, num_kept: int | None, bank_bits: int | None = None) -> None:
-        """Move codes and bases by `length` of the full step, then keep the `num_kept` largest signed codes.
+    def step(self, length: float, temperature: float, bank_bits: int | None = None) -> None:
+        """Move codes and bases by `length` of the full step; a fixed support stays what it was.
 
         With `bank_bits` the objective and its gradient are from now on those of the rounded bank, and the gradient
         moves the bank behind it (the straight-through estimator; Bengio et al. 2013).
@@ -117,9 +120,8 @@ class VariableProjection:
         self._projection = dataclasses.replace(self._projection, grad_codes=None, grad_bases=None)
         if self._code_map == "ridge":
             self._scores.step(grad_codes, length)
-            if num_kept is not None:
-                size = self._scores.value * norms(self.bases)
-                self._scores.value.mul_(top_mask(size, num_kept))
+            if self._mask is not None:
+                self._scores.value.mul_(self._mask)
             self.codes = self._scores.value
         else:
             self._scores.step(self._through_map(grad_codes, temperature), length)
@@ -136,7 +138,11 @@ class VariableProjection:
         self._projection = self._project()
 
     def _scores_of(self, codes: Tensor, temperature: float) -> Tensor:
-        return codes.clone() if self._code_map == "ridge" else simplex_preimage(codes, self._code_map) * temperature
+        if self._code_map == "ridge":
+            return codes.clone()
+        if self._code_map == "softmax":  # reaches no zero: a tenth of the floor, from where a pruned code can return
+            codes = codes.clamp_min(0.1 * CODE_FLOOR)
+        return simplex_preimage(codes, self._code_map) * temperature
 
     def _project(self) -> Projection:
         bases = rounded_bank(self.bases, self._bank_bits)

@@ -17,9 +17,11 @@ from globe.bank.codes import (
     on_simplex,
     popularity,
     prune,
+    pursue_codes,
     ridge_codes,
     simplex_codes,
     simplex_preimage,
+    spread_codes,
     support,
     top_mask,
     update_temperature,
@@ -122,6 +124,29 @@ def test_support_of_orthogonal_atoms_is_the_best_of_all_supports():
         codes[:, pair] = ridge_codes(targets, bases[list(pair)], 0.0)
         tried.append(missed(codes, targets, bases))
     torch.testing.assert_close(found, torch.stack(tried).amin(0))
+
+
+@pytest.mark.parametrize("num_kept", [1, 2, 4])
+def test_pursuit_never_ends_worse_than_thresholding_and_is_optimal_on_its_support(num_kept: int):
+    targets, bases = normal(E, R, D), normal(M, R, D, seed=1)
+    begun = ridge_codes(targets, bases, 0.0)
+    codes = pursue_codes(begun, targets, bases, num_kept, 0.0)
+    assert ((codes != 0).sum(1) == num_kept).all()
+    for e in range(E):
+        kept = codes[e] != 0
+        best = torch.linalg.lstsq(bases[kept].flatten(1).mT, targets[e].flatten()[:, None]).solution[:, 0]
+        torch.testing.assert_close(codes[e][kept], best)
+    thresholded = begun * top_mask(begun * bases.flatten(1).norm(dim=1), num_kept)
+    assert (missed(codes, targets, bases) <= missed(thresholded, targets, bases) + 1e-12).all()
+
+
+def test_pursuit_finds_planted_supports_whatever_the_scale_of_the_atoms():
+    bases = normal(M, R, 4 * D, seed=1) * torch.logspace(-1, 1, M, dtype=F64)[:, None, None]
+    planted = normal(E, M, seed=2) / bases.flatten(1).norm(dim=1)
+    planted = planted * top_mask(normal(E, M, seed=3), 2)
+    targets = (planted @ bases.flatten(1)).view(E, R, 4 * D)
+    found = pursue_codes(torch.zeros_like(planted), targets, bases, 2, 1e-12)
+    torch.testing.assert_close(found, planted, rtol=1e-6, atol=1e-9)
 
 
 def test_a_support_of_all_bases_is_dense():
@@ -232,6 +257,23 @@ def test_prune_drops_the_small_keeps_the_largest_and_renormalises(alpha: Tensor,
     assert kept[largest].all()
     assert torch.equal(kept, ((alpha[0] >= epsilon) & (alpha[0] > 0)) | largest)
     torch.testing.assert_close(pruned[0][kept] / pruned.max(), alpha[0][kept] / alpha.max())
+
+
+@pytest.mark.parametrize("num_kept", [1, 3, M])
+def test_spread_codes_have_the_support_and_keep_the_order(num_kept: int):
+    sparse = prune(simplex(E, M), 0.2)
+    spread = spread_codes(sparse, num_kept)
+    assert (support(spread) == num_kept).all()
+    torch.testing.assert_close(spread.sum(1), torch.ones(E, dtype=F64))
+    assert torch.equal(spread.argmax(1), sparse.argmax(1))
+
+
+@pytest.mark.parametrize("name", ["entmax15", "sparsemax"])
+def test_a_temperature_can_widen_the_support_of_one_hot_codes(name: str):
+    one_hot = torch.eye(M, dtype=F64)
+    targets, bases = normal(M, R, D), normal(M, R, D, seed=1)
+    wide = support(simplex_codes(one_hot, targets, bases, name, temperature=10.0)).double().mean()
+    assert wide > support(simplex_codes(one_hot, targets, bases, name)).double().mean()
 
 
 # what is said about codes

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from globe.bank.codes import CodeMap, ridge_codes
+from globe.bank.codes import CodeMap
 from globe.bank.objective import InputMetric, Problem, objective, project
 from globe.errors import GlobeError, SettingsError
 from globe.init.warm_start import WarmStartName, warm_start
@@ -283,22 +283,31 @@ def test_on_step_sees_every_record_in_order(experts: Tensor, solver: str):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_history_begins_at_the_warm_start_cut_to_the_support(experts: Tensor, solver: str):
+def test_history_begins_at_the_warm_start_of_the_support(experts: Tensor, solver: str):
     config = configure(solver=solver, support=2)
     normalised = experts / experts.square().mean().sqrt()
-    start = warm_start(normalised, config.rank, config.num_bases, align_steps=4)
-    codes = ridge_codes(start.targets, start.bases, num_kept=2)
-    first = project(Problem(normalised), codes, start.bases, "tanh").objective ** 0.5
+    start = warm_start(normalised, config.rank, config.num_bases, support=2, align_steps=4)
+    first = project(Problem(normalised), start.codes, start.bases, "tanh").objective ** 0.5
     assert fit_bank(experts, config).history[0] == pytest.approx(first, rel=1e-4)
 
 
 @pytest.mark.parametrize("activation", ["identity", "tanh"])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_support_still_improves_on_the_warm_start(experts: Tensor, solver: str, activation: str):
-    """Pruning is gradual, so the first feasible step may be worse than the start: that is no convergence."""
     for steps in (12, 60):
         result = fit_bank(experts, configure(solver=solver, activation=activation, support=2, max_steps=steps))
         assert result.history[-1] < 0.95 * result.history[0]
+
+
+@pytest.mark.parametrize("target", [1, 3, 6, 10])
+@pytest.mark.parametrize("codes", ["entmax15", "sparsemax", "softmax"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_median_support_on_the_simplex_is_within_1_of_its_target(solver: str, codes: str, target: int):
+    experts = planted_alignment(32, 6, 16, 6, 6) + 0.3 * normal(32, 6, 16, seed=5)
+    config = configure(rank=6, num_bases=10, solver=solver, codes=codes, support=target, max_steps=30)
+    result = fit_bank(experts, config)
+    assert abs(float((result.factors.codes > 0).sum(1).double().median()) - target) <= 1
+    assert result.history[-1] < (0.95 if target > 1 else 1.0) * result.history[0]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -1,4 +1,4 @@
-"""The scheduling of `globe.train.fit_banks`: λ, β, Route-W, temperature, step length and gradual pruning."""
+"""The scheduling of `globe.train.fit_banks`: λ, β, Route-W, temperature and step length."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from globe.train.config import FitConfig
-from globe.train.fit_banks import first_schedule, next_schedule, num_codes_kept, step_length
+from globe.train.fit_banks import first_schedule, next_schedule, step_length
 
 
 def configure(**settings: Any) -> FitConfig:
@@ -91,20 +91,3 @@ def test_step_length_warms_up_then_falls_towards_zero(max_steps: int):
         assert lengths[9] > 0.99
         assert lengths[150] == pytest.approx(0.5, abs=0.01)
         assert lengths[-1] < 1e-3
-
-
-@given(max_steps=st.integers(1, 200), num_bases=st.integers(1, 64), data=st.data())
-def test_pruning_is_gradual_and_ends_at_the_support(max_steps: int, num_bases: int, data: st.DataObject):
-    support = data.draw(st.integers(1, num_bases))
-    config = configure(solver="varpro", num_bases=num_bases, support=support, max_steps=max_steps)
-    kept = [num_codes_kept(step, config) for step in range(1, max_steps + 1)]
-    assert all(support <= k <= num_bases for k in kept if k is not None)
-    assert kept == sorted(kept, key=lambda k: -(k or 0))
-    assert all(k == support for k in kept[int(0.6 * max_steps) :])
-    assert all(k == num_bases for k in kept[: max_steps // 10])
-    assert None not in kept
-
-
-def test_nothing_is_pruned_without_a_support_or_on_the_simplex():
-    assert num_codes_kept(100, configure(solver="varpro", max_steps=100)) is None
-    assert num_codes_kept(100, configure(solver="varpro", max_steps=100, support=4, codes="entmax15")) is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from globe.bank.codes import CODE_FLOOR, on_simplex, prune, simplex_preimage, support
+from globe.bank.codes import CODE_FLOOR, on_simplex, prune, simplex_preimage, support, top_mask
 from globe.bank.objective import Problem, project
 from globe.init.warm_start import warm_start
 from globe.train.varpro import FIRST_DECAY, SECOND_DECAY, Accelerated, VariableProjection
@@ -54,7 +54,7 @@ def test_small_steps_lower_the_objective(code_map: str, activation: str):
     _, _, solver = begin(code_map, activation)
     objectives = [solver.objective]
     for _ in range(8):
-        solver.step(0.02, 1.0, None)
+        solver.step(0.02, 1.0)
         objectives.append(solver.objective)
     assert objectives[1] < objectives[0]
     assert objectives[-1] < objectives[1]
@@ -65,7 +65,7 @@ def test_the_objective_is_that_of_the_present_factors(code_map: str):
     problem, start, solver = begin(code_map)
     assert solver.objective == project(problem, start.codes, start.bases, "tanh").objective
     for _ in range(3):
-        solver.step(0.3, 1.0, None)
+        solver.step(0.3, 1.0)
         assert solver.objective == project(problem, solver.codes, solver.bases, "tanh").objective
         if code_map != "ridge":
             assert (solver.codes >= 0).all()
@@ -76,7 +76,7 @@ def test_the_objective_is_that_of_the_present_factors(code_map: str):
 def test_the_start_is_left_alone(code_map: str):
     _, start, solver = begin(code_map)
     codes, bases = start.codes.clone(), start.bases.clone()
-    solver.step(1.0, 1.0, None)
+    solver.step(1.0, 1.0)
     assert torch.equal(start.codes, codes)
     assert torch.equal(start.bases, bases)
     assert not torch.equal(solver.bases, bases)
@@ -87,7 +87,7 @@ def test_the_start_is_left_alone(code_map: str):
 def test_a_step_of_no_length_stays_at_the_start(code_map: str, temperature: float):
     """The scores begin where map(z / T), pruned as ever, is the warm start's codes, at any temperature."""
     _, start, solver = begin(code_map, temperature=temperature)
-    solver.step(0.0, temperature, None)
+    solver.step(0.0, temperature)
     expected = start.codes if code_map == "ridge" else prune(start.codes, CODE_FLOOR)
     torch.testing.assert_close(solver.codes, expected, rtol=1e-6, atol=1e-8)
     assert torch.equal(solver.bases, start.bases)
@@ -101,7 +101,7 @@ def test_scores_follow_the_gradient_through_the_map(code_map: str, temperature: 
     codes, bases = simplex(E, M), normal(M, R, D, seed=3)
     scores = simplex_preimage(codes, code_map) * temperature
     solver = VariableProjection(problem, codes, bases, "tanh", code_map, 1e-4, temperature)
-    solver.step(1.0, temperature, None)
+    solver.step(1.0, temperature)
 
     def value(z: Tensor) -> float:
         return project(problem, on_simplex(z / temperature, code_map), bases, "tanh").objective
@@ -117,35 +117,30 @@ def test_scores_follow_the_gradient_through_the_map(code_map: str, temperature: 
     torch.testing.assert_close(solver.codes[certain], expected[certain], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("num_kept", [1, 2])
-def test_pruning_keeps_the_largest_codes_and_holds_in_later_steps(num_kept: int):
-    _, _, solver = begin("ridge")
+def test_a_fixed_support_stays_what_it_was():
+    problem, start, _ = begin("ridge")
+    codes = start.codes * top_mask(start.codes, 2)
+    solver = VariableProjection(problem, codes, start.bases, "tanh", "ridge", 0.5, 1.0, fixed_support=True)
     for _ in range(3):
-        solver.step(0.3, 1.0, num_kept)
-        assert (support(solver.codes) == num_kept).all()
-    solver.step(0.3, 1.0, None)
-    assert (support(solver.codes) == M).all()  # a pruned code may return while pruning is gradual
-
-
-def test_pruning_measures_a_code_with_its_atom():
-    codes = torch.tensor([[1.0, -0.5, 0.1]], dtype=torch.float64).repeat(E, 1)
-    bases = normal(M, R, D) * torch.tensor([1.0, 4.0, 1.0], dtype=torch.float64)[:, None, None]
-    solver = VariableProjection(Problem(normal(E, P, D)), codes, bases, "tanh", "ridge", 0.5, 1.0)
-    solver.step(0.0, 1.0, 1)
-    assert (solver.codes.nonzero()[:, 1] == 1).all()
+        solver.step(0.3, 1.0)
+        assert torch.equal(solver.codes != 0, codes != 0)
+    assert (support(solver.codes) == 2).all()
+    free = VariableProjection(problem, codes, start.bases, "tanh", "ridge", 0.5, 1.0)
+    free.step(0.3, 1.0)
+    assert (support(free.codes) == M).all()
 
 
 @pytest.mark.parametrize("code_map", MAPS)
 def test_restart_returns_to_the_factors_and_forgets_the_past(code_map: str):
     problem, start, solver = begin(code_map)
     for _ in range(4):
-        solver.step(0.5, 1.0, None)
+        solver.step(0.5, 1.0)
     solver.restart(start.codes, start.bases, 1.0)
     torch.testing.assert_close(solver.codes, start.codes)
     assert solver.objective == pytest.approx(project(problem, start.codes, start.bases, "tanh").objective, rel=1e-9)
     _, _, fresh = begin(code_map)
-    solver.step(0.1, 1.0, None)
-    fresh.step(0.1, 1.0, None)
+    solver.step(0.1, 1.0)
+    fresh.step(0.1, 1.0)
     assert solver.objective == pytest.approx(fresh.objective, rel=1e-6)
     assert math.isfinite(solver.objective)
 

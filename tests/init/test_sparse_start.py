@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from globe.bank.codes import top_mask
+from globe.bank.factors import mix
+from globe.init.procrustes import align
+from globe.init.sparse_start import align_sparse, varimax
+from globe.init.warm_start import warm_start
+from tests.random_experts import F64, normal, orthonormal
+
+E, P, D, M = 24, 5, 30, 6
+
+
+def planted(num_kept: int):
+    """W_e = Q_e Σ_j a_ej B_j with `num_kept` codes each."""
+    codes = normal(E, M, seed=1) * top_mask(normal(E, M, seed=2), num_kept)
+    return orthonormal(E, P, P, seed=3) @ mix(codes, normal(M, P, D, seed=4))
+
+
+def test_varimax_is_a_rotation_that_finds_sparse_codes():
+    sparse = normal(200, 4) * top_mask(normal(200, 4, seed=1), 1)
+    mixed = sparse @ orthonormal(1, 4, 4, seed=2)[0]
+    rotation = varimax(mixed)
+    torch.testing.assert_close(rotation.mT @ rotation, torch.eye(4, dtype=F64))
+    found = mixed @ rotation
+    largest = found.abs().amax(1)
+    assert (found.square().sum(1) - largest.square()).max() < 0.05 * found.square().sum(1).mean()
+
+
+@pytest.mark.parametrize("num_kept", [1, 2, 4])
+@pytest.mark.parametrize("rank", [3, 5])
+def test_a_sparse_alignment_has_the_support_and_beats_a_cut_dense_one(rank: int, num_kept: int):
+    weights = planted(num_kept) + 0.1 * normal(E, P, D, seed=9)
+    codes, bases, aligned, _ = align(weights, rank, M, 20)
+    sparse_codes, sparse_bases, sparse_aligned = align_sparse(weights, codes, bases, num_kept, 20)
+    assert ((sparse_codes != 0).sum(1) == num_kept).all()
+    assert sparse_bases.shape == (M, rank, D)
+    assert (sparse_aligned.square().sum((1, 2)) <= weights.square().sum((1, 2)) + 1e-9).all()
+    cut = codes * top_mask(codes * bases.flatten(1).norm(dim=1), num_kept)
+    energy = weights.square().sum()
+    sparse = energy - sparse_aligned.square().sum() + (sparse_aligned - mix(sparse_codes, sparse_bases)).square().sum()
+    dense = energy - aligned.square().sum() + (aligned - mix(cut, bases)).square().sum()
+    assert sparse < 0.95 * dense
+
+
+def test_more_alternations_lower_the_error():
+    weights = planted(2)
+    codes, bases, _, _ = align(weights, P, M, 5)
+    missed = []
+    for steps in (1, 4, 30):
+        a, b, aligned = align_sparse(weights, codes, bases, 2, steps)
+        missed.append(float((aligned - mix(a, b)).norm()))
+    assert all(later < earlier for earlier, later in itertools.pairwise(missed))
+
+
+def test_every_basis_is_mixed_even_where_experts_repeat():
+    weights = normal(4, P, D)[torch.arange(E) % 4]
+    codes, bases, _, _ = align(weights, P, M, 5)
+    a, b, aligned = align_sparse(weights, codes, bases, 1, 10)
+    assert all(x.isfinite().all() for x in (a, b, aligned))
+    assert (aligned - mix(a, b)).norm() < 1e-4 * weights.norm()
+
+
+def test_a_support_changes_signed_warm_starts_only():
+    weights = normal(E, P, D)
+    assert ((warm_start(weights, 3, M, support=2).codes != 0).sum(1) == 2).all()
+    assert torch.equal(warm_start(weights, 3, M, support=M).codes, warm_start(weights, 3, M).codes)
+    on_simplex = (warm_start(weights, 3, M, codes="entmax15", support=s).codes for s in (2, None))
+    assert torch.equal(*on_simplex)
