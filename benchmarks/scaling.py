@@ -1,4 +1,5 @@
-"""What a fit costs as the problem grows: peak memory in units of the experts' own bytes, and time in E, D and scopes.
+"""What a fit costs as the problem grows: peak memory in units of the experts' own bytes (of a part's, when
+streamed), and time in E, D and scopes.
 
     python -m benchmarks.scaling
 
@@ -23,14 +24,16 @@ import tyro
 from benchmarks.record import RESULTS, Claim, write_record
 from benchmarks.tables import Column, print_claims, print_table
 from globe import FitConfig, fit_bank
+from globe.bank.objective import Problem
 from globe.report import peak_memory
+from globe.train.stream import ExpertParts, fit_parts
 
 COLUMNS = (
     Column("what", "what"),
     Column("shape", "E x P x D"),
     Column("rank", "R", "d"),
     Column("num_bases", "M", "d"),
-    Column("memory", "peak memory / experts", ".2f"),
+    Column("memory", "peak memory / experts or part", ".2f"),
     Column("seconds", "seconds a step", ".4f"),
     Column("growth", "time over size", ".2f"),
 )
@@ -42,6 +45,8 @@ class ScalingConfig:
 
     memory_shape: tuple[int, int, int] = (64, 768, 2048)
     """E, P and D of the fit whose memory is measured."""
+    part_shape: tuple[int, int, int] = (16, 192, 2048)
+    """E, P and D of a part of a streamed fit, to 2, 4 and 8 parts."""
     time_shape: tuple[int, int, int] = (32, 192, 512)
     """E, P and D of the smallest fit that is timed; E, D and the number of fits are doubled twice."""
     basis_ratio: float = 0.375
@@ -72,6 +77,23 @@ def peak_of_fit(shape: tuple[int, int, int], num_bases: int, seed: int, threads:
     return (peak_memory() - before) / experts.nbytes
 
 
+def peak_of_stream(num_parts: int, config: ScalingConfig) -> float:
+    """Peak memory of a streamed fit to `num_parts` parts, over the bytes of one; in a process of its own."""
+    torch.set_num_threads(config.threads)
+    size, rows, columns = config.part_shape
+
+    def run(num_parts: int, size: int, rows: int, columns: int, num_bases: int) -> None:
+        parts = ExpertParts(
+            [size] * num_parts, rows, columns, lambda index: Problem(random_experts((size, rows, columns), index))
+        )
+        fit_parts(parts, FitConfig(rank=rows, num_bases=num_bases, align_steps=2, max_steps=2))
+
+    run(2, 8, 16, 32, 4)
+    before = peak_memory()
+    run(num_parts, size, rows, columns, config.bases)
+    return (peak_memory() - before) / (4 * size * rows * columns)
+
+
 def step_seconds(shape: tuple[int, int, int], config: ScalingConfig) -> float:
     """Median seconds of a step of varpro."""
     moments: list[float] = []
@@ -84,8 +106,9 @@ def main(config: ScalingConfig) -> None:
     torch.set_num_threads(config.threads)
     num_bases = round(config.basis_ratio * config.memory_shape[0])
     fresh = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, fresh) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, fresh, max_tasks_per_child=1) as pool:
         memory = pool.submit(peak_of_fit, config.memory_shape, num_bases, config.seed, config.threads).result()
+        streams = {parts: pool.submit(peak_of_stream, parts, config).result() for parts in (2, 4, 8)}
     rows: list[dict[str, Any]] = [
         {
             "what": "memory",
@@ -95,6 +118,17 @@ def main(config: ScalingConfig) -> None:
             "memory": memory,
         }
     ]
+    rows += [
+        {
+            "what": f"memory, {parts} parts streamed",
+            "shape": " x ".join(map(str, config.part_shape)),
+            "rank": config.part_shape[1],
+            "num_bases": config.bases,
+            "memory": peak,
+        }
+        for parts, peak in streams.items()
+    ]
+    num_memory_rows = len(rows)
     num_experts, height, width = config.time_shape
     cases = [(name, factor) for name in ("E", "D", "scopes") for factor in (1, 2, 4)]
     for name, factor in cases:
@@ -114,9 +148,14 @@ def main(config: ScalingConfig) -> None:
         )
     claims = [
         Claim("peak memory of a fit is under 3 times its experts' bytes", f"{memory:.2f}", memory < 3),
+        Claim(
+            "peak memory of a streamed fit does not grow with its parts",
+            f"{streams[8] / streams[2]:.2f} at 4 times the parts",
+            streams[8] < 1.1 * streams[2],
+        ),
         *(
             Claim(f"time is linear in {name}", f"{row['growth']:.2f} at 4 times the size", row["growth"] < 1.2)
-            for name, row in zip(("E", "D", "scopes"), rows[3::3], strict=True)
+            for name, row in zip(("E", "D", "scopes"), rows[num_memory_rows + 2 :: 3], strict=True)
         ),
     ]
     print_table(f"How a fit scales, {config.threads} threads", rows, COLUMNS)

@@ -26,6 +26,7 @@ COLUMNS = (
     Column("keep", "keep", "g"),
     Column("scope", "scope"),
     Column("share_families", "families share"),
+    Column("stream", "streamed"),
     Column("matrices", "E", "d"),
     Column("rank", "R", "d"),
     Column("num_bases", "M", "d"),
@@ -68,9 +69,10 @@ def main(config: ScopesConfig) -> None:
     num_rows = find_expert_layers(open_checkpoint(model))[0].intermediate_size
     rows: list[dict[str, Any]] = []
     for keep in config.keeps:
-        for scope, shared in [("layer", False), *((scope, True) for scope in config.scopes)]:
+        cases = [("layer", False, False), *((scope, True, False) for scope in config.scopes), ("model", True, True)]
+        for scope, shared, stream in cases:
             settings = CompressConfig(
-                keep=keep, scope=scope, share_families=shared, steps=config.steps, seed=config.seed
+                keep=keep, scope=scope, share_families=shared, stream=stream, steps=config.steps, seed=config.seed
             )
             with tempfile.TemporaryDirectory() as folder:
                 report = compress(model, Path(folder) / "compressed", settings)
@@ -81,6 +83,7 @@ def main(config: ScopesConfig) -> None:
                     "keep": keep,
                     "scope": scope,
                     "share_families": "yes" if shared else "no",
+                    "stream": "yes" if stream else "no",
                     "matrices": bank.num_matrices,
                     "rank": bank.rank,
                     "num_bases": bank.num_bases,
@@ -92,7 +95,10 @@ def main(config: ScopesConfig) -> None:
                     "seconds": report.seconds,
                 }
             )
-            print({key: rows[-1][key] for key in ("keep", "scope", "error", "perplexity", "kl", "seconds")}, flush=True)
+            print(
+                {key: rows[-1][key] for key in ("keep", "scope", "stream", "error", "perplexity", "kl", "seconds")},
+                flush=True,
+            )
     print_table(f"Who shares a bank, {config.steps} steps, {config.threads} threads", rows, COLUMNS)
     write_record(config.output, "scopes", config, rows, [])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from globe.checkpoint.writer import (
 from globe.config import CompressConfig
 from globe.errors import CheckpointError, UnsupportedModelError
 from globe.evaluate import load
-from globe.experts import read_stack, to_storage
+from globe.experts import StoredFactors, read_stack, to_storage
 from globe.metric import LayerStatistics
 from globe.model.bank_spec import BankSpec, encoding_of
 from globe.model.expert_modules import RoutedExperts, factor_names, find_experts
@@ -50,8 +50,9 @@ from globe.report import REPORT, BankReport, CalibrationReport, Report, peak_mem
 from globe.run_record import RUN, as_json, resume_or_begin
 from globe.shipped import resolve_model
 from globe.source_layout import write_source_layout
+from globe.streamed import StreamedExperts
 from globe.train.fit_banks import fit_bank
-from globe.train.result import StepRecord
+from globe.train.result import FitResult, StepRecord
 
 PLAN = "plan.json"
 """In an unfinished output: the shapes of the banks, decided before any work."""
@@ -242,19 +243,20 @@ class Job:
 
     def run_scope(self, partial: Path, number: int, watch: Observer) -> None:
         """Fit the banks of one scope and write their factors, then their record."""
-        scope, tensors, reports = self.scopes[number], dict[str, Tensor](), list[BankReport]()
-        for bank in scope.banks:
-            bank_tensors, report = self._fit(bank, watch)
-            tensors |= bank_tensors
-            reports.append(report)
-        for index in scope.layers:
-            for family in dense_halves(self.config.families):
-                tensors[self.names.dense(index, family)] = read_family(self.checkpoint, self.layers[index], family)
-        if number == 0:
-            tensors[self.names.tripwire(self.specs)] = tripwire_tensor(self.dtype(scope.layers[0]))
-        save_tensors(partial / self._file(number), tensors)
+        scope, reports, files = self.scopes[number], list[BankReport](), dict[str, dict[str, int]]()
+        run = self._stream(partial, number, watch, reports) if self.config.stream else self._fit(number, watch, reports)
+        for piece, tensors in enumerate(run):
+            for index in scope.layers[piece : piece + 1] if self.config.stream else scope.layers:
+                for family in dense_halves(self.config.families):
+                    tensors[self.names.dense(index, family)] = read_family(self.checkpoint, self.layers[index], family)
+            if number == piece == 0:
+                tensors[self.names.tripwire(self.specs)] = tripwire_tensor(self.dtype(scope.layers[0]))
+            file = self._file(self._first_file(number) + piece)
+            save_tensors(partial / file, tensors)
+            files[file] = _sizes(tensors)
         record = [dataclasses.asdict(report) for report in reports]
-        write_json(partial / _record_file(number), {"banks": record, "tensors": _sizes(tensors)})
+        write_json(partial / _record_file(number), {"banks": record, "files": files})
+        _remove_states(partial)
 
     def assemble(self, partial: Path, source: str) -> Report:
         """Add everything that is not a factor and check the whole."""
@@ -265,10 +267,11 @@ class Job:
             record = _read_record(partial, number)
             assert record is not None
             banks += [BankReport(**bank) for bank in record["banks"]]
-            weight_map |= dict.fromkeys(record["tensors"], self._file(number))
-            compressed_bytes += sum(record["tensors"].values())
+            for file, tensors in record["files"].items():
+                weight_map |= dict.fromkeys(tensors, file)
+                compressed_bytes += sum(tensors.values())
         for offset, shard in enumerate(self._dense_shards):
-            file = self._file(len(self.scopes) + offset)
+            file = self._file(self._first_file(len(self.scopes)) + offset)
             copy_tensors(self.checkpoint, shard, self._kept[shard], partial / file)
             weight_map |= dict.fromkeys(self._kept[shard], file)
             compressed_bytes += sum(self.checkpoint.tensors[name].nbytes for name in self._kept[shard])
@@ -296,6 +299,7 @@ class Job:
         open_checkpoint(partial)
         for number in range(len(self.scopes)):
             (partial / _record_file(number)).unlink()
+        _remove_states(partial)
         (partial / STATISTICS).unlink(missing_ok=True)
         (partial / PLAN).unlink()
         (partial / RUN).unlink()
@@ -312,30 +316,64 @@ class Job:
             {str(layer): found.unreached for layer, found in self.statistics.items() if found.unreached},
         )
 
-    def _fit(self, bank: BankPlan, watch: Observer) -> tuple[dict[str, Tensor], BankReport]:
-        phases = PhaseClock()
-        stack = read_stack(self.checkpoint, self.layers, bank, self.statistics)
-        config = self.config.fit_config(bank.rank, bank.num_bases)
-        phases.end("reading")
+    def _fit(self, number: int, watch: Observer, reports: list[BankReport]) -> Iterator[dict[str, Tensor]]:
+        """All tensors of a scope's banks at once; the banks' reports are added to `reports`."""
+        tensors: dict[str, Tensor] = {}
+        for bank in self.scopes[number].banks:
+            phases = PhaseClock()
+            stack = read_stack(self.checkpoint, self.layers, bank, self.statistics)
+            config = self.config.fit_config(bank.rank, bank.num_bases)
+            phases.end("reading")
+            result = fit_bank(stack.weights, config, _watch_steps(bank, watch, phases, 0), metric=stack.metric)
+            phases.end("fit")
+            stored = to_storage(stack, result.factors, self.dtype(bank.layers[0]), self.config.precision)
+            phases.end("storing")
+            tensors |= {self.names.bases(self._spec(bank)): stored.bases, **self._named(stored)}
+            reports.append(self._report(bank, result, [stored], phases, watch))
+        yield tensors
 
-        def on_step(record: StepRecord) -> None:
-            if record.step == 0:
-                phases.end("warm start")
-            watch.step(bank, record)
+    def _stream(
+        self, partial: Path, number: int, watch: Observer, reports: list[BankReport]
+    ) -> Iterator[dict[str, Tensor]]:
+        """The same, a layer at a time, no more than one of them in memory; the bases come with the first."""
+        scope, precision = self.scopes[number], self.config.precision
+        streams = [StreamedExperts(self.checkpoint, self.layers, bank, self.statistics) for bank in scope.banks]
+        results, clocks = list[FitResult](), list[PhaseClock]()
+        for place, (bank, stream) in enumerate(zip(scope.banks, streams, strict=True)):
+            clocks.append(PhaseClock())
+            config, state = self.config.fit_config(bank.rank, bank.num_bases), partial / _state_file(number, place)
+            results.append(stream.fit(config, _watch_steps(bank, watch, clocks[-1], 1), state))
+            clocks[-1].end("fit")
+        stores = [
+            stream.store(result.factors, self.dtype(scope.layers[0]), precision)
+            for stream, result in zip(streams, results, strict=True)
+        ]
+        kept: list[list[StoredFactors]] = [[] for _ in streams]
+        for layer in zip(*stores, strict=True):
+            tensors: dict[str, Tensor] = {}
+            for bank, stored, errors in zip(scope.banks, layer, kept, strict=True):
+                tensors |= self._named(stored)
+                if not errors:
+                    tensors[self.names.bases(self._spec(bank))] = stored.bases
+                errors.append(dataclasses.replace(stored, adapters={}, codes={}, bases=stored.bases.new_empty(0)))
+            yield tensors
+        for bank, result, stored, phases in zip(scope.banks, results, kept, clocks, strict=True):
+            reports.append(self._report(bank, result, stored, phases, watch))
 
-        result = fit_bank(stack.weights, config, on_step, metric=stack.metric)
-        phases.end("fit")
-        stored = to_storage(stack, result.factors, self.dtype(bank.layers[0]), self.config.precision)
-        phases.end("storing")
-        tensors = {self.names.bases(self._spec(bank)): stored.bases}
+    def _named(self, stored: StoredFactors) -> dict[str, Tensor]:
+        """Adapters and codes by their names in the output."""
+        adapters = {self.names.adapters(*key): tensor for key, tensor in stored.adapters.items()}
+        return adapters | {self.names.codes(*key): tensor for key, tensor in stored.codes.items()}
+
+    def _report(
+        self, bank: BankPlan, result: FitResult, stored: Sequence[StoredFactors], phases: PhaseClock, watch: Observer
+    ) -> BankReport:
         errors: dict[str, dict[str, float]] = {}
         expert_errors: dict[str, dict[str, list[float]]] = {}
-        for group in stack.groups:
-            key = (group.layer, group.family)
-            tensors[self.names.adapters(*key)] = stored.adapters[key]
-            tensors[self.names.codes(*key)] = stored.codes[key]
-            errors.setdefault(str(group.layer), {})[group.family] = stored.errors[key]
-            expert_errors.setdefault(str(group.layer), {})[group.family] = stored.expert_errors[key]
+        for part in stored:
+            for layer, family in part.errors:
+                errors.setdefault(str(layer), {})[family] = part.errors[layer, family]
+                expert_errors.setdefault(str(layer), {})[family] = part.expert_errors[layer, family]
         metrics = {name: value for name, value in result.metrics.items() if name != "trajectory"}  # is in the steps
         report = BankReport(
             list(bank.layers),
@@ -353,7 +391,7 @@ class Job:
             {**metrics, "phases": phases.seconds},
         )
         watch.bank(bank, report.error, report.seconds)
-        return tensors, report
+        return report
 
     def _spec(self, bank: BankPlan) -> BankSpec:
         return BankSpec(bank.layers, bank.families, bank.rank, bank.num_bases, encoding_of(self.config.precision))
@@ -364,7 +402,33 @@ class Job:
         return [name for family in families for name in source_names(self.layers[index], family)]
 
     def _file(self, number: int) -> str:
-        return f"model-{number + 1:05d}-of-{len(self.scopes) + len(self._dense_shards):05d}.safetensors"
+        total = self._first_file(len(self.scopes)) + len(self._dense_shards)
+        return f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+
+    def _first_file(self, number: int) -> int:
+        """Of the scope's: one, or one for each layer where layers are streamed."""
+        return sum(len(scope.layers) if self.config.stream else 1 for scope in self.scopes[:number])
+
+
+def _watch_steps(bank: BankPlan, watch: Observer, phases: PhaseClock, first: int) -> Callable[[StepRecord], None]:
+    """Pass a fit's records on; the warm start ends with the one numbered `first`."""
+
+    def on_step(record: StepRecord) -> None:
+        if record.step == first:
+            phases.end("warm start")
+        watch.step(bank, record)
+
+    return on_step
+
+
+def _state_file(number: int | str, place: int | str) -> str:
+    """In an unfinished output: where the fit of a scope's bank was when it was last saved."""
+    return f"state-{number}-{place}.safetensors"
+
+
+def _remove_states(partial: Path) -> None:
+    for path in partial.glob(_state_file("*", "*")):
+        path.unlink()
 
 
 def _record_file(number: int) -> str:

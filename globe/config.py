@@ -47,6 +47,9 @@ class CompressConfig:
     """Indices of the layers to compress; None: all that hold experts."""
     max_experts: int | None = None
     """Most expert matrices that one bank serves: a wider scope is split into runs of whole layers."""
+    stream: bool = False
+    """Read one layer of a scope at a time, again on every pass, and move the bank after each: memory then follows the
+    bank and one layer, not the scope."""
     activation: Activation = "tanh"
     """φ between bank and adapter."""
     codes: CodeMap = "ridge"
@@ -99,7 +102,9 @@ class CompressConfig:
         object.__setattr__(self, "families", tuple(f for f in FAMILIES if f in self.families))
         if self.scope not in ("layer", "model") and not (self.scope.isdecimal() and int(self.scope) > 0):
             raise SettingsError(f"scope {self.scope!r} is unknown; choose layer, model or a number of layers")
-        self.fit_config(rank=1, num_bases=self.support or 1)
+        fit = self.fit_config(rank=1, num_bases=self.support or 1)
+        if self.stream:
+            fit.check_streamed()
 
     def resolved(self) -> CompressConfig:
         """The same settings with `keep` filled in where nothing says how much to keep."""

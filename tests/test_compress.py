@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib
 import json
@@ -24,7 +25,10 @@ from globe import (
 from globe.checkpoint import layout, writer
 from globe.checkpoint.reader import open_checkpoint
 from globe.export import export_dense
+from globe.plan import BankPlan
+from globe.progress import Observers
 from globe.report import Report
+from globe.train.result import StepRecord
 from tests.model.compressed import FAMILY_SETTINGS, LAYERS
 from tests.tiny_sources import write_source
 
@@ -87,6 +91,8 @@ def test_the_compressed_model_has_the_logits_of_its_dense_export(tmp_path: Path,
         {"scope": "2"},
         {"layers": (1,)},
         {"scope": "model", "max_experts": 36},
+        {"scope": "model", "stream": True},
+        {"scope": "2", "stream": True, "share_families": False, "families": ("up", "down")},
         {"codes": "entmax15", "support": 3},
         {"solver": "am", "activation": "silu"},
         {"factor_dtype": "bfloat16"},
@@ -262,6 +268,7 @@ def test_a_nan_in_a_weight_is_named(source: Path, tmp_path: Path) -> None:
         ({"keep": 0.001}, r"keep 0.001 is out of reach .* choose from 0\.\d+ to below 1"),
         ({"keep": 1.5}, "out of reach"),
         ({"max_experts": 5}, "raise it to at least 18"),
+        ({"stream": True, "solver": "am"}, "streamed with the solver varpro"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused_before_any_work(
@@ -375,3 +382,35 @@ def test_bfloat16_experts_are_those_of_the_dense_export_bit_for_bit(tmp_path: Pa
     export_dense(tmp_path / "out", tmp_path / "dense")
     ours, dense = logits(tmp_path / "out", torch.bfloat16), logits(tmp_path / "dense", torch.bfloat16)
     assert torch.equal(ours, dense)
+
+
+def test_a_killed_stream_goes_on_within_its_scope(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last saved pass, not at the beginning, and to the same bytes."""
+    config = CompressConfig(keep=0.7, steps=6, scope="model", stream=True)
+    compress(source, tmp_path / "whole", config)
+    monkeypatch.setattr("globe.streamed.SAVE_SECONDS", 0.0)
+    seen: list[int] = []
+
+    class Watch(Observers):
+        def step(self, bank: BankPlan, record: StepRecord) -> None:  # noqa: ARG002
+            seen.append(record.step)
+            if record.step == 4 and seen.count(4) == 1:
+                raise InjectedError
+
+    with pytest.raises(InjectedError):
+        compress(source, tmp_path / "out", config, [Watch(())])
+    compress(source, tmp_path / "out", config, [Watch(())])
+    assert seen == [1, 2, 3, 4, 4, 5, 6, 7]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+    for shard in open_checkpoint(tmp_path / "whole").shards:
+        assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "whole" / shard).read_bytes()
+
+
+def test_a_stream_knows_of_few_bits_as_the_fit_in_memory_does(source: Path, tmp_path: Path) -> None:
+    settings = CompressConfig(keep=0.8, scope="model", steps=60, factor_dtype="int4")
+    whole = compress(source, tmp_path / "whole", settings)
+    streamed = compress(source, tmp_path / "streamed", dataclasses.replace(settings, stream=True))
+    assert streamed.error < 1.1 * whole.error
+    assert streamed.compressed_bytes == whole.compressed_bytes

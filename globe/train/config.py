@@ -102,6 +102,14 @@ class FitConfig:
                 f"or let more experts share the bank"
             )
 
+    def check_streamed(self) -> None:
+        """Raise `SettingsError` unless experts can be streamed to this fit: one of signed codes, all bases, varpro."""
+        if (self.solver, self.codes, self.warm_start, self.support) != ("varpro", "ridge", "procrustes", None):
+            raise SettingsError(
+                "experts are streamed with the solver varpro, ridge codes, no support and the warm start procrustes; "
+                f"found {self.solver}, {self.codes}, support {self.support}, {self.warm_start}"
+            )
+
     @property
     def torch_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == "float64" else torch.float32

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from globe.bank.objective import Problem, project
+from globe.errors import GlobeError, SettingsError
+from globe.init.procrustes import align
+from globe.train.config import FitConfig
+from globe.train.fit_banks import fit_bank
+from globe.train.stream import ExpertParts, State, fit_parts
+from tests.random_experts import normal, planted_alignment
+
+P, D = 8, 24
+SIZES = (16, 24, 24)
+
+
+@pytest.fixture
+def experts() -> Tensor:
+    weights = planted_alignment(64, P, D, P, 8) + 0.3 * normal(64, P, D, seed=3)
+    return (weights / weights.std()).float()
+
+
+def split(experts: Tensor) -> ExpertParts:
+    places = [sum(SIZES[:count]) for count in range(len(SIZES) + 1)]
+    return ExpertParts(SIZES, P, D, lambda index: Problem(experts[places[index] : places[index + 1]].clone()))
+
+
+def configure(**settings: object) -> FitConfig:
+    return FitConfig(**({"rank": 7, "num_bases": 12, "max_steps": 40, "align_steps": 16} | settings))  # pyright: ignore
+
+
+def test_it_ends_near_the_fit_that_sees_all_experts_at_once(experts: Tensor):
+    whole, streamed = fit_bank(experts, configure()), fit_parts(split(experts), configure())
+    assert streamed.history[-1] < 1.05 * whole.history[-1]
+    assert streamed.history[-1] < 0.8 * streamed.history[0]
+
+
+def test_the_last_error_is_that_of_the_factors_returned(experts: Tensor):
+    result = fit_parts(split(experts), configure(max_steps=6))
+    assert len(result.history) == 7
+    codes, bases = result.factors.codes, result.factors.bases
+    assert result.history[-1] == pytest.approx(project(Problem(experts), codes, bases, "tanh").objective ** 0.5)
+
+
+def test_it_goes_on_from_any_pass_to_the_same_bytes(experts: Tensor):
+    config, states = configure(max_steps=5, align_steps=3), list[State]()
+
+    def save(state: State) -> None:
+        states.append({name: value.clone() for name, value in state.items()})
+
+    whole = fit_parts(split(experts), config, save=save)
+    assert len(states) == 3 + 6
+    for state in states:
+        again = fit_parts(split(experts), config, state=state)
+        assert torch.equal(again.factors.bases, whole.factors.bases)
+        assert torch.equal(again.factors.codes, whole.factors.codes)
+        assert again.history == whole.history
+
+
+def test_the_alignment_ends_where_the_one_in_memory_does(experts: Tensor):
+    """Orthogonal iteration against eigenvectors of the E x E Gram matrix."""
+    states = list[State]()
+    fit_parts(split(experts), configure(align_steps=30, max_steps=1), save=states.append)
+    assert float(states[-1]["alignment"][-1]) < 1.03 * align(experts, 7, 12, 30)[3][-1]
+
+
+def test_the_alignment_never_gets_worse(experts: Tensor):
+    states = list[State]()
+    fit_parts(split(experts), configure(align_steps=12, max_steps=1), save=states.append)
+    errors = states[-1]["alignment"].tolist()
+    assert len(errors) == 12
+    assert all(later <= earlier + 1e-6 for earlier, later in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize("settings", [{"solver": "am"}, {"codes": "softmax"}, {"support": 2}, {"warm_start": "svd"}])
+def test_what_cannot_be_streamed_is_refused(experts: Tensor, settings: dict[str, object]):
+    with pytest.raises(SettingsError, match="streamed with the solver varpro"):
+        fit_parts(split(experts), configure(**settings))
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan])
+def test_experts_that_cannot_be_fitted_are_refused(experts: Tensor, value: float):
+    with pytest.raises(GlobeError, match=r"nothing to fit|NaN or Inf"):
+        fit_parts(split(experts.clone().fill_(value)), configure())
