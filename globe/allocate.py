@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from globe.checkpoint.layout import ExpertLayer
+from globe.checkpoint.quantized import DequantizedCheckpoint
 from globe.checkpoint.reader import Checkpoint
 from globe.config import CompressConfig
 from globe.errors import SettingsError
@@ -125,7 +126,7 @@ def obstacle(checkpoint: Checkpoint, config: CompressConfig, num_banks: int) -> 
         return "there is one bank"
     if config.factor_dtype.startswith("int"):
         return "with factors in few bits it has not been measured what an allocation is worth"
-    if "quantization_config" in checkpoint.config:
+    if isinstance(checkpoint, DequantizedCheckpoint):
         return "the source is quantised"
     needed = 4 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

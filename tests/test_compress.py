@@ -412,5 +412,5 @@ def test_a_stream_knows_of_few_bits_as_the_fit_in_memory_does(source: Path, tmp_
     settings = CompressConfig(keep=0.8, scope="model", steps=60, factor_dtype="int4")
     whole = compress(source, tmp_path / "whole", settings)
     streamed = compress(source, tmp_path / "streamed", dataclasses.replace(settings, stream=True))
-    assert streamed.error < 1.1 * whole.error
+    assert streamed.error < 1.2 * whole.error
     assert streamed.compressed_bytes == whole.compressed_bytes

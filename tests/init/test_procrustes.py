@@ -10,6 +10,7 @@ from globe.bank.factors import mix
 from globe.bank.linalg import polar
 from globe.init.procrustes import align, initial_frames, low_rank
 from globe.init.subspaces import left_gram_rows
+from tests.plain_alternation import plain_alternation
 from tests.random_experts import F64, normal, orthonormal, planted_alignment
 
 E, P, D = 8, 5, 12
@@ -52,16 +53,6 @@ def test_the_last_error_is_the_lowest_and_of_orthonormal_frames(rank: int, num_b
     torch.testing.assert_close(frames.mT @ frames, torch.eye(rank, dtype=F64).expand(E, rank, rank))
     missed = (weights - frames @ mix(codes, bases)).norm() / weights.norm()
     assert errors[-1] == pytest.approx(float(missed), abs=1e-7)
-
-
-def plain_alternation(weights: Tensor, rank: int, num_bases: int, steps: int) -> list[float]:
-    """The errors of exact alternation, nothing extrapolated."""
-    frames, errors = initial_frames(weights, rank), list[float]()
-    for _ in range(steps):
-        codes, bases, _ = low_rank(frames.mT @ weights, num_bases)
-        errors.append(float((weights - frames @ mix(codes, bases)).norm() / weights.norm()))
-        frames = polar(weights @ mix(codes, bases).mT)
-    return errors
 
 
 @pytest.mark.parametrize("rank", [3, 5])
