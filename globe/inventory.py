@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from globe.bank.rounding import decoded
 from globe.checkpoint.layout import FAMILIES, find_expert_layers, source_names
 from globe.checkpoint.reader import Checkpoint
 from globe.compress import model_names
@@ -91,21 +92,25 @@ def read_spectra(compressed: Checkpoint) -> Iterator[Spectra]:
     Raises `CheckpointError` for factors that are missing.
     """
     config = GlobeQuantizationConfig(**compressed.config["quantization_config"])
-    names = model_names(read_source_layout(compressed))
+    source = read_source_layout(compressed)
+    names = model_names(source)
+    columns = {layer.index: layer.hidden_size for layer in find_expert_layers(source)}
     for bank in _some(config.banks, _MAX_BANKS):
-        yield _spectra(compressed, names, bank)
+        yield _spectra(compressed, names, bank, columns[bank.layers[0]])
 
 
-def _spectra(compressed: Checkpoint, names: FactorNames, bank: BankSpec) -> Spectra:
+def _spectra(compressed: Checkpoint, names: FactorNames, bank: BankSpec, columns: int) -> Spectra:
     stacks = [(layer, family) for layer in bank.layers for family in bank.families]
-    codes = torch.cat([compressed.read(names.codes(*stack)) for stack in stacks])
+    precision = bank.precision
+    codes = torch.cat([decoded(compressed.read(names.codes(*s)), bank.num_bases, precision.codes) for s in stacks])
     adapters: list[Tensor] = []
     for stack in _some(stacks, _MAX_STACKS):
         experts = compressed.read(names.adapters(*stack))
-        adapters.append(experts[_some(range(len(experts)), _MAX_EXPERTS)])
+        chosen = experts[_some(range(len(experts)), _MAX_EXPERTS)]
+        adapters.append(decoded(chosen, bank.rank, precision.adapters))
     return Spectra(
         bank,
-        singular_values(compressed.read(names.bases(bank)).flatten(1)).tolist(),
+        singular_values(decoded(compressed.read(names.bases(bank)), columns, precision.bases).flatten(1)).tolist(),
         singular_values(codes).tolist(),
         singular_values(torch.cat(adapters)).median(0).values.tolist(),
     )

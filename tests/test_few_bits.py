@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from globe import CheckpointError, CompressConfig, compress
 from globe.bank.factors import Factors
-from globe.bank.rounding import Precision
+from globe.bank.rounding import Precision, decode
 from globe.checkpoint.reader import open_checkpoint
 from globe.experts import ExpertStack, Group, to_storage
+from globe.inventory import read_spectra
+from globe.model.bank_module import Bank
 from globe.model.names import is_factor
 from globe.train.config import FitConfig
 from globe.train.fit_banks import fit_bank
@@ -104,3 +106,16 @@ def test_factors_of_another_width_are_refused(tmp_path: Path) -> None:
     (tmp_path / "out" / "config.json").write_text(config.replace('"int4"', '"int3"'))
     with pytest.raises(CheckpointError, match="wrong shape"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_the_page_on_a_model_in_few_bits_has_the_spectra_of_its_factors(tmp_path: Path) -> None:
+    write_source(tmp_path / "source")
+    settings = CompressConfig(keep=0.7, factor_dtype="int5", bank_dtype="int4", steps=3, layers=(0,))
+    compress(tmp_path / "source", tmp_path / "out", settings)
+    compressed = open_checkpoint(tmp_path / "out")
+    (spectra,) = read_spectra(compressed)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    (bank,) = (module for module in model.modules() if isinstance(module, Bank))
+    bases = decode(bank.bases, bank.hidden_size, 4).flatten(1).double()
+    singular = torch.linalg.svdvals(bases)
+    assert spectra.bases == pytest.approx((singular / singular[0]).tolist(), rel=1e-5)
