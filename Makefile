@@ -22,8 +22,13 @@ check: .venv/ready  ## style, types, and the direction of the imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-bench: .venv/ready  ## the measured figures of the README
+bench: .venv/ready  ## every measured figure: tables on the terminal, JSON and pictures in benchmarks/results (hours)
+	$(BIN)/python -m benchmarks.quality --rivals all
+	$(BIN)/python -m benchmarks.race
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.calibrated
+	$(BIN)/python -m benchmarks.allocation
+	$(BIN)/python -m benchmarks.scopes
+	$(BIN)/python -m benchmarks.sparse
 	$(BIN)/python -m benchmarks.convergence
-	$(BIN)/python -m benchmarks.quality
