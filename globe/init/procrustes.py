@@ -11,7 +11,7 @@ from torch import Tensor
 
 from globe.bank.factors import mix
 from globe.bank.linalg import approximate_polar, eigh, norms, polar, svd
-from globe.bank.objective import expert_chunks
+from globe.bank.objective import CHUNK_BYTES, expert_chunks
 from globe.init.subspaces import peak_signs
 
 
@@ -22,10 +22,14 @@ def low_rank(stacked: Tensor, num_bases: int) -> tuple[Tensor, Tensor, Tensor]:
     values, descending.
     """
     flat = stacked.flatten(1)
-    values, vectors = eigh(flat @ flat.mT)
-    codes = vectors[:, -num_bases:].flip(1)
-    spectrum = values.flip(0).clamp_min(0).sqrt()
+    codes, spectrum = _leading(flat @ flat.mT, num_bases)
     return codes, (codes.mT @ flat).view(num_bases, *stacked.shape[1:]), spectrum
+
+
+def _leading(gram: Tensor, num_bases: int) -> tuple[Tensor, Tensor]:
+    """The leading M eigenvectors (E, M) of the Gram matrix of vectors, and their singular values, descending."""
+    values, vectors = eigh(gram)
+    return vectors[:, -num_bases:].flip(1), values.flip(0).clamp_min(0).sqrt()
 
 
 def initial_frames(weights: Tensor, rank: int) -> Tensor:
@@ -50,32 +54,59 @@ def align(weights: Tensor, rank: int, num_bases: int, steps: int) -> tuple[Tenso
     and the last alternation T is extrapolated along its last change, by Nesterov's weights, which restart when the
     error rises (O'Donoghue and Candès 2015), and the polar factors are approximate; the last alternation is exact and
     lowers the error. `weights` (E, P, D). Returns codes (E, M), bases (M, R, D), the aligned experts Q_eᵀW_e (E, R, D)
-    and the relative error after each step. Beside the weights, memory holds the aligned experts and two banks: frames
-    are made and used for a chunk of experts at a time.
+    and the relative error after each step. Beside the weights, memory holds the frames and two banks, in the end the
+    aligned experts and one.
     """
     chunks, errors = expert_chunks(weights), list[float]()
     energy = norms(weights).square().sum()
     frames = initial_frames(weights, rank)
-    aligned = weights.new_empty(weights.shape[0], rank, weights.shape[2])
-    for part in chunks:
-        torch.matmul(frames[part].mT, weights[part], out=aligned[part])
-    del frames
+    codes, bases, spectrum = _low_rank_of_turned(frames, weights, num_bases)
+    errors.append(_missed(spectrum, num_bases, energy))
     earlier: tuple[Tensor, Tensor] | None = None
     num_extrapolated = 0
-    while True:
-        codes, bases, spectrum = low_rank(aligned, num_bases)
-        errors.append(float((1 - spectrum[:num_bases].square().sum() / energy).clamp_min(0).sqrt()))
-        if len(errors) == steps:
-            return codes, bases, aligned, errors
-        last = len(errors) == steps - 1
-        num_extrapolated = 0 if last or errors[-1] > min(errors) else num_extrapolated + 1
+    frames = frames.contiguous()
+    while len(errors) < steps - 1:
+        num_extrapolated = 0 if errors[-1] > min(errors) else num_extrapolated + 1
         weight = (num_extrapolated - 1) / (num_extrapolated + 2) if num_extrapolated else 0.0
         for part in chunks:
             target = mix(codes[part], bases)
             if earlier is not None and weight:
                 target.lerp_(mix(earlier[0][part], earlier[1]), -weight)
-            product = weights[part] @ target.mT
-            frame = polar(product) if last else approximate_polar(product)
-            torch.matmul(frame.mT, weights[part], out=aligned[part])
+            frames[part] = approximate_polar(weights[part] @ target.mT)
         earlier = codes, bases
-        del bases
+        codes, bases, spectrum = _low_rank_of_turned(frames, weights, num_bases)
+        errors.append(_missed(spectrum, num_bases, energy))
+    if steps == 1:
+        return codes, bases, frames.mT @ weights, errors
+    del earlier, frames  # make room for the aligned experts
+    aligned = weights.new_empty(weights.shape[0], rank, weights.shape[2])
+    for part in chunks:
+        frame = polar(weights[part] @ mix(codes[part], bases).mT)
+        torch.matmul(frame.mT, weights[part], out=aligned[part])
+    del bases
+    codes, bases, spectrum = low_rank(aligned, num_bases)
+    errors.append(_missed(spectrum, num_bases, energy))
+    return codes, bases, aligned, errors
+
+
+def _missed(spectrum: Tensor, num_bases: int, energy: Tensor) -> float:
+    return float((1 - spectrum[:num_bases].square().sum() / energy).clamp_min(0).sqrt())
+
+
+def _low_rank_of_turned(frames: Tensor, weights: Tensor, num_bases: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`low_rank` of Q_eᵀW_e, made anew a few columns at a time instead of being kept."""
+    num_experts, _, rank = frames.shape
+    columns = weights.shape[2]
+    width = max(1, columns // 8, CHUNK_BYTES // (num_experts * rank * weights.element_size()))
+    parts = [slice(start, start + width) for start in range(0, columns, width)]
+    gram = weights.new_zeros(num_experts, num_experts)
+    for part in parts:
+        flat = (frames.mT @ weights[:, :, part]).flatten(1)
+        gram.addmm_(flat, flat.mT)
+    codes, spectrum = _leading(gram, num_bases)
+    bases = weights.new_empty(num_bases, rank, columns)
+    for part in parts:
+        if len(parts) > 1:
+            flat = (frames.mT @ weights[:, :, part]).flatten(1)
+        bases[:, :, part] = (codes.mT @ flat).view(num_bases, rank, -1)
+    return codes, bases, spectrum
