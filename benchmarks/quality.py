@@ -312,11 +312,12 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7, 4.6), layout="constrained")
         axes = figure.subplots()
-        markers = itertools.cycle(MARKERS)
+        looks = itertools.product(("-", "--"), MARKERS)  # the colours come round as the markers do
         for method, points in sorted(lines.items(), key=lambda line: not line[0].startswith("GloBE")):
+            line, marker = next(looks)
             ours = method.startswith("GloBE")
             x, y = zip(*sorted(points), strict=True)
-            axes.plot(x, y, marker=next(markers), label=method, linewidth=2.2 if ours else 1, zorder=3 if ours else 2)
+            axes.plot(x, y, line, marker=marker, label=method, linewidth=2.2 if ours else 1, zorder=3 if ours else 2)
         axes.set(xscale="log", yscale="log", xlabel="bytes of the experts over bfloat16's", ylabel="KL to the original")
         axes.legend(ncols=2, fontsize=7)
         figure.savefig(path)

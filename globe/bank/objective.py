@@ -24,7 +24,7 @@ CHUNK_BYTES = 8 * 2**20
 enough for the allocator to reuse instead of asking the system for fresh pages."""
 ACCELERATOR_CHUNK_BYTES = 256 * 2**20
 """The same on an accelerator, which wants large batches."""
-LEAST_EXPERTS = 4
+LEAST_EXPERTS = 3
 """Experts in a chunk at least, whatever their size."""
 
 
@@ -149,6 +149,8 @@ def project(
                 grad_t.mul_(jacobian(t, activation, activation_lambda))
             grad_codes[part] = grad_t.flatten(1) @ bases.flatten(1).mT
             grad_bases.flatten(1).addmm_(codes[part].mT, grad_t.flatten(1))
+            del grad_t
+        del t, a  # or they would live beside the next chunk's
     objective = float(total / energy)
     return Projection(objective, num_fallbacks, grad_codes, grad_bases, kept)
 

@@ -149,11 +149,13 @@ def fit_bank(
         seed=config.seed,
     )
     start_metrics, notify = start.metrics, on_step or _ignore
+    if config.solver == "varpro":  # needs no targets, which are as large as the experts
+        start = dataclasses.replace(start, targets=start.targets[:0].clone())
     best, num_fallbacks = _feasible_start(problem, start, config)
     if config.solver == "am":
         outcome, steps, metrics = _alternate(problem, best, start.targets, config, notify)
     else:
-        del start  # with its targets, which are as large as the experts
+        del start
         outcome, steps, metrics = _varpro(problem, best, config, notify)
     metrics["num_fallbacks"] += num_fallbacks
     bases = rounded_bank(best.bases, config.bank_bits)
