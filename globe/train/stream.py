@@ -20,7 +20,7 @@ from globe.bank.factors import Factors
 from globe.bank.objective import Problem, project
 from globe.errors import GlobeError
 from globe.init.streamed_alignment import align_pass, sketch
-from globe.init.warm_start import deviation
+from globe.init.warm_start import START_DEVIATION, deviation
 from globe.train.config import FitConfig
 from globe.train.fit_banks import ROUND_FROM, step_length
 from globe.train.result import FitResult, StepRecord
@@ -123,7 +123,8 @@ class _Stream:
             if save:
                 save(self.state())
         if "spread" not in now:
-            now["bases"].div_(max(deviation(now["codes"], now["bases"]), torch.finfo(now["bases"].dtype).tiny))
+            scale = deviation(now["codes"], now["bases"]) / START_DEVIATION
+            now["bases"].div_(max(scale, torch.finfo(now["bases"].dtype).tiny))
             energies = [float(self._read(index).energy()) for index in range(len(self._slices))]
             now["energy"] = now["bases"].new_tensor(sum(energies))
             now["spread"] = torch.stack([now["codes"].std(), now["bases"].std()])
