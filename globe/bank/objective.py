@@ -107,10 +107,10 @@ class Projection:
 def expert_chunks(x: Tensor, num_bases: int = 0) -> list[slice]:
     """Slices of the leading dimension whose rows fill at most the device's bound, but no fewer than `LEAST_EXPERTS`.
 
-    A chunk that reads a bank of `num_bases` has a twelfth as many rows at least, to share the cost of reading it.
+    A chunk that reads a bank of `num_bases` has a tenth as many rows at least, to share the cost of reading it.
     """
     bound = CHUNK_BYTES if x.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
-    rows = max(LEAST_EXPERTS, num_bases // 12, bound // max(1, x[0].numel() * x.element_size()))
+    rows = max(LEAST_EXPERTS, num_bases // 10, bound // max(1, x[0].numel() * x.element_size()))
     return [slice(start, min(start + rows, x.shape[0])) for start in range(0, x.shape[0], rows)]
 
 

@@ -138,9 +138,9 @@ def test_chunks_cover_every_expert_once_within_the_bound(experts: int, chunk_byt
     assert all(x[chunk].nbytes <= max(chunk_bytes, 4 * 60) for chunk in chunks)
 
 
-def test_a_wide_bank_is_read_by_an_eighth_as_many_experts(monkeypatch: pytest.MonkeyPatch):
+def test_a_wide_bank_is_read_by_a_tenth_as_many_experts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "CHUNK_BYTES", 0)
-    assert [chunk.stop - chunk.start for chunk in expert_chunks(torch.zeros(20, 3, 5), num_bases=64)] == [8, 8, 4]
+    assert [chunk.stop - chunk.start for chunk in expert_chunks(torch.zeros(20, 3, 5), num_bases=64)] == [6, 6, 6, 2]
 
 
 def test_fallbacks_are_summed_over_chunks(monkeypatch: pytest.MonkeyPatch):
