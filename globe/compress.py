@@ -39,6 +39,7 @@ from globe.errors import CheckpointError, UnsupportedModelError
 from globe.evaluate import load
 from globe.experts import StoredFactors, read_stack, to_storage
 from globe.metric import LayerStatistics
+from globe.model.autoload import AUTO_MAP, write_autoload
 from globe.model.bank_spec import BankSpec, encoding_of
 from globe.model.expert_modules import RoutedExperts, factor_names, find_experts
 from globe.model.names import FactorNames, dense_halves, tripwire_tensor
@@ -295,7 +296,8 @@ class Job:
         section = GlobeQuantizationConfig(
             self.specs, self.config.activation, globe_version=versions()["globe"]
         ).to_dict()
-        write_json(partial / CONFIG, {**self.checkpoint.config, "quantization_config": section})
+        write_autoload(partial)
+        write_json(partial / CONFIG, {**self.checkpoint.config, "auto_map": AUTO_MAP, "quantization_config": section})
         open_checkpoint(partial)
         for number in range(len(self.scopes)):
             (partial / _record_file(number)).unlink()

@@ -44,5 +44,5 @@ def read_source_layout(compressed: Checkpoint) -> Checkpoint:
         ) from error
     for tensor in tensors.values():
         check_shard_name(SOURCE_LAYOUT, tensor.name, tensor.shard)
-    config = {key: value for key, value in compressed.config.items() if key != "quantization_config"}
+    config = {key: value for key, value in compressed.config.items() if key not in ("auto_map", "quantization_config")}
     return Checkpoint(compressed.folder, config, tensors, tuple(shards))

@@ -75,14 +75,16 @@ def copy_side_files(checkpoint: Checkpoint, folder: Path, leave_out: Collection[
     """Take over the checkpoint's side files unchanged, but for the names in `leave_out`; `OutputError` as above."""
     for path in checkpoint.side_files():
         if path.name not in leave_out:
-            content = path.read_bytes()
-            with _replacing(folder / path.relative_to(checkpoint.folder), len(content)) as file:
-                file.write(content)
+            write_file(folder / path.relative_to(checkpoint.folder), path.read_bytes())
 
 
 def write_json(path: Path, obj: Any) -> None:
     """Write JSON, indented; a NaN or an infinity, which JSON cannot say, is a `ValueError`."""
-    content = (json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    write_file(path, (json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a small file; `OutputError` as above."""
     with _replacing(path, len(content)) as file:
         file.write(content)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from globe.bank.rounding import Precision
 from globe.errors import CheckpointError, SettingsError
+from globe.model.autoload import save_with_autoload, save_without_autoload, write_autoload
 from globe.model.bank_module import Bank
 from globe.model.bank_spec import BankSpec
 from globe.model.dequantize import restore_dense
@@ -47,6 +49,7 @@ class GlobeQuantizer(HfQuantizer):
             )
         self._files: list[str] = []
         self._tripwire = ""
+        self.save_directory: Path | None = None
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
@@ -81,6 +84,7 @@ class GlobeQuantizer(HfQuantizer):
             ]
             if uses:
                 factorise(found.module, found.layout, uses)
+        save_with_autoload(model)
         self._files = [file for file in checkpoint_files or [] if file.endswith(".safetensors")]
         return model
 
@@ -129,11 +133,14 @@ class GlobeQuantizer(HfQuantizer):
                         plan[name] = style
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` writes: the model's tensors and the tripwire."""
+        """What `save_pretrained` writes: the model's tensors and the tripwire, and the autoload file beside them."""
+        if self.save_directory is not None and not getattr(model, "_hf_peft_config_loaded", False):
+            write_autoload(self.save_directory)
         return {**model.state_dict(), self._tripwire: tripwire_tensor(model.dtype)}, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         restore_dense(model)
+        save_without_autoload(model)
         nn.Module.to(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)  # a saved config has a name
         return model
 

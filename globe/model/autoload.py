@@ -1,0 +1,46 @@
+"""Loading without an explicit import: a file in the checkpoint, named in config.json, that imports globe.
+
+transformers runs it with `trust_remote_code=True` only. GloBE itself never does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from globe.checkpoint.writer import write_file
+
+AUTOLOAD = "globe_autoload.py"
+AUTO_MAP: Mapping[str, str] = {"AutoConfig": "globe_autoload.GlobeAutoConfig"}
+"""`auto_map` of a compressed model's config.json."""
+
+_SOURCE = Path(__file__).parents[1] / "data" / AUTOLOAD
+
+
+def write_autoload(folder: Path) -> None:
+    """Put the file into a checkpoint whose config.json has the `AUTO_MAP`."""
+    write_file(folder / AUTOLOAD, _SOURCE.read_bytes())
+
+
+def save_with_autoload(model: PreTrainedModel) -> None:
+    """Have `model.save_pretrained` tell its quantiser where it saves, and config.json mention the file."""
+    model.config.auto_map = dict(AUTO_MAP)
+    model.save_pretrained = MethodType(_save_pretrained, model)
+
+
+def save_without_autoload(model: PreTrainedModel) -> None:
+    """Undo `save_with_autoload`."""
+    vars(model).pop("save_pretrained", None)
+    vars(model.config).pop("auto_map", None)
+
+
+def _save_pretrained(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    model.hf_quantizer.save_directory = Path(save_directory)
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+
+
+_save_pretrained.__name__ = "save_pretrained"  # by which a bound method is pickled
