@@ -38,9 +38,12 @@ def save_without_autoload(model: PreTrainedModel) -> None:
     vars(model.config).pop("auto_map", None)
 
 
-def _save_pretrained(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-    model.hf_quantizer.save_directory = Path(save_directory)
-    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+def _save_pretrained(
+    model: Any, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
+) -> None:
+    writes = model.should_save_on_this_rank(is_main_process)
+    model.hf_quantizer.save_directory = Path(save_directory) if writes else None
+    type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
 
 
 _save_pretrained.__name__ = "save_pretrained"  # by which a bound method is pickled

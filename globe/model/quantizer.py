@@ -49,7 +49,7 @@ class GlobeQuantizer(HfQuantizer):
             )
         self._files: list[str] = []
         self._tripwire = ""
-        self.save_directory: Path | None = None
+        self.save_directory: Path | None = None  # of the save under way, where this process writes
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
