@@ -1,4 +1,4 @@
-"""The command line: compress, sweep, evaluate, export, inspect, report, env."""
+"""The command line: compress, sweep, evaluate, lm-eval, export, inspect, report, env."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -95,6 +95,20 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
+class LmEval:
+    """Run lm-eval on a compressed model; everything behind `globe lm-eval` is lm-eval's own: see `globe lm-eval -h`."""
+
+    arguments: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Of lm-eval: --model hf --model_args pretrained=DIR --tasks NAME, for example."""
+
+    def run(self, console: Console) -> None:
+        del console
+        from globe.harness import run_lm_eval
+
+        run_lm_eval(self.arguments)
+
+
+@dataclasses.dataclass(frozen=True)
 class Export:
     """Compose a compressed model back into a dense checkpoint that any server loads."""
 
@@ -151,18 +165,8 @@ class Env:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for a `GlobeError`, 130 when interrupted."""
-    command = tyro.cli(
-        Annotated[Compress, tyro.conf.subcommand("compress")]
-        | Annotated[Sweep, tyro.conf.subcommand("sweep")]
-        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-        | Annotated[Export, tyro.conf.subcommand("export")]
-        | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-        | Annotated[ReportPage, tyro.conf.subcommand("report")]
-        | Annotated[Env, tyro.conf.subcommand("env")],
-        prog="globe",
-        description="Compress Mixture-of-Experts models by experts that share banks of basis matrices.",
-        args=_with_texts(sys.argv[1:] if arguments is None else arguments),
-    )
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    command = LmEval(tuple(given[1:])) if given[:1] == ["lm-eval"] else _parse(given)
     console = Console(highlight=False)
     logging.disable_progress_bar()
     try:
@@ -175,6 +179,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _parse(arguments: Sequence[str]) -> Any:
+    return tyro.cli(
+        Annotated[Compress, tyro.conf.subcommand("compress")]
+        | Annotated[Sweep, tyro.conf.subcommand("sweep")]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[LmEval, tyro.conf.subcommand("lm-eval")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
+        | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+        | Annotated[ReportPage, tyro.conf.subcommand("report")]
+        | Annotated[Env, tyro.conf.subcommand("env")],
+        prog="globe",
+        description="Compress Mixture-of-Experts models by experts that share banks of basis matrices.",
+        args=_with_texts(arguments),
+    )
 
 
 def _with_texts(arguments: Sequence[str]) -> list[str]:
