@@ -99,7 +99,7 @@ def _low_rank_of_turned(frames: Tensor, weights: Tensor, num_bases: int) -> tupl
     columns = weights.shape[2]
     width = max(1, columns // 8, CHUNK_BYTES // (num_experts * rank * weights.element_size()))
     parts = [slice(start, start + width) for start in range(0, columns, width)]
-    gram = weights.new_zeros(num_experts, num_experts)
+    gram, flat = weights.new_zeros(num_experts, num_experts), weights.new_empty(0)
     for part in parts:
         flat = (frames.mT @ weights[:, :, part]).flatten(1)
         gram.addmm_(flat, flat.mT)
