@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
+from globe import runnable
 from globe.checkpoint.layout import ExpertLayer
-from globe.checkpoint.quantized import DequantizedCheckpoint
 from globe.checkpoint.reader import Checkpoint
 from globe.config import CompressConfig
 from globe.errors import SettingsError
@@ -43,8 +43,6 @@ FULL_EXPONENT, FULL_FACTOR = 1.4, 1.15
 """A fit with the default settings ends at about this multiple of this power of the short fit's error."""
 SMALLER = 0.8
 """Size of the second fit over that of the first."""
-MEMORY_SHARE = 0.5
-"""Largest share of the machine's memory that the weights of a model to be run may take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +124,7 @@ def obstacle(checkpoint: Checkpoint, config: CompressConfig, num_banks: int) -> 
         return "there is one bank"
     if config.factor_dtype.startswith("int"):
         return "with factors in few bits it has not been measured what an allocation is worth"
-    if isinstance(checkpoint, DequantizedCheckpoint):
-        return "the source is quantised"
-    needed = 4 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > MEMORY_SHARE * memory:
-        return f"the model takes {needed / 1e9:.0f} GB to run and this machine has {memory / 1e9:.0f} GB"
-    return None
+    return runnable.obstacle(checkpoint, itemsize=torch.float32.itemsize)
 
 
 def allocated(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from globe.allocate import allocated, obstacle
-from globe.calibrate import calibrate, load_statistics, read_calibration_text, save_statistics
+from globe import allocate, runnable
+from globe.calibrate import CalibrationText, calibrate, load_statistics, read_calibration_text, save_statistics
 from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.layout import ExpertLayer, Family, find_expert_layers, source_names
 from globe.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
@@ -49,6 +50,7 @@ from globe.plan import BankPlan, make_plan, scope_from_json
 from globe.progress import Observer, Observers
 from globe.report import REPORT, BankReport, CalibrationReport, Report, peak_memory, step_columns, versions
 from globe.run_record import RUN, as_json, resume_or_begin
+from globe.samples import sample_windows
 from globe.shipped import resolve_model
 from globe.source_layout import write_source_layout
 from globe.streamed import StreamedExperts
@@ -81,15 +83,14 @@ def compress(
     job = Job(checkpoint, config)
     partial = claim(output)
     job.resume_or_begin(partial, str(model))
-    job.plan(partial)
+    written = sum(path.stat().st_size for path in partial.glob("model-*.safetensors"))
+    require_space(partial, job.predicted_bytes() - written)
+    job.prepare(partial)
     watch = Observers(observers)
     finished = [_read_record(partial, number) for number in range(len(job.scopes))]
     num_finished = next((number for number, record in enumerate(finished) if record is None), len(finished))
-    written = sum(path.stat().st_size for path in partial.glob("model-*.safetensors"))
-    require_space(partial, job.predicted_bytes() - written)
     watch.start(job.scopes, num_finished)
     try:
-        job.calibrate(partial)
         for number in range(num_finished, len(job.scopes)):
             job.run_scope(partial, number, watch)
             watch.scope(job.scopes[number])
@@ -156,11 +157,14 @@ class Job:
         model = _empty_model(checkpoint)
         _check_same_experts(self.layers, find_experts(model))
         self.names = factor_names(model)
-        name = self.config.calibrate
-        self.calibration_text = (
-            None if name is None else read_calibration_text(checkpoint.folder, name, self.config.calibration_tokens)
-        )
+        self.uncalibrated_because: str | None = None
+        self.calibration_text: CalibrationText | None = None
+        if self.config.calibrate not in ("samples", "none"):
+            name, most = self.config.calibrate, self.config.calibration_tokens
+            self.calibration_text = read_calibration_text(checkpoint.folder, name, most)
         self.statistics: dict[int, LayerStatistics] | None = None
+        self.calibration: CalibrationReport | None = None
+        self.prepare_seconds = 0.0
         self._replaced = {name for scope in self.scopes for index in scope.layers for name in self._sources(index)}
         self._kept = {
             shard: [t.name for t in checkpoint.shard_tensors(shard) if t.name not in self._replaced]
@@ -211,36 +215,67 @@ class Job:
             },
         )
 
+    def calibrate(self) -> None:
+        """Run the model on the calibration text, or on samples of its own, if that is asked for.
+
+        A model that cannot be run is fitted uncalibrated where the samples are no more than the default; the reason is
+        kept.
+        """
+        if self.config.calibrate == "none":
+            self.uncalibrated_because = "that is asked for"
+            return
+        if self.calibration_text is None:
+            self.uncalibrated_because = runnable.obstacle(self.checkpoint)
+            if self.uncalibrated_because is not None:
+                return
+        model = load(self.checkpoint.fetched(), self.config.device)
+        if self.calibration_text is None:
+            try:
+                self.calibration_text = CalibrationText("samples", sample_windows(model, self.config.seed))
+            except Exception as error:
+                self.uncalibrated_because = f"the model does not generate: {type(error).__name__}: {error}"
+                return
+        text, layers = self.calibration_text, {index for scope in self.scopes for index in scope.layers}
+        self.statistics = calibrate(model, text.windows, layers)
+        self.calibration = CalibrationReport(
+            text.name,
+            text.fingerprint,
+            text.windows.numel(),
+            sum(len(found.counts) for found in self.statistics.values()),
+            {str(layer): found.unreached for layer, found in self.statistics.items() if found.unreached},
+        )
+
     def allocate(self) -> None:
         """Share the budget out among the banks, or keep the uniform plan and the reason for it."""
-        self.uniform_because = obstacle(self.checkpoint, self.config, len(self.specs))
+        self.uniform_because = allocate.obstacle(self.checkpoint, self.config, len(self.specs))
         if self.uniform_because is None:
-            text = self.calibration_text
-            windows = None if text is None else text.windows
-            self.scopes = allocated(self.checkpoint, self.layers, self.scopes, self.config, windows)
+            windows = None if self.calibration_text is None else self.calibration_text.windows
+            self.scopes = allocate.allocated(self.checkpoint, self.layers, self.scopes, self.config, windows)
 
-    def plan(self, partial: Path) -> None:
-        """Take up the plan of the unfinished run, or make that of a new one."""
-        path = partial / PLAN
+    def prepare(self, partial: Path) -> None:
+        """Calibrate and make the plan, or take up those of the unfinished run."""
+        path, statistics = partial / PLAN, partial / STATISTICS
         if not path.exists():
+            began = time.monotonic()
+            self.calibrate()
+            if self.statistics is not None:
+                save_statistics(statistics, self.statistics)
             self.allocate()
-            record = {"uniform_because": self.uniform_because, "scopes": [dataclasses.asdict(s) for s in self.scopes]}
+            record = {
+                "uncalibrated_because": self.uncalibrated_because,
+                "calibration": self.calibration and dataclasses.asdict(self.calibration),
+                "uniform_because": self.uniform_because,
+                "scopes": [dataclasses.asdict(scope) for scope in self.scopes],
+                "seconds": time.monotonic() - began,
+            }
             write_json(path, record)
-            return
         record = json.loads(path.read_text())
-        self.uniform_because = record["uniform_because"]
+        self.uncalibrated_because, self.uniform_because = record["uncalibrated_because"], record["uniform_because"]
+        if record["calibration"] is not None:
+            self.calibration = CalibrationReport(**record["calibration"])
+            self.statistics = load_statistics(statistics)
         self.scopes = [scope_from_json(scope) for scope in record["scopes"]]
-
-    def calibrate(self, partial: Path) -> None:
-        """Run the model on the calibration text, if there is one, or read what an earlier run has kept of that."""
-        if self.calibration_text is None:
-            return
-        path = partial / STATISTICS
-        if not path.exists():
-            model = load(self.checkpoint.folder, self.config.device)
-            layers = {index for scope in self.scopes for index in scope.layers}
-            save_statistics(path, calibrate(model, self.calibration_text.windows, layers))
-        self.statistics = load_statistics(path)
+        self.prepare_seconds = record["seconds"]
 
     def run_scope(self, partial: Path, number: int, watch: Observer) -> None:
         """Fit the banks of one scope and write their factors, then their record."""
@@ -284,9 +319,10 @@ class Job:
             banks,
             self.original_bytes(),
             compressed_bytes,
-            sum(bank.seconds for bank in banks),
+            self.prepare_seconds + sum(bank.seconds for bank in banks),
             peak_memory(),
-            self._calibration_report(),
+            self.calibration,
+            self.uncalibrated_because,
             self.uniform_because,
         )
         copy_side_files(self.checkpoint, partial)
@@ -306,17 +342,6 @@ class Job:
         (partial / PLAN).unlink()
         (partial / RUN).unlink()
         return report
-
-    def _calibration_report(self) -> CalibrationReport | None:
-        if self.calibration_text is None or self.statistics is None:
-            return None
-        return CalibrationReport(
-            self.calibration_text.name,
-            self.calibration_text.fingerprint,
-            self.calibration_text.windows.numel(),
-            sum(len(found.counts) for found in self.statistics.values()),
-            {str(layer): found.unreached for layer, found in self.statistics.items() if found.unreached},
-        )
 
     def _fit(self, number: int, watch: Observer, reports: list[BankReport]) -> Iterator[dict[str, Tensor]]:
         """All tensors of a scope's banks at once; the banks' reports are added to `reports`."""

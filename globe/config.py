@@ -35,8 +35,8 @@ class CompressConfig:
     basis_ratio: float | None = None
     """M / E, E counting all the matrices that share a bank, with `rank_ratio`, instead of `keep`."""
     allocation: Literal["sensitivity", "uniform"] = "sensitivity"
-    """With `keep`, each bank's share of the budget: by what its error costs the model's output, measured on random
-    tokens where the model fits into memory, or the same for all."""
+    """With `keep`, each bank's share of the budget: by what its error costs the model's output, measured on the text
+    of `calibrate` or else on random tokens where the model fits into memory, or the same for all."""
     families: tuple[Family, ...] = FAMILIES
     """Matrices of an expert to compress: any of gate, up, down."""
     scope: str = "layer"
@@ -60,11 +60,12 @@ class CompressConfig:
     """varpro: adapters eliminated, accelerated steps; am: closed-form alternating minimisation."""
     warm_start: WarmStartName = "procrustes"
     """Where each fit begins."""
-    calibrate: str | None = None
-    """Text on which the model is run first, to weigh errors by what they do there: a text file, or `calibration` for
-    the split that ships with GloBE, which a bare --calibrate means. None: the weights alone are looked at."""
+    calibrate: str = "samples"
+    """Text on which the model is run first, to weigh errors by what they do there: `samples` of its own, where it fits
+    into memory; a text file; `calibration`, the split that ships with GloBE, which a bare --calibrate means; or
+    `none`: the weights alone are looked at."""
     calibration_tokens: int = 65536
-    """Tokens of that text at most."""
+    """Tokens of a given text at most."""
     steps: int = 500
     """Steps of each fit at most."""
     seed: int = 0

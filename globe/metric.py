@@ -22,12 +22,12 @@ from torch import Tensor
 
 from globe.checkpoint.layout import Family
 
-INPUT_SHRINKAGE = 0.5
+INPUT_SHRINKAGE = 0.8
 """Share of the identity in C, at equal trace."""
-ROW_SHRINKAGE = 0.3
+ROW_SHRINKAGE = 0.6
 """Share of their mean in the s of a matrix."""
-PRIOR_TOKENS = 48
-"""Tokens of the mean over the experts that count beside an expert's own."""
+POWER = 0.35
+"""Of what a matrix' share of the importance is raised to for its weight."""
 CAP = 3.0
 """The largest weight of a matrix, and the inverse of the smallest."""
 
@@ -62,9 +62,10 @@ def input_metric(statistics: LayerStatistics) -> Tensor:
 def row_scales(statistics: LayerStatistics, sigmas: Mapping[Family, float]) -> dict[Family, Tensor]:
     """√s (E, P) for the rows of each family's matrices, which were divided by `sigmas`.
 
-    A matrix's s are shrunk towards their mean, which is then replaced by the weight of the matrix: the square root of
-    what its mean is to the mean over the families, capped. The root is milder than the mean squares ask for: an expert
-    that is hardly used would lose more than it gives. Matrices that no token reaches have their family's mean.
+    A matrix's s, to which the mean over the experts is added, are shrunk towards their mean, which is then replaced by
+    the weight of the matrix: a power of what its mean is to the mean over the families, capped. That is milder than the
+    mean squares ask for: an expert that is hardly used would lose more than it gives. Matrices that no token reaches
+    have their family's mean.
     """
     reached = statistics.counts > 0
     size = float(statistics.inputs.diagonal().mean())
@@ -78,9 +79,9 @@ def row_scales(statistics: LayerStatistics, sigmas: Mapping[Family, float]) -> d
     scales: dict[Family, Tensor] = {}
     for family, each in importance.items():
         sums = statistics.rows[family]
-        profile = sums + PRIOR_TOKENS * sums.sum(0) / statistics.counts.sum()
+        profile = sums + sums.mean(0)
         profile = profile / profile.mean(1, keepdim=True)
         profile = profile.lerp(torch.ones_like(profile), ROW_SHRINKAGE)
-        weights = (each / mean).sqrt().clamp(1 / CAP, CAP)
+        weights = (each / mean).pow(POWER).clamp(1 / CAP, CAP)
         scales[family] = (weights[:, None] * profile).sqrt()
     return scales

@@ -58,7 +58,7 @@ class CalibrationReport:
     """What a compression was calibrated on."""
 
     text: str
-    """A shipped split or a file."""
+    """`samples` of the model itself, a shipped split or a file."""
     fingerprint: str
     """Of its tokens."""
     num_tokens: int
@@ -89,11 +89,13 @@ class Report:
     compressed_bytes: int
     """Of all tensors of the output."""
     seconds: float = 0.0
-    """Spent on finished scopes, over all runs that it took."""
+    """Spent on calibration, planning and finished scopes, over all runs that it took."""
     peak_memory_bytes: int = 0
     """Largest resident memory of the process."""
     calibration: CalibrationReport | None = None
-    """None: data-free."""
+    """None: fitted to the weights alone."""
+    uncalibrated_because: str | None = None
+    """Why; None where it was calibrated."""
     uniform_because: str | None = None
     """Why every bank keeps the same share; None where the budget was allocated."""
 

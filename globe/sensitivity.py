@@ -33,15 +33,12 @@ Sensitivities = dict[tuple[int, Family], Tensor]
 
 def load_for_gradients(checkpoint: Checkpoint, device: str) -> Any:
     """The model in float32; shards on the Hub are fetched first. Raises `CheckpointError` if it cannot be loaded."""
-    for shard in checkpoint.shards:
-        checkpoint.shard_path(shard)
+    folder = checkpoint.fetched()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(checkpoint.folder), dtype=torch.float32, trust_remote_code=False
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False)
         return loaded.to(device).eval()
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.folder} cannot be loaded: {error}") from error
+        raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
 
 
 def random_windows(checkpoint: Checkpoint, seed: int) -> Tensor:

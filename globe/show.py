@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def show_report(console: Console, report: Report, output: Path) -> None:
         console.print(
             f"note            these fits met NaN or Inf and kept their best step: {'; '.join(broken)}", style="yellow"
         )
-    _show_uniform(console, report.uniform_because, report.config.get("allocation"))
+    _show_fallbacks(console, report.uncalibrated_because, report.uniform_because, report.config)
     console.print(f"next            globe evaluate {output}")
 
 
@@ -140,11 +142,12 @@ def show_inspection(console: Console, model: str, config: CompressConfig) -> Non
     job = Job(checkpoint, config)
     _show_experts(console, checkpoint, layers)
     if checkpoint.repo is None:
+        job.calibrate()
         job.allocate()
     _show_plan(console, job.scopes)
     if checkpoint.repo is not None and config.allocation == "sensitivity":
         console.print("note: banks get their shares of the budget when the weights are here", style="yellow")
-    _show_uniform(console, job.uniform_because, config.allocation)
+    _show_fallbacks(console, job.uncalibrated_because, job.uniform_because, dataclasses.asdict(config))
     original, predicted = job.original_bytes(), job.predicted_bytes()
     console.print(f"whole model {megabytes(original)} -> {megabytes(predicted)} ({predicted / original:.1%})")
     first = layers[0]
@@ -158,10 +161,14 @@ def show_inspection(console: Console, model: str, config: CompressConfig) -> Non
         )
 
 
-def _show_uniform(console: Console, because: str | None, allocation: object) -> None:
-    """Say it where the budget was not allocated although the settings ask for that."""
-    if because is not None and allocation == "sensitivity":
-        console.print(f"note            every bank keeps the same share: {because}", style="yellow", soft_wrap=True)
+def _show_fallbacks(
+    console: Console, uncalibrated: str | None, uniform: str | None, settings: Mapping[str, object]
+) -> None:
+    """Say it where a fit was not calibrated or its budget not allocated although the settings ask for that."""
+    if uncalibrated is not None and settings.get("calibrate") != "none":
+        console.print(f"note            fitted to the weights alone: {uncalibrated}", style="yellow", soft_wrap=True)
+    if uniform is not None and settings.get("allocation") == "sensitivity":
+        console.print(f"note            every bank keeps the same share: {uniform}", style="yellow", soft_wrap=True)
 
 
 def _show_experts(console: Console, checkpoint: Checkpoint, layers: list[ExpertLayer]) -> None:
@@ -182,7 +189,7 @@ def _show_experts(console: Console, checkpoint: Checkpoint, layers: list[ExpertL
 
 
 def _show_plan(console: Console, scopes: list[Scope]) -> None:
-    table = Table(title="plan")
+    table = Table(title="plan", caption="error: to expect of a fit to the weights alone")
     for name in ("bank", "matrices", "rank", "bases", "kept", "error"):
         table.add_column(name, justify="right")
     banks = [bank for scope in scopes for bank in scope.banks]

@@ -17,6 +17,7 @@ from globe.experts import ExpertStack, read_stack, to_storage
 from globe.metric import LayerStatistics, input_metric, row_scales
 from globe.plan import BankPlan
 from globe.report import Report
+from globe.samples import LENGTH, NUM_SAMPLES, sample_windows
 from tests.model.compressed import FAMILIES, FAMILY_SETTINGS, LAYERS, D, E, P, tiny_model
 from tests.random_experts import normal
 from tests.tiny_sources import write_source
@@ -120,7 +121,7 @@ def test_experts_never_reached_are_reported(tmp_path: Path) -> None:
     assert report.calibration.num_experts == 32
     assert 5 in report.calibration.unreached["1"]
     assert report.calibration.num_unreached >= 1
-    assert compress("shipped", tmp_path / "plain", dataclasses.replace(QUICK, calibrate=None)).calibration is None
+    assert compress("shipped", tmp_path / "plain", dataclasses.replace(QUICK, calibrate="none")).calibration is None
 
 
 def test_a_text_without_a_window_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -129,3 +130,60 @@ def test_a_text_without_a_window_is_refused_before_any_work(tmp_path: Path) -> N
     with pytest.raises(SettingsError, match="give a longer text"):
         compress("shipped", tmp_path / "out", dataclasses.replace(QUICK, calibrate=str(text)))
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_by_default_the_model_is_calibrated_on_samples_of_its_own(tmp_path: Path) -> None:
+    report = compress("shipped", tmp_path / "out", dataclasses.replace(QUICK, calibrate="samples"))
+    assert report.calibration is not None
+    assert (report.calibration.text, report.calibration.num_tokens) == ("samples", NUM_SAMPLES * LENGTH)
+    assert report.uncalibrated_because is None
+    again = compress("shipped", tmp_path / "again", dataclasses.replace(QUICK, calibrate="samples"))
+    assert again.calibration == report.calibration
+    other = compress("shipped", tmp_path / "other", dataclasses.replace(QUICK, calibrate="samples", seed=1))
+    assert other.calibration is not None
+    assert other.calibration.fingerprint != report.calibration.fingerprint
+
+
+@torch.no_grad()
+def test_samples_follow_the_distribution_of_the_model() -> None:
+    """The mean surprise of its own samples is the model's mean entropy there; its generation settings do not matter."""
+    model = tiny_model("qwen3_moe")
+    model.lm_head.weight.mul_(40)
+    model.generation_config.top_k, model.generation_config.temperature = 1, 0.1
+    windows = sample_windows(model, seed=3)
+    log_p = model(input_ids=windows).logits[:, :-1].double().log_softmax(-1)
+    surprise = -log_p.gather(2, windows[:, 1:, None])[..., 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    assert float(entropy.mean()) < 3
+    spread = float((surprise - entropy).std()) / surprise.numel() ** 0.5
+    assert abs(float((surprise - entropy).mean())) < 4 * spread
+    assert len(windows[:, 0].unique()) > 16
+
+
+@pytest.mark.parametrize("reason", ["does not generate", "takes"])
+def test_a_model_that_cannot_be_run_is_fitted_uncalibrated_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    settings = dataclasses.replace(QUICK, calibrate="samples", allocation="uniform")
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no experts for one token")
+
+    if reason == "takes":
+        monkeypatch.setattr("globe.runnable.MEMORY_SHARE", 1e-9)
+    else:
+        monkeypatch.setattr(compress_module, "sample_windows", fail)
+    report = compress("shipped", tmp_path / "out", settings)
+    assert report.calibration is None
+    assert report.uncalibrated_because is not None
+    assert reason in report.uncalibrated_because
+    plain = compress("shipped", tmp_path / "plain", dataclasses.replace(settings, calibrate="none"))
+    assert report.error == plain.error
+
+
+def test_a_streamed_bank_is_calibrated_like_one_in_memory(tmp_path: Path) -> None:
+    settings = dataclasses.replace(QUICK, calibrate="samples", scope="model", steps=40)
+    streamed = compress("shipped", tmp_path / "streamed", dataclasses.replace(settings, stream=True))
+    whole = compress("shipped", tmp_path / "whole", settings)
+    assert streamed.calibration == whole.calibration
+    assert streamed.error == pytest.approx(whole.error, rel=0.1)

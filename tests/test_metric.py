@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from globe.metric import CAP, INPUT_SHRINKAGE, ROW_SHRINKAGE, LayerStatistics, input_metric, row_scales
+from globe.metric import CAP, INPUT_SHRINKAGE, POWER, ROW_SHRINKAGE, LayerStatistics, input_metric, row_scales
 from tests.random_experts import normal, second_moment
 
 E, P, D = 4, 6, 10
@@ -30,7 +30,7 @@ def test_the_input_metric_is_shrunk_at_equal_trace() -> None:
     torch.testing.assert_close(found - torch.eye(D).double(), (1 - INPUT_SHRINKAGE) * (given - torch.eye(D).double()))
 
 
-def test_the_weight_of_a_matrix_is_the_root_of_its_share() -> None:
+def test_the_weight_of_a_matrix_is_a_power_of_its_share() -> None:
     """Mean square of the row scales, in proportion where no cap is reached, against the definition."""
     given = statistics((90, 110, 100, 80))
     found = row_scales(given, SIGMAS)
@@ -42,7 +42,7 @@ def test_the_weight_of_a_matrix_is_the_root_of_its_share() -> None:
     }  # fmt: skip
     mean = sum(map(sum, importance.values())) / (3 * E)
     for family, scales in found.items():
-        expected = [min(max((value / mean) ** 0.5, 1 / CAP), CAP) for value in importance[family]]
+        expected = [min(max((value / mean) ** POWER, 1 / CAP), CAP) for value in importance[family]]
         assert scales.square().mean(1).tolist() == pytest.approx(expected)
 
 

@@ -76,6 +76,12 @@ class Checkpoint:
                 raise CheckpointError(f"{shard}: the header of the downloaded file is not the one the Hub announced")
         return path
 
+    def fetched(self) -> Path:
+        """The folder, with all shards in it: those on the Hub are downloaded first."""
+        for shard in self.shards:
+            self.shard_path(shard)
+        return self.folder
+
     def shard_tensors(self, shard: str) -> list[TensorInfo]:
         """The shard's tensors in the order of their bytes."""
         return [tensor for tensor in self.tensors.values() if tensor.shard == shard]

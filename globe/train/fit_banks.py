@@ -57,13 +57,18 @@ def first_schedule(config: FitConfig) -> Schedule:
     return Schedule(1.0 if config.activation == "identity" else 0.0, 0.0, False, config.temperature)
 
 
+def last_schedule(now: Schedule) -> Schedule:
+    """Where the schedule ends: the activation itself, Route-W."""
+    return dataclasses.replace(now, activation_lambda=1.0, route_beta=1.0, use_weight_aware_targets=True)
+
+
 def next_schedule(now: Schedule, step: int, accepted: bool, median_support: float, config: FitConfig) -> Schedule:
     """The values of step `step` + 1, by the step count and by how step `step` went.
 
     β rises to 1 over the first quarter of the steps, then Route-W takes over; λ rises to 1 over the first half. After a
     rejected step λ waits, so that the bank settles at the present nonlinearity; β moves on, for the targets are what
-    was rejected. From the half onward λ is 1 whatever happened: the fit ends on the true objective. The temperature
-    steers the median support.
+    was rejected. From the half onward λ is 1 whatever happened: the fit ends on the true objective. A schedule that has
+    ended stays there. The temperature steers the median support.
     """
     temperature = now.temperature
     if config.support is not None and config.codes != "ridge":
@@ -78,7 +83,7 @@ def next_schedule(now: Schedule, step: int, accepted: bool, median_support: floa
     if config.solver == "varpro":
         return dataclasses.replace(now, temperature=temperature)
     quarter, half = max(1, config.max_steps // 4), max(1, config.max_steps // 2)
-    beta, lambda_ = min(1.0, step / quarter), now.activation_lambda
+    beta, lambda_ = max(now.route_beta, min(1.0, step / quarter)), now.activation_lambda
     if step >= half:
         lambda_ = 1.0
     elif accepted:
@@ -328,18 +333,27 @@ def _alternate(
     if not math.isfinite(best.objective):
         return "non_finite", steps, {"num_fallbacks": 0, "num_rejected": 0}
     num_rejected = rejected_in_a_row = num_final = 0
-    for step in range(1, config.max_steps + 1):
+
+    def take(schedule: Schedule) -> tuple[AMStep, float, float, float]:
+        """A step under a schedule as `_backtrack` returns it, and f at λ = 1 of where it ends."""
         now = project(problem, alpha, bases, config.activation, schedule.activation_lambda, adapters=True)
         assert now.adapters is not None
-        taken, size, wanted_support = _backtrack(problem, now.adapters, alpha, bases, warm_targets, schedule, config)
+        found = _backtrack(problem, now.adapters, alpha, bases, warm_targets, schedule, config)
+        if schedule.activation_lambda == 1.0 or not math.isfinite(found[0].candidate_objective):
+            return *found, found[0].objective
+        return *found, project(problem, found[0].alpha, found[0].bases, config.activation).objective
+
+    for step in range(1, config.max_steps + 1):
+        taken, size, wanted_support, final = take(schedule)
+        if schedule != (end := last_schedule(schedule)):
+            sooner = take(end)
+            if sooner[-1] <= final:
+                schedule, (taken, size, wanted_support, final) = end, sooner
         if not math.isfinite(taken.candidate_objective):
             outcome = "non_finite"
             break
         alpha, bases = taken.alpha, taken.bases
         num_fallbacks += taken.num_fallbacks
-        final = taken.objective
-        if schedule.activation_lambda < 1.0:
-            final = project(problem, alpha, bases, config.activation).objective
         best.offer(final, alpha, bases)
         rejected_in_a_row = 0 if taken.accepted else rejected_in_a_row + 1
         num_rejected += not taken.accepted
