@@ -126,7 +126,7 @@ class Evaluator:
     def __init__(self, model: str | Path, max_tokens: int) -> None:
         self._original = _load(model)
         self._tokenizer = AutoTokenizer.from_pretrained(str(model))
-        self._windows, self._bytes_per_token = self._split("heldout", max_tokens)
+        self.windows, self._bytes_per_token = self.split("heldout", max_tokens)
 
     def original(self) -> dict[str, float]:
         """Perplexity of the original."""
@@ -139,21 +139,21 @@ class Evaluator:
         remove_experts(model, kept_experts)
         return self._judge(model)
 
-    def calibration(self, max_tokens: int, stacks: Stacks) -> Calibration:
-        """Statistics of the original on the calibration split, of the layers that `stacks` has."""
-        windows, _ = self._split(CALIBRATION, max_tokens)
+    def calibration(self, windows: torch.Tensor, stacks: Stacks) -> Calibration:
+        """Statistics of the original on token windows (N, length), of the layers that `stacks` has."""
         return calibrate(self._original, windows, {layer for layer, _ in stacks})
 
     def directory(self, folder: Path) -> dict[str, float]:
         """Quality of the model in a directory."""
         return self._judge(_load(folder))
 
-    def _split(self, name: str, max_tokens: int) -> tuple[torch.Tensor, float]:
+    def split(self, name: str, max_tokens: int) -> tuple[torch.Tensor, float]:
+        """Token windows (N, length) from the beginning of a shipped split, and bytes per token."""
         return token_windows(self._tokenizer, read_text(name), EvaluateConfig(max_tokens=max_tokens))
 
     def _judge(self, model: Any) -> dict[str, float]:
         reference = None if model is self._original else self._original
-        found = evaluate_model(model, self._windows, self._bytes_per_token, reference=reference)
+        found = evaluate_model(model, self.windows, self._bytes_per_token, reference=reference)
         if found.kl is None or found.agreement is None:
             return {"perplexity": found.perplexity}
         return {"perplexity": found.perplexity, "kl": found.kl, "agreement": found.agreement}
@@ -233,9 +233,18 @@ def rows_at(
 
 
 def more_rows_at(
-    keep: float, stacks: Stacks, dtype: torch.dtype, calibration: Calibration, evaluator: Evaluator
+    config: QualityConfig,
+    keep: float,
+    stacks: Stacks,
+    dtype: torch.dtype,
+    calibration: Calibration,
+    evaluator: Evaluator,
 ) -> Iterator[dict[str, Any]]:
     """The rivals that `rows_at` leaves out, at one budget; the calibration counts to the time of those that use it."""
+    shape_of = next(iter(stacks.values())).shape
+    shape = published_shape(*shape_of, keep) or best_shape(*shape_of, keep)
+    tanh = mobe(stacks, shape, config.mobe_epochs, dtype, activation="tanh")
+    yield rival_row(keep, "MoBE, tanh", stacks, tanh, evaluator)
     yield rival_row(keep, "MoLAE", stacks, molae(stacks, keep, dtype), evaluator)
     for method, rival in CALIBRATED.items():
         found = rival(stacks, keep, dtype, calibration)
@@ -345,14 +354,16 @@ def main(config: QualityConfig) -> None:
         progress = f"{time.monotonic() - began:5.0f} s  {budget}{row['method']}: error {row['error']:.4f}"
         console.print(f"{progress}  perplexity {row['perplexity']:.3f}", highlight=False)
 
-    calibration = evaluator.calibration(config.calibration_tokens, stacks) if config.rivals == "all" else None
+    calibration = None
+    if config.rivals == "all":
+        calibration = evaluator.calibration(evaluator.split(CALIBRATION, config.calibration_tokens)[0], stacks)
     for keep in config.keeps:
         for row in rows_at(config, keep, stacks, dtype, evaluator):
             add(row)
         if calibration is not None:
             for suffix, text in list(TEXTS.items())[1:]:
                 add(globe_row(config, evaluator, f"GloBE{suffix}", text, keep=keep))
-            for row in more_rows_at(keep, stacks, dtype, calibration, evaluator):
+            for row in more_rows_at(config, keep, stacks, dtype, calibration, evaluator):
                 add(row)
     if calibration is not None:
         for row in few_bits_rows(config, evaluator):

@@ -26,7 +26,7 @@ from benchmarks.rivals import mobe
 from benchmarks.stacks import read_stacks
 from benchmarks.tables import Column, print_claims, print_table
 from globe.checkpoint.layout import FAMILIES
-from globe.plan import stored_parameters
+from globe.plan import compact, stored_parameters
 from globe.shipped import resolve_model
 from globe.style import STYLE
 from globe.train.config import FitConfig
@@ -68,8 +68,8 @@ class RaceConfig:
 
     model: str = "shipped"
     """`shipped`, a local directory or a Hub id."""
-    layers: tuple[int, ...] = (2, 6, 11)
-    """Layers that are fitted one by one; the errors are root mean squares over them, the times sums."""
+    layers: tuple[int, ...] | None = None
+    """Layers that are fitted one by one (None: all); the errors are root mean squares over them, the times sums."""
     keep: float = 0.625
     """Stored parameters over the original ones."""
     mobe_epochs: int = 10_000
@@ -77,7 +77,7 @@ class RaceConfig:
     reference_epochs: int = 6000
     """MoBE's run whose error GloBE is to reach."""
     wide: bool = True
-    """Also one bank for all of the layers that are given."""
+    """Also one bank for all of these layers."""
     seed: int = 0
     """Recorded; nothing here is random."""
     threads: int = 1
@@ -182,7 +182,8 @@ def draw(path: Path, rows: list[dict[str, Any]], unit: float) -> None:
 def main(config: RaceConfig) -> None:
     torch.set_num_threads(config.threads)
     layers, _ = read_stacks(resolve_model(config.model), config.layers)
-    stacks = [torch.stack([layers[layer, family] for family in FAMILIES]) for layer in config.layers]
+    indices = sorted({layer for layer, _ in layers})
+    stacks = [torch.stack([layers[layer, family] for family in FAMILIES]) for layer in indices]
     stacks = [experts / experts.std(dim=(1, 2, 3), correction=0, keepdim=True) for experts in stacks]
     _, num_experts, rows, columns = stacks[0].shape
     shape = mobe.published_shape(num_experts, rows, columns, config.keep)
@@ -216,7 +217,7 @@ def main(config: RaceConfig) -> None:
     for row in everything:
         row["time_over_mobe"] = row["seconds"] / unit
     claims = judge_claims(config, theirs, ours)
-    print_table(f"keep {config.keep:g}, R = P, layers {config.layers}", everything, COLUMNS)
+    print_table(f"keep {config.keep:g}, R = P, layers {compact(indices)}", everything, COLUMNS)
     print_claims(claims)
     write_record(config.output, "race", config, everything, claims)
     draw(config.output.with_suffix(".png"), everything, unit)

@@ -1,6 +1,6 @@
 """MoBE's published loop (Chen et al. 2025, arXiv 2508.05257), written from its description.
 
-    W_e / σ ≈ A_e silu(Σ_j softmax(z_e)_j B_j)
+    W_e / σ ≈ A_e φ(Σ_j softmax(z_e)_j B_j),    φ = silu or tanh
 
 Every layer and every kind of matrix has its own bank. A, z and B are learnt jointly by Adam at a constant rate of 0.07,
 full batch, on the mean squared error, from a warm start: the experts are cut into M groups of neighbours, the SVD of a
@@ -17,10 +17,10 @@ import dataclasses
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from benchmarks.stacks import Approximation, Stacks
 from globe.checkpoint.layout import FAMILIES
@@ -34,6 +34,7 @@ OVERSPEND = 1.01
 ADAPTER_SHARE = 0.6
 """Share of a small budget that goes to the adapters: with it MoBE's error is lowest on the shipped model."""
 
+Activation = Literal["silu", "tanh"]
 Shape = tuple[int, int]
 """Rank R and number of bases M."""
 
@@ -91,17 +92,27 @@ def warm_start(experts: Tensor, rank: int, num_bases: int) -> Parameters:
     return Parameters(adapters, logits, bases)
 
 
-def rebuild(adapters: Tensor, codes: Tensor, bases: Tensor) -> Tensor:
-    """A_e silu(Σ_j a_ej B_j), (N, E, P, D), for codes a on the simplex."""
+def features_and_slope(mixed: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """φ and φ' at `mixed`."""
+    if activation == "tanh":
+        features = mixed.tanh()
+        return features, torch.addcmul(torch.ones_like(features), features, features, value=-1)
+    gate = mixed.sigmoid()
+    features = gate * mixed
+    return features, torch.addcmul(gate, features, 1 - gate)  # s + silu·(1 − s)
+
+
+def rebuild(adapters: Tensor, codes: Tensor, bases: Tensor, activation: Activation = "silu") -> Tensor:
+    """A_e φ(Σ_j a_ej B_j), (N, E, P, D), for codes a on the simplex."""
     mixed = (codes @ bases.flatten(2)).unflatten(2, bases.shape[2:])
-    return adapters @ functional.silu(mixed)
+    return adapters @ features_and_slope(mixed, activation)[0]
 
 
 class Loss:
     """The mean squared error of each bank, and its gradient written out, which saves a fifth of autograd's time."""
 
-    def __init__(self, experts: Tensor) -> None:
-        self._experts = experts.flatten(0, 1)
+    def __init__(self, experts: Tensor, activation: Activation = "silu") -> None:
+        self._experts, self._activation = experts.flatten(0, 1), activation
         self._num_banks, self._size = experts.shape[0], experts[0].numel()
         self._residual = torch.empty_like(self._experts)
 
@@ -109,8 +120,7 @@ class Loss:
         """Write the gradient into `gradient` and return the losses (N,)."""
         codes = now.logits.softmax(-1)
         mixed = (codes @ now.bases.flatten(2)).view(-1, *now.bases.shape[2:])
-        gate = mixed.sigmoid()
-        features = gate * mixed
+        features, slope = features_and_slope(mixed, self._activation)
         adapters = now.adapters.flatten(0, 1)
         residual = torch.baddbmm(self._experts, adapters, features, beta=-1, out=self._residual)
         loss = residual.view(self._num_banks, -1).square().sum(1) / self._size
@@ -122,7 +132,6 @@ class Loss:
             alpha=2 / self._size,
             out=gradient.adapters.flatten(0, 1),
         )
-        slope = torch.addcmul(gate, features, 1 - gate)  # silu' = s + silu·(1 − s)
         grad_mixed = (adapters.mT @ residual).mul_(slope).mul_(2 / self._size).view(*codes.shape[:2], -1)
         torch.bmm(codes.mT, grad_mixed, out=gradient.bases.flatten(2))
         grad_codes = grad_mixed @ now.bases.flatten(2).mT
@@ -132,7 +141,11 @@ class Loss:
 
 @torch.no_grad()
 def train(
-    experts: Tensor, start: Parameters, epochs: int, on_epoch: Callable[[int, Tensor], None] | None = None
+    experts: Tensor,
+    start: Parameters,
+    epochs: int,
+    on_epoch: Callable[[int, Tensor], None] | None = None,
+    activation: Activation = "silu",
 ) -> Parameters:
     """Adam for `epochs` full-batch steps on normalised experts (N, E, P, D); the best iterate of each bank.
 
@@ -143,7 +156,7 @@ def train(
         tensor.grad = slot
     optimiser = torch.optim.Adam(start.tensors, lr=LEARNING_RATE, fused=True)
     best = Parameters(*(tensor.clone() for tensor in start.tensors))
-    loss, lowest = Loss(experts), torch.full_like(experts[:, 0, 0, 0], torch.inf)
+    loss, lowest = Loss(experts, activation), torch.full_like(experts[:, 0, 0, 0], torch.inf)
     for epoch in range(epochs + 1):
         losses = loss(start, gradient)
         if on_epoch is not None:
@@ -164,6 +177,7 @@ def mobe(
     epochs: int,
     dtype: torch.dtype,
     on_layer: Callable[[int], None] | None = None,
+    activation: Activation = "silu",
 ) -> Approximation:
     """Fit every layer and family with a bank of its own of `shape`, stored in `dtype`.
 
@@ -174,9 +188,9 @@ def mobe(
     for layer in sorted({layer for layer, _ in stacks}):
         experts = torch.stack([stacks[layer, family] for family in FAMILIES])
         sigma = experts.std(dim=(1, 2, 3), correction=0, keepdim=True)
-        fitted = train(experts / sigma, warm_start(experts / sigma, *shape), epochs)
+        fitted = train(experts / sigma, warm_start(experts / sigma, *shape), epochs, activation=activation)
         factors = [fitted.adapters * sigma, fitted.logits.softmax(-1), fitted.bases]
-        rebuilt = rebuild(*(factor.to(dtype).float() for factor in factors))
+        rebuilt = rebuild(*(factor.to(dtype).float() for factor in factors), activation=activation)
         approximation |= {(layer, family): rebuilt[place] for place, family in enumerate(FAMILIES)}
         stored += sum(factor.numel() for factor in factors)
         if on_layer is not None:

@@ -8,6 +8,7 @@ import torch
 from benchmarks.rivals.mobe import (
     LEARNING_RATE,
     OVERSPEND,
+    Activation,
     Loss,
     Parameters,
     best_shape,
@@ -29,8 +30,8 @@ def fresh(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[torch.Tens
     return normal(2, 5, 4, 6, seed=seed, dtype=dtype), parameters
 
 
-def reference_losses(experts: torch.Tensor, now: Parameters) -> torch.Tensor:
-    rebuilt = rebuild(now.adapters, now.logits.softmax(-1), now.bases)
+def reference_losses(experts: torch.Tensor, now: Parameters, activation: Activation = "silu") -> torch.Tensor:
+    rebuilt = rebuild(now.adapters, now.logits.softmax(-1), now.bases, activation)
     return (rebuilt - experts).square().mean((1, 2, 3))
 
 
@@ -72,12 +73,13 @@ def test_warm_start_groups_need_not_divide_the_experts() -> None:
     assert start.logits.sum(1).tolist() == [[2, 3]]
 
 
-def test_gradient_is_autograds() -> None:
+@pytest.mark.parametrize("activation", ["silu", "tanh"])
+def test_gradient_is_autograds(activation: Activation) -> None:
     experts, now = fresh()
     gradient = Parameters(*(torch.full_like(tensor, torch.nan) for tensor in now.tensors))
-    losses = Loss(experts)(now, gradient)
+    losses = Loss(experts, activation)(now, gradient)
     leaves = Parameters(*(tensor.clone().requires_grad_() for tensor in now.tensors))
-    expected = reference_losses(experts, leaves)
+    expected = reference_losses(experts, leaves, activation)
     torch.testing.assert_close(losses, expected.detach())
     for found, wanted in zip(gradient.tensors, torch.autograd.grad(expected.sum(), leaves.tensors), strict=True):
         torch.testing.assert_close(found, wanted)
