@@ -44,7 +44,7 @@ DOCS := .venv-docs/bin
 	touch $@
 
 docs/first_steps.md: examples/first_steps.ipynb .venv-docs/ready
-	$(DOCS)/python -m nbconvert --execute --to markdown --output-dir docs $<
+	PYTHONWARNINGS=ignore $(DOCS)/python -m nbconvert --execute --to markdown --output-dir docs $<
 
 docs: docs/first_steps.md  ## the documentation site, in site/
 	$(DOCS)/zensical build --clean --strict

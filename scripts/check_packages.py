@@ -47,7 +47,8 @@ def run(wheel: Path, scratch: Path) -> None:
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
     where = "import site; print(site.getsitepackages()[0])"
     packages = Path(subprocess.run([python, "-c", where], check=True, capture_output=True, text=True).stdout.strip())
-    (packages / "borrowed.pth").write_text("\n".join(site.getsitepackages()))  # behind the wheel's own
+    borrowed = "".join(f"site.addsitedir({folder!r});" for folder in site.getsitepackages())
+    (packages / "borrowed.pth").write_text(f"import site;{borrowed}")  # searched behind the wheel's own
     told = subprocess.run(
         [scratch / "env" / "bin" / "globe", "inspect", "shipped"],
         check=True,
