@@ -1,6 +1,6 @@
 """Look into the wheel and the sdist of a folder, and run the wheel's command outside the checkout.
 
-    python scripts/check_packages.py dist
+python scripts/check_packages.py dist
 """
 
 from __future__ import annotations
