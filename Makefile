@@ -1,4 +1,4 @@
-.PHONY: demo test bench check
+.PHONY: demo test bench check docs wheel
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -32,3 +32,25 @@ bench: .venv/ready  ## every measured figure: tables on the terminal, JSON and p
 	$(BIN)/python -m benchmarks.scopes
 	$(BIN)/python -m benchmarks.sparse
 	$(BIN)/python -m benchmarks.convergence
+
+DOCS := .venv-docs/bin
+
+# its own environment, in which the notebook also sees the packages of .venv
+.venv-docs/ready: requirements-docs.txt .venv/ready
+	$(PYTHON) -m venv .venv-docs
+	$(DOCS)/pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
+		> $$($(DOCS)/python -c "import site; print(site.getsitepackages()[0])")/globe.pth
+	touch $@
+
+docs/first_steps.md: examples/first_steps.ipynb .venv-docs/ready
+	PYTHONWARNINGS=ignore $(DOCS)/python -m nbconvert --execute --to markdown --output-dir docs $<
+
+docs: docs/first_steps.md  ## the documentation site, in site/
+	$(DOCS)/zensical build --clean --strict
+
+wheel: .venv/ready  ## wheel and sdist, in dist/, and the wheel run outside the checkout
+	rm -rf dist
+	$(BIN)/pip install --quiet --disable-pip-version-check build
+	$(BIN)/python -m build
+	$(BIN)/python scripts/check_packages.py dist

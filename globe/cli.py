@@ -13,13 +13,15 @@ from rich.console import Console
 from rich.text import Text
 from transformers.utils import logging
 
+from globe.arguments import registry
 from globe.config import CompressConfig
 from globe.errors import GlobeError
 from globe.evaluate import EvaluateConfig
 from globe.sweep import SweepConfig
 from globe.track import Track
 
-Model = Annotated[str, tyro.conf.Positional]
+Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")]
+Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Compress:
     """Compress a model's routed experts into a Hugging Face checkpoint."""
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder to write; a killed run on the same folder is gone on with."""
+    """Folder to write. A run that was killed goes on when the same command is given again."""
     model: Model = "shipped"
     """Local folder or Hub id; without one, the small model that ships with GloBE."""
     config: Annotated[CompressConfig, tyro.conf.arg(name="")] = CompressConfig()
@@ -57,7 +59,8 @@ class Sweep:
     """Compress a model at every point of a grid of settings and judge each beside the original."""
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder for the records, the table and the picture; a killed sweep on the same folder is gone on with."""
+    """Folder for the records, the table and the picture. A sweep that was killed goes on when the same command is given
+    again."""
     model: Model = "shipped"
     """Local folder or Hub id; without one, the small model that ships with GloBE."""
     config: Annotated[SweepConfig, tyro.conf.arg(name="")] = SweepConfig()
@@ -112,7 +115,7 @@ class LmEval:
 class Export:
     """Compose a compressed model back into a dense checkpoint that any server loads."""
 
-    model: Model
+    model: Folder
     """Folder of a compressed model."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder to write."""
@@ -142,7 +145,7 @@ class Inspect:
 class ReportPage:
     """Write the record of a compressed model as one HTML page that needs nothing beside it."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Folder
     """Folder of a compressed model."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """File to write; by default `report.html` in the folder."""
@@ -165,11 +168,11 @@ class Env:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for a `GlobeError`, 130 when interrupted."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    command = LmEval(tuple(given[1:])) if given[:1] == ["lm-eval"] else _parse(given)
+    given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     console = Console(highlight=False)
     logging.disable_progress_bar()
     try:
+        command = LmEval(tuple(given[1:])) if given[:1] == ["lm-eval"] else _parse(given)
         command.run(console)
     except GlobeError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(
@@ -194,6 +197,8 @@ def _parse(arguments: Sequence[str]) -> Any:
         prog="globe",
         description="Compress Mixture-of-Experts models by experts that share banks of basis matrices.",
         args=_with_texts(arguments),
+        registry=registry,
+        config=(tyro.conf.DisallowNone,),
     )
 
 

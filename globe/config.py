@@ -25,8 +25,8 @@ class CompressConfig:
     """How a model is compressed."""
 
     keep: float | None = None
-    """Stored parameters of the compressed families over the original ones; chooses rank and bases. 0.75 unless ratios
-    are given."""
+    """Share of the compressed families' parameters that stays, above 0 and below 1; chooses rank and bases. 0.75 unless
+    bits or ratios are given."""
     bits: float | None = None
     """Stored bits per original weight of the compressed families, everything counted, instead of `keep`; chooses rank,
     bases and `factor_dtype`."""
@@ -44,7 +44,7 @@ class CompressConfig:
     share_families: bool = True
     """One bank for all families of a scope; otherwise one for each family."""
     layers: tuple[int, ...] | None = None
-    """Indices of the layers to compress; None: all that hold experts."""
+    """Indices of the layers to compress, on the command line also runs such as `0-3 7`; None: all that hold experts."""
     max_experts: int | None = None
     """Most expert matrices that one bank serves: a wider scope is split into runs of whole layers."""
     stream: bool = False

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import globe.model  # noqa: F401  (registers the native format)
 from globe.errors import CheckpointError, SettingsError
 from globe.shipped import read_text, resolve_model
+from globe.train.config import check_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,13 @@ class EvaluateConfig:
     batch: int = 8
     """Windows in a forward pass."""
     device: str = "cpu"
-    """Where the models run."""
+    """Where the models run: cpu, cuda or mps."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_tokens", 1), ("length", 2), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        check_device(self.device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +123,10 @@ def load_tokenizer(model: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"the tokenizer of {model} cannot be loaded: {error}") from error
+        raise CheckpointError(
+            f"the tokenizer of {model} cannot be loaded: {error}\nIts files (tokenizer.json and the like) belong "
+            "beside the weights"
+        ) from error
 
 
 @torch.no_grad()

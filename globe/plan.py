@@ -139,6 +139,7 @@ def choose_shape(num_matrices: int, rows: int, columns: int, keep: float) -> tup
         raise SettingsError(
             f"keep {keep:g} is out of reach for {num_matrices} experts of {rows} x {columns}; "
             f"choose from {math.ceil(lowest * 1000) / 1000:g} to below 1"
+            + (f" ({keep:g} % is {keep / 100:g})" if 1 < keep < 100 else "")
         )
 
     def affordable(rank: int) -> int:

@@ -134,6 +134,8 @@ class Report:
             fields = _known(cls, content)
             fields["banks"] = [BankReport(**_known(BankReport, bank)) for bank in content["banks"]]
             return cls(**fields, calibration=None if calibration is None else CalibrationReport(**calibration))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{folder} has no {REPORT}; is it the output of globe compress?") from error
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder / REPORT} cannot be read: {error!r}; is it the output of globe compress?"

@@ -71,6 +71,7 @@ def show_evaluation(
 ) -> None:
     """Perplexity and size of a model, beside its reference where there is one, and the text that both write."""
     model = str(resolve_model(model))
+    open_checkpoint(model)  # says of a folder that is none what loading it would not
     original = _reference(model, reference)
     tokenizer = load_tokenizer(model)
     windows, bytes_per_token = token_windows(tokenizer, read_text(config.text), config)

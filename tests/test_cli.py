@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +14,18 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from globe.cli import main
+from globe.config import CompressConfig
+from globe.evaluate import EvaluateConfig
+from globe.sweep import SweepConfig
 from tests.tiny_sources import write_source
 
 compress_module = importlib.import_module("globe.compress")  # its name is the function in globe
+SETTINGS = {
+    "compress": (CompressConfig,),
+    "sweep": (SweepConfig, EvaluateConfig),
+    "evaluate": (EvaluateConfig,),
+    "inspect": (CompressConfig,),
+}
 FAST = ("--steps", "3", "--keep", "0.7", "--layers", "3")
 
 
@@ -96,9 +108,15 @@ def test_env_names_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (("compress", "no/such/model/anywhere", "-o", "x"), "does not exist"),
         (("compress", "-o", "x", "--keep", "0.00001"), "choose from"),
-        (("compress", "-o", "x", "--layers", "99"), "layers 99 hold no routed experts"),
+        (("compress", "-o", "x", "--keep", "75"), "(75 % is 0.75)"),
+        (("compress", "-o", "x", "--scope", "banana"), "choose layer, model or a number of layers"),
+        (("compress", "-o", "x", "--layers", "0-3", "7,99"), "layers 99 hold no routed experts"),
         (("compress", "-o", "x", "--calibrate", "wikitext"), "save a data set's text to a file first"),
         (("evaluate", "--text", "nothing"), "neither a file nor"),
+        (("evaluate", "--length", "1"), "at least 2"),
+        (("evaluate", "--device", "nowhere"), "choose cpu, cuda or mps"),
+        (("evaluate", "./nothing"), "does not exist"),
+        (("report", "nothing"), "has no report.json"),
         (("export", "shipped", "-o", "x"), "not compressed"),
     ],
 )
@@ -130,6 +148,43 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert status == 130
     assert "the same command goes on" in out
     assert run(capsys, "compress", tmp_path / "source", "-o", tmp_path / "out", "--steps", 2)[0] == 0
+
+
+def test_without_arguments_it_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 0
+    assert "inspect" in capsys.readouterr().out
+
+
+def test_help_has_no_line_breaks_of_the_source_and_names_what_to_give(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "4000")
+    for command in ("compress", "sweep", "evaluate", "inspect"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        out = capsys.readouterr().out
+        assert "[MODEL]" in out
+        assert "{None}" not in out
+        for kind in SETTINGS[command]:
+            docs = [
+                " ".join(doc.split()) for doc in re.findall(r'^    """(.*?)"""', inspect.getsource(kind), re.M | re.S)
+            ]
+            assert len(docs) >= len(dataclasses.fields(kind))
+            assert [doc for doc in docs[1:] if doc not in out] == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_scripts_know_the_commands_and_their_options(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--tyro-print-completion", shell])
+    assert stopped.value.code in (0, None)
+    out = capsys.readouterr().out
+    assert "inspect" in out
+    assert "--warm-start" in out
+    if shell == "bash":
+        assert subprocess.run(["bash", "-n"], input=out, text=True, check=False).returncode == 0
 
 
 def test_a_missing_tracker_is_named(
