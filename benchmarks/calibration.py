@@ -22,10 +22,10 @@ from globe.calibrate import run_expert, run_hooked
 from globe.checkpoint.layout import Family
 from globe.model.expert_modules import RoutedExperts, find_experts
 
-DAMPING = 0.1
-"""Share of its mean diagonal that is added to a second moment before it is factorised or inverted.
+DAMPING = 0.3
+"""Share of its mean diagonal that is added to a second moment before it is factorised.
 
-GPTQ adds 0.01; on the shipped model 0.1 serves the factorisations better, and GPTQ at 3 and 4 bits.
+Chosen by `benchmarks.rival_settings`, as GPTQ's own was.
 """
 
 
@@ -61,10 +61,11 @@ class Calibration:
         return statistics.inner if family == "down" else statistics.inputs[None]
 
 
-def damped(moment: Tensor) -> Tensor:
-    """C + DAMPING · mean(diag C) · I, for C (..., N, N)."""
+def damped(moment: Tensor, share: float | None = None) -> Tensor:
+    """C + share · mean(diag C) · I, for C (..., N, N); by default DAMPING is the share."""
+    share = DAMPING if share is None else share
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
-    return moment + torch.diag_embed(DAMPING * diagonal.mean(-1, keepdim=True).expand_as(diagonal))
+    return moment + torch.diag_embed(share * diagonal.mean(-1, keepdim=True).expand_as(diagonal))
 
 
 class _Sums:

@@ -44,7 +44,7 @@ class RivalSettingsConfig:
     """Budget of the factorisations, pruning and merging."""
     bits: tuple[int, ...] = (4, 3, 2)
     """To which the weights are rounded with feedback, in groups of 32."""
-    dampings: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
+    dampings: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     """Shares of its mean diagonal that are added to a second moment."""
     group_sizes: tuple[int, ...] = (2, 4, 8, 16)
     """Most experts that one of REAM's centroids takes."""
@@ -75,7 +75,7 @@ def main(config: RivalSettingsConfig) -> None:
         print(rows[-1], flush=True)
 
     for damping in config.dampings:
-        with patch("benchmarks.calibration.DAMPING", damping):
+        with patch("benchmarks.calibration.DAMPING", damping), patch("benchmarks.rivals.gptq.DAMPING", damping):
             for method in ("whitened SVD", "D²-MoE", "TD-MoE"):
                 add("damping", damping, method, CALIBRATED[method](stacks, config.keep, dtype, calibration))
             for bits in config.bits:

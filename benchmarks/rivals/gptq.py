@@ -20,6 +20,9 @@ from benchmarks.calibration import Calibration, damped
 from benchmarks.rivals.rounding import GROUP, grid, in_groups, round_to, rounded
 from benchmarks.stacks import Approximation, Stacks
 
+DAMPING = 0.03
+"""Share of its mean diagonal that is added to a second moment before it is inverted, chosen by
+`benchmarks.rival_settings`; GPTQ's code adds 0.01."""
 SHRINKS = tuple(1 - 0.05 * step for step in range(11))
 
 
@@ -37,7 +40,7 @@ def round_with_feedback(weights: Tensor, moment: Tensor, bits: int, across_outpu
 
     Groups lie along the outputs or, otherwise, along the inputs.
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moment)))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moment, DAMPING)))
     upper = torch.linalg.cholesky(inverse, upper=True)
     now, result = weights.clone(), torch.empty_like(weights)
     scale = offset = weights.new_empty(0)

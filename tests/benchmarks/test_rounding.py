@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.calibration import damped
-from benchmarks.rivals.gptq import best_grid, gptq, round_with_feedback
+from benchmarks.rivals.gptq import DAMPING, best_grid, gptq, round_with_feedback
 from benchmarks.rivals.rounding import GROUP, bits_of_a_weight, in_groups, round_to, rounding
 from globe.errors import SettingsError
 from tests.benchmarks.calibrated import invented
@@ -40,7 +40,7 @@ def test_feedback_solves_for_the_inputs_to_come() -> None:
     """After each input the ones to come are those that make up best for the error so far; groups across outputs."""
     weights, moment = normal(1, 6, GROUP, dtype=F32), invented(2, 6, 6).layers[0].inputs[None]
     found = round_with_feedback(weights, moment, 2, across_outputs=True)[0].double()
-    C, W = damped(moment)[0].double(), weights[0].double()
+    C, W = damped(moment, DAMPING)[0].double(), weights[0].double()
     for place in range(6):
         error, come = found[:place] - W[:place], slice(place, None)
         now = W[come] - torch.linalg.solve(C[come, come], C[come, :place] @ error)
