@@ -32,3 +32,4 @@ bench: .venv/ready  ## every measured figure: tables on the terminal, JSON and p
 	$(BIN)/python -m benchmarks.scopes
 	$(BIN)/python -m benchmarks.sparse
 	$(BIN)/python -m benchmarks.convergence
+	$(BIN)/python -m benchmarks.serving

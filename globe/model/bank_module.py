@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from globe.bank.factors import compose
+from globe.bank.activations import activate
+from globe.bank.factors import mix
 from globe.bank.rounding import Precision, decode, stored_shape
 
 WORKING_BYTES = 256 * 2**20
@@ -69,7 +70,10 @@ class Bank(nn.Module):
         exact = torch.promote_types(adapters.dtype, torch.float32)
         bits = self.precision.bases
         bases = bases[:, :, part] if bits is None else decode(bases, self.hidden_size, bits, part)
-        return compose(adapters.to(exact), codes.to(exact), bases.to(exact), self.activation).to(dtype)
+        if len(codes) == 1:  # alone, a row would be multiplied, and rounded, in another way than among others
+            codes = codes.expand(2, -1)
+        mixed = mix(codes.to(exact), bases.to(exact))[: len(adapters)]
+        return (adapters.to(exact) @ activate(mixed, self.activation)).to(dtype)
 
 
 def factor_parameter(

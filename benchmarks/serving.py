@@ -1,0 +1,273 @@
+"""Speed and memory of the compressed model against the dense one, by the bytes that composed experts may take.
+
+    python -m benchmarks.serving
+
+Two models: the shipped one, fitted for a few steps, and a synthetic one of few layers whose experts have the dimensions
+of real ones, with random weights and factors (R = P, all families of a layer in one bank). Prefill: one pass over the
+prompts. Decode: greedy steps after it. All variants are run in turns and their best rounds compared; on one CPU thread
+the clock counts the process's own time, so that others on the machine disturb less. Memory is that of the routed
+experts: factors and what is composed, or dense matrices. The hit rate is that of the decoding. Writes a table, a
+record, and a picture.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+import tyro
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+from benchmarks.record import RESULTS, Claim, write_record
+from benchmarks.tables import Column, print_claims, print_table
+from globe import CompressConfig, compress, set_compose_cache
+from globe.checkpoint.layout import FAMILIES
+from globe.evaluate import load
+from globe.model import ComposeCache, find_experts
+from globe.model.bank_module import Bank
+from globe.model.experts import BankUse, factorise
+from globe.model.names import is_factor
+from globe.shipped import resolve_model
+from globe.style import STYLE
+
+COLUMNS = (
+    Column("model", "model"),
+    Column("batch", "batch", "d"),
+    Column("variant", "composed experts kept"),
+    Column("memory", "experts' MB", ".1f"),
+    Column("relative_memory", "/ dense", ".2f"),
+    Column("hit_rate", "hits", ".1%"),
+    Column("decode", "decode, tokens/s", ".1f"),
+    Column("relative_decode", "/ dense", ".2f"),
+    Column("prefill", "prefill, tokens/s", ".0f"),
+    Column("relative_prefill", "/ dense", ".2f"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingConfig:
+    """What is timed."""
+
+    shares: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Budgets for composed experts, in shares of what all of them take."""
+    batches: tuple[int, ...] = (1, 8, 64)
+    """Sequences at a time."""
+    prompt: int = 32
+    """Tokens of each prompt."""
+    new_tokens: int = 8
+    """Decoding steps in a round."""
+    repeats: int = 2
+    """Rounds after the warm-up; the best one counts."""
+    keep: float = 0.5
+    """Share of the experts' parameters that the compression keeps."""
+    layers: int = 2
+    """Layers of the synthetic model."""
+    experts: int = 16
+    """Its experts in each layer."""
+    intermediate_size: int = 384
+    """P of its experts."""
+    hidden_size: int = 1024
+    """D of its experts."""
+    seed: int = 0
+    """Seeds the synthetic model and the prompts."""
+    threads: int = 1
+    """CPU threads."""
+    device: str = "cpu"
+    """Where the models run."""
+    output: Path = RESULTS / "serving.json"
+    """Where the record is written; the picture goes beside it."""
+
+
+def shipped_models(config: ServingConfig) -> tuple[Any, Any]:
+    """The shipped model, dense and compressed."""
+    source = resolve_model("shipped")
+    with tempfile.TemporaryDirectory() as folder:
+        compress(source, Path(folder) / "out", CompressConfig(keep=config.keep, steps=20, seed=config.seed))
+        compressed = load(Path(folder) / "out", config.device)
+    return load(source, config.device), compressed
+
+
+def synthetic_models(config: ServingConfig) -> tuple[Any, Any]:
+    """A Qwen3-MoE of few layers in bfloat16, and the same with factorised experts."""
+    P, D, num_matrices = config.intermediate_size, config.hidden_size, 3 * config.experts
+    settings = AutoConfig.for_model(
+        "qwen3_moe",
+        hidden_size=D,
+        moe_intermediate_size=P,
+        num_experts=config.experts,
+        num_experts_per_tok=4,
+        num_hidden_layers=config.layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=128,
+        vocab_size=2048,
+        dtype=torch.bfloat16,
+    )
+    torch.manual_seed(config.seed)
+    dense = AutoModelForCausalLM.from_config(settings).to(config.device).eval()
+    compressed = copy.deepcopy(dense)
+    num_bases = max(2, round((config.keep - P / D) * num_matrices))
+    for found in find_experts(compressed):
+        bank = Bank(num_bases, P, D, "tanh", torch.bfloat16, torch.device(config.device))
+        factorise(found.module, found.layout, [BankUse(bank, FAMILIES, own="own")])
+        for parameter in found.module.parameters():
+            nn.init.normal_(parameter, std=0.1)
+    return dense, compressed
+
+
+def parameter_bytes(model: Any) -> int:
+    """Bytes of the parameters of a model's routed experts: factors, or dense matrices."""
+    held = {name: parameter.nbytes for name, parameter in model.named_parameters()}
+    return sum(size for name, size in held.items() if is_factor(name) or ".experts." in name)
+
+
+@dataclasses.dataclass
+class Variant:
+    """A model in one setting, and its best times so far."""
+
+    name: str
+    model: Any
+    cache: ComposeCache | None = None
+    decode_seconds: float = float("inf")
+    prefill_seconds: float = float("inf")
+    hit_rate: float | None = None
+
+    @property
+    def memory(self) -> int:
+        return parameter_bytes(self.model) + (0 if self.cache is None else self.cache.resident_bytes)
+
+    def time(self, prompts: Tensor, new_tokens: int, clock: Callable[[], float], *, warm: bool) -> None:
+        """One round: a pass over the prompts, then greedy steps; a warm-up is not counted."""
+        began = clock()
+        output = self.model(prompts, use_cache=True)
+        prefilled = clock()
+        if self.cache is not None:
+            self.cache.reset_counts()
+        for _ in range(new_tokens):
+            ids = output.logits[:, -1:].argmax(-1)
+            output = self.model(ids, past_key_values=output.past_key_values, use_cache=True)
+        decoded = clock()
+        if not warm:
+            self.prefill_seconds = min(self.prefill_seconds, prefilled - began)
+            self.decode_seconds = min(self.decode_seconds, decoded - prefilled)
+            self.hit_rate = None if self.cache is None else self.cache.hit_rate
+
+
+def variants(model: Any, dense: Any, shares: tuple[float, ...]) -> list[Variant]:
+    """The dense model and the compressed one with each budget; the compressed ones are copies, for their caches."""
+    found = [Variant("dense", dense)]
+    for share in shares:
+        own = copy.deepcopy(model)
+        cache = set_compose_cache(own, math.ceil(share * parameter_bytes(dense))) if share else None
+        found.append(Variant(f"{share:.0%}", own, cache))
+    return found
+
+
+def rows_of(name: str, batch: int, timed: list[Variant], config: ServingConfig) -> list[dict[str, Any]]:
+    dense = timed[0]
+    return [
+        {
+            "model": name,
+            "batch": batch,
+            "variant": variant.name,
+            "memory": variant.memory / 1e6,
+            "relative_memory": variant.memory / dense.memory,
+            "hit_rate": variant.hit_rate,
+            "decode": batch * config.new_tokens / variant.decode_seconds,
+            "relative_decode": dense.decode_seconds / variant.decode_seconds,
+            "prefill": batch * config.prompt / variant.prefill_seconds,
+            "relative_prefill": dense.prefill_seconds / variant.prefill_seconds,
+        }
+        for variant in timed
+    ]
+
+
+def judge_claims(rows: list[dict[str, Any]]) -> list[Claim]:
+    """At least 0.9 of the dense model's speed where all experts are kept composed."""
+    return [
+        Claim(
+            f"{row['model']}, batch {row['batch']}: {phase} at 0.9 of the dense speed or more, all experts kept",
+            f"{row[f'relative_{phase}']:.2f}",
+            row[f"relative_{phase}"] >= 0.9,
+        )
+        for row in rows
+        if row["variant"] == "100%"
+        for phase in ("decode", "prefill")
+    ]
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Speed against memory, both over the dense model's: a panel for decode and prefill of each model."""
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9, 6.5), layout="constrained")
+        panels = figure.subplots(len(names), 2, sharex=True, squeeze=False)
+        for line, name in zip(panels, names, strict=True):
+            for axis, phase in zip(line, ("decode", "prefill"), strict=True):
+                axis.set(title=f"{name}: {phase}", ylabel="speed over the dense model's")
+                axis.axhline(1, color="#4d4d4d", linewidth=0.8)
+                for batch in dict.fromkeys(row["batch"] for row in rows):
+                    mine = [row for row in rows if (row["model"], row["batch"]) == (name, batch)][1:]
+                    memory = [row["relative_memory"] for row in mine]
+                    axis.plot(memory, [row[f"relative_{phase}"] for row in mine], "o-", label=f"batch {batch}")
+                axis.set_ylim(bottom=0)
+        for axis in panels[-1]:
+            axis.set_xlabel("memory of the experts over the dense model's")
+        panels[0][0].legend()
+        figure.savefig(path)
+
+
+def make_clock(config: ServingConfig) -> Callable[[], float]:
+    """Seconds: the process's own on one CPU thread, else those that pass until the device is done."""
+    if config.device == "cpu":
+        return time.process_time if config.threads == 1 else time.perf_counter
+
+    def clock() -> float:
+        torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    return clock
+
+
+@torch.inference_mode()
+def measure(name: str, dense: Any, compressed: Any, config: ServingConfig) -> list[dict[str, Any]]:
+    """All variants of a model at every batch size."""
+    rows: list[dict[str, Any]] = []
+    for batch in config.batches:
+        generator = torch.Generator().manual_seed(config.seed)
+        prompts = torch.randint(3, 2048, (batch, config.prompt), generator=generator).to(config.device)
+        timed = variants(compressed, dense, config.shares)
+        for repeat in range(config.repeats + 1):
+            for variant in timed:
+                variant.time(prompts, config.new_tokens, make_clock(config), warm=repeat == 0)
+        rows += rows_of(name, batch, timed, config)
+        print({row["variant"]: round(row["relative_decode"], 2) for row in rows if row["batch"] == batch}, flush=True)
+    return rows
+
+
+def main(config: ServingConfig) -> None:
+    torch.set_num_threads(config.threads)
+    logging.disable_progress_bar()
+    rows: list[dict[str, Any]] = []
+    for name, make in (("shipped", shipped_models), ("synthetic", synthetic_models)):
+        rows += measure(name, *make(config), config)
+    claims = judge_claims(rows)
+    print_table(f"Serving, {config.threads} threads, best of {config.repeats}", rows, COLUMNS)
+    print_claims(claims)
+    write_record(config.output, "serving", config, rows, claims)
+    draw(rows, config.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(ServingConfig, description=__doc__))
