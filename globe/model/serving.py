@@ -15,7 +15,7 @@ def set_compose_cache(model: nn.Module, num_bytes: int) -> ComposeCache:
 
     In inference (`eval()`, gradients off) an expert that was composed is kept until it is the least recently used of
     its layer and another one needs its place. With room for all experts each is composed once, and the model is as fast
-    as the dense one. Outputs do not change. What is kept is dropped when factors change, when the model is moved to
+    as the dense one. Outputs change by rounding at most. What is kept is dropped when factors change, when the model is moved to
     another device or dtype, and by `train()`; it is no part of the state dict. Layers whose factors are offloaded keep
     nothing. 0 turns it off; a second call starts afresh.
 
