@@ -35,8 +35,8 @@ from globe import CompressConfig, compress, set_compose_cache
 from globe.checkpoint.layout import FAMILIES
 from globe.evaluate import load
 from globe.model import ComposeCache, find_experts
-from globe.model.bank_module import Bank
-from globe.model.experts import BankUse, factorise
+from globe.model.bank_module import Bank, BankUse
+from globe.model.experts import factorise
 from globe.model.names import is_factor
 from globe.shipped import resolve_model
 from globe.style import STYLE

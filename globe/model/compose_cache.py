@@ -152,3 +152,11 @@ def split_budget(num_bytes: int, sizes: Sequence[tuple[int, int]]) -> list[int]:
             if round_ < num_experts and sum(shares) + size <= num_bytes:
                 shares[layer] += size
     return shares
+
+
+def split_whole(num_bytes: int, sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """The same, but all the experts of a layer or none, in the order of the layers."""
+    shares: list[int] = []
+    for num_experts, size in sizes:
+        shares.append(num_experts * size if sum(shares) + num_experts * size <= num_bytes else 0)
+    return shares

@@ -6,7 +6,6 @@ the family's own, so the gate function, limits, biases and norms stay the family
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from globe.errors import UnsupportedModelError
 from globe.model import bank_module
-from globe.model.bank_module import Bank, factor_parameter
+from globe.model.bank_module import BankUse, factor_parameter
 from globe.model.compose_cache import LayerCache
 from globe.model.expert_modules import ExpertsLayout
 from globe.model.grouped import grouped_mm
@@ -30,16 +29,7 @@ from globe.model.names import (
     dense_halves,
     dense_parameter,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class BankUse:
-    """A bank and the families of one layer that it serves."""
-
-    bank: Bank
-    families: tuple[str, ...]
-    own: str | None
-    """The bank's name if it belongs to this layer alone; `None` if the base model owns it."""
+from globe.model.sharing import bytes_per_token, is_cheaper, is_linear, is_readable, run_shared
 
 
 class GlobeExperts(nn.Module):
@@ -63,19 +53,43 @@ class GlobeExperts(nn.Module):
 
         This is not dispatched by `config._experts_implementation`. Only the experts that are hit are composed, as many
         at a time as `WORKING_BYTES` holds, and composed again in the backward pass instead of kept for it; in inference
-        those in the cache are not composed again. Indices from E on stand for experts of other devices and add nothing,
+        those in the cache are not composed again, and none is where linear banks make it cheaper not to
+        (`globe.model.sharing`). Indices from E on stand for experts of other devices and add nothing,
         or for the layout's identity experts.
         """
         top_k = top_k_index.shape[1]
         num_experts = self._globe_parameters()[codes_parameter(self.globe_uses[0].families[0])].shape[0]
         counts = torch.bincount(top_k_index.flatten(), minlength=num_experts)[:num_experts].tolist()
-        slots = top_k_index.flatten().argsort(stable=True)[: sum(counts)]
-        weighted = self._globe_outputs(counts, hidden_states[slots // top_k]) * top_k_weights.flatten()[slots, None]
-        per_slot = weighted.new_zeros(top_k_index.numel(), weighted.shape[1]).index_copy(0, slots, weighted)
-        output = per_slot.unflatten(0, top_k_index.shape).sum(dim=1)
+        if self._globe_shares(counts, hidden_states):
+            output = self._globe_shared(hidden_states, top_k_index, top_k_weights)
+        else:
+            slots = top_k_index.flatten().argsort(stable=True)[: sum(counts)]
+            weighted = self._globe_outputs(counts, hidden_states[slots // top_k]) * top_k_weights.flatten()[slots, None]
+            per_slot = weighted.new_zeros(top_k_index.numel(), weighted.shape[1]).index_copy(0, slots, weighted)
+            output = per_slot.unflatten(0, top_k_index.shape).sum(dim=1)
         if self.globe_layout.num_identity:
             output = output + hidden_states * top_k_weights.where(top_k_index >= num_experts, 0).sum(1, keepdim=True)
         return output.to(hidden_states.dtype)
+
+    def _globe_shares(self, counts: Sequence[int], states: Tensor) -> bool:
+        """Whether this call is to share products instead of composing: in inference, without a cache, if cheaper."""
+        if torch.is_grad_enabled() or self.has_post_expert_norm or getattr(self, "_is_hooked", False):
+            return False
+        cache, uses, hit = self.globe_cache, self.globe_uses, len(_hit(counts))
+        if (cache is not None and cache.num_bytes) or not (is_linear(uses) and is_readable(uses, states)):
+            return False
+        if not is_cheaper(uses, self.globe_layout, len(states), sum(counts), hit):
+            return False
+        if cache is not None:
+            cache.misses += hit
+        return True
+
+    def _globe_shared(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        run = functools.partial(
+            run_shared, self.globe_uses, self._globe_parameters(), self.globe_layout, self._apply_gate
+        )
+        size = max(1, bank_module.WORKING_BYTES // bytes_per_token(self.globe_uses))
+        return torch.cat([run(*part) for part in zip(*(x.split(size) for x in (states, index, weights)), strict=True)])
 
     def _globe_parameters(self) -> dict[str, Tensor]:
         return dict(self.named_parameters(recurse=False))

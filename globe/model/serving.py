@@ -6,8 +6,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from globe.errors import SettingsError, UnsupportedModelError
-from globe.model.compose_cache import ComposeCache, LayerCache, expert_bytes, split_budget
+from globe.model.compose_cache import ComposeCache, LayerCache, expert_bytes, split_budget, split_whole
 from globe.model.experts import GlobeExperts
+from globe.model.sharing import is_linear
 
 
 def set_compose_cache(model: nn.Module, num_bytes: int) -> ComposeCache:
@@ -15,9 +16,10 @@ def set_compose_cache(model: nn.Module, num_bytes: int) -> ComposeCache:
 
     In inference (`eval()`, gradients off) an expert that was composed is kept until it is the least recently used of
     its layer and another one needs its place. With room for all experts each is composed once, and the model is as fast
-    as the dense one. Outputs change by rounding at most. What is kept is dropped when factors change, when the model is moved to
-    another device or dtype, and by `train()`; it is no part of the state dict. Layers whose factors are offloaded keep
-    nothing. 0 turns it off; a second call starts afresh.
+    as the dense one. Layers whose banks are linear (φ = identity) need not compose (`globe.model.sharing`): they keep
+    all of their experts or none, the first layers first. Outputs change by rounding at most. What is kept is dropped
+    when factors change, when the model is moved to another device or dtype, and by `train()`; it is no part of the
+    state dict. Layers whose factors are offloaded keep nothing. 0 turns it off; a second call starts afresh.
 
     Returns the cache, which tells its hit rate and the memory it takes. Raises `SettingsError` for a negative number
     and `UnsupportedModelError` for a model that has no factorised experts or has them sharded.
@@ -40,6 +42,7 @@ def set_compose_cache(model: nn.Module, num_bytes: int) -> ComposeCache:
         (module.globe_layout.num_experts, expert_bytes(module.globe_layout, model.dtype))  # pyright: ignore[reportArgumentType]
         for module in cached
     ]
-    for module, share in zip(cached, split_budget(num_bytes, sizes), strict=True):
+    split = split_whole if all(is_linear(module.globe_uses) for module in cached) else split_budget
+    for module, share in zip(cached, split(num_bytes, sizes), strict=True):
         module.globe_cache = LayerCache(module.globe_layout, share)
     return ComposeCache(num_bytes, tuple(module.globe_cache for module in cached if module.globe_cache is not None))
