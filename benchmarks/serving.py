@@ -3,18 +3,21 @@
     python -m benchmarks.serving
 
 Two models: the shipped one, fitted for a few steps, and a synthetic one of few layers whose experts have the dimensions
-of real ones, with random weights and factors (R = P, all families of a layer in one bank). Prefill: one pass over the
-prompts. Decode: greedy steps after it. All variants are run in turns and their best rounds compared; on one CPU thread
-the clock counts the process's own time, so that others on the machine disturb less. Memory is that of the routed
-experts: factors and what is composed, or dense matrices. The hit rate is that of the decoding. Writes a table, a
-record, and a picture.
+of real ones, with random weights and factors; all families of a layer are in one bank. Prefill: one pass over the
+prompts. Decode: greedy steps after it. All variants are run in turns, and a speed is compared with the dense model's of
+the same round; medians over the rounds. On one CPU thread the clock counts the process's own time, so that others on
+the machine disturb less. Memory is that of the routed experts: factors and what is composed, or dense matrices. The hit
+rate is that of the decoding. The linear variant has the same factors with φ = identity, the packed one has them in few
+bits. Writes a table, a record, and a picture.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,19 +35,22 @@ from transformers.utils import logging
 from benchmarks.record import RESULTS, Claim, write_record
 from benchmarks.tables import Column, print_claims, print_table
 from globe import CompressConfig, compress, set_compose_cache
+from globe.bank.rounding import Precision, encode
 from globe.checkpoint.layout import FAMILIES
 from globe.evaluate import load
 from globe.model import ComposeCache, find_experts
 from globe.model.bank_module import Bank, BankUse
 from globe.model.experts import factorise
 from globe.model.names import is_factor
+from globe.plan import choose_shape
 from globe.shipped import resolve_model
-from globe.style import STYLE
+from globe.style import COLOURS, INK, MARKERS, STYLE
 
 COLUMNS = (
     Column("model", "model"),
     Column("batch", "batch", "d"),
-    Column("variant", "composed experts kept"),
+    Column("kind", "experts"),
+    Column("share", "kept composed", ".0%"),
     Column("memory", "experts' MB", ".1f"),
     Column("relative_memory", "/ dense", ".2f"),
     Column("hit_rate", "hits", ".1%"),
@@ -61,21 +67,25 @@ class ServingConfig:
 
     shares: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Budgets for composed experts, in shares of what all of them take."""
+    linear_shares: tuple[float, ...] = (0.0, 0.5)
+    """Those of the linear variant."""
     batches: tuple[int, ...] = (1, 8, 64)
     """Sequences at a time."""
     prompt: int = 32
     """Tokens of each prompt."""
-    new_tokens: int = 8
+    new_tokens: int = 6
     """Decoding steps in a round."""
-    repeats: int = 2
-    """Rounds after the warm-up; the best one counts."""
+    repeats: int = 3
+    """Rounds after the warm-up."""
     keep: float = 0.5
     """Share of the experts' parameters that the compression keeps."""
+    bits: int = 3
+    """Bits of the packed variant's bases and adapters."""
     layers: int = 2
     """Layers of the synthetic model."""
-    experts: int = 16
+    experts: int = 32
     """Its experts in each layer."""
-    intermediate_size: int = 384
+    intermediate_size: int = 256
     """P of its experts."""
     hidden_size: int = 1024
     """D of its experts."""
@@ -117,13 +127,37 @@ def synthetic_models(config: ServingConfig) -> tuple[Any, Any]:
     torch.manual_seed(config.seed)
     dense = AutoModelForCausalLM.from_config(settings).to(config.device).eval()
     compressed = copy.deepcopy(dense)
-    num_bases = max(2, round((config.keep - P / D) * num_matrices))
+    rank, num_bases = choose_shape(num_matrices, P, D, config.keep)
     for found in find_experts(compressed):
-        bank = Bank(num_bases, P, D, "tanh", torch.bfloat16, torch.device(config.device))
+        bank = Bank(num_bases, rank, D, "tanh", torch.bfloat16, torch.device(config.device))
         factorise(found.module, found.layout, [BankUse(bank, FAMILIES, own="own")])
         for parameter in found.module.parameters():
             nn.init.normal_(parameter, std=0.1)
     return dense, compressed
+
+
+def linear(model: Any) -> Any:
+    """A copy whose banks have φ = identity."""
+    model = copy.deepcopy(model)
+    for bank in model.modules():
+        if isinstance(bank, Bank):
+            bank.activation = "identity"
+    return model
+
+
+def packed(model: Any, bits: int) -> Any:
+    """A copy with bases and adapters in few bits and codes in 8."""
+    model = copy.deepcopy(model)
+    factors = [name for name, _ in model.named_parameters() if is_factor(name)]
+    for name in factors:
+        bits_of = 8 if name.endswith("_codes") else bits
+        owner, _, leaf = name.rpartition(".")
+        encoded = encode(model.get_parameter(name).float(), bits_of)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(encoded, requires_grad=False))
+    for bank in model.modules():
+        if isinstance(bank, Bank):
+            bank.precision = Precision(bases=bits, codes=8, adapters=bits)
+    return model
 
 
 def parameter_bytes(model: Any) -> int:
@@ -134,21 +168,22 @@ def parameter_bytes(model: Any) -> int:
 
 @dataclasses.dataclass
 class Variant:
-    """A model in one setting, and its best times so far."""
+    """A model in one setting, and the seconds of its rounds."""
 
-    name: str
+    kind: str
     model: Any
+    share: float | None = None
     cache: ComposeCache | None = None
-    decode_seconds: float = float("inf")
-    prefill_seconds: float = float("inf")
-    hit_rate: float | None = None
+    prefill: list[float] = dataclasses.field(default_factory=list)
+    decode: list[float] = dataclasses.field(default_factory=list)
 
     @property
     def memory(self) -> int:
         return parameter_bytes(self.model) + (0 if self.cache is None else self.cache.resident_bytes)
 
-    def time(self, prompts: Tensor, new_tokens: int, clock: Callable[[], float], *, warm: bool) -> None:
-        """One round: a pass over the prompts, then greedy steps; a warm-up is not counted."""
+    @torch.inference_mode()
+    def run(self, prompts: Tensor, new_tokens: int, clock: Callable[[], float]) -> None:
+        """One round: a pass over the prompts, then greedy steps."""
         began = clock()
         output = self.model(prompts, use_cache=True)
         prefilled = clock()
@@ -157,37 +192,47 @@ class Variant:
         for _ in range(new_tokens):
             ids = output.logits[:, -1:].argmax(-1)
             output = self.model(ids, past_key_values=output.past_key_values, use_cache=True)
-        decoded = clock()
-        if not warm:
-            self.prefill_seconds = min(self.prefill_seconds, prefilled - began)
-            self.decode_seconds = min(self.decode_seconds, decoded - prefilled)
-            self.hit_rate = None if self.cache is None else self.cache.hit_rate
+        self.prefill.append(prefilled - began)
+        self.decode.append(clock() - prefilled)
 
 
-def variants(model: Any, dense: Any, shares: tuple[float, ...]) -> list[Variant]:
-    """The dense model and the compressed one with each budget; the compressed ones are copies, for their caches."""
+def variants(dense: Any, compressed: Any, config: ServingConfig) -> list[Variant]:
+    """The dense model, the compressed one with each budget, and the linear and the packed one without."""
     found = [Variant("dense", dense)]
-    for share in shares:
-        own = copy.deepcopy(model)
-        cache = set_compose_cache(own, math.ceil(share * parameter_bytes(dense))) if share else None
-        found.append(Variant(f"{share:.0%}", own, cache))
+    kinds = (
+        ("tanh", compressed, config.shares),
+        ("linear", linear(compressed), config.linear_shares),
+        (f"{config.bits} bits", packed(compressed, config.bits), (0.0,)),
+    )
+    for kind, model, shares in kinds:
+        for share in shares:
+            own = copy.deepcopy(model)  # for its cache
+            budget = math.ceil(share * parameter_bytes(dense))
+            found.append(Variant(kind, own, share, set_compose_cache(own, budget) if budget else None))
     return found
 
 
 def rows_of(name: str, batch: int, timed: list[Variant], config: ServingConfig) -> list[dict[str, Any]]:
     dense = timed[0]
+
+    def ratio(phase: str, variant: Variant) -> float:
+        return statistics.median(
+            ours / own for ours, own in zip(getattr(dense, phase), getattr(variant, phase), strict=True)
+        )
+
     return [
         {
             "model": name,
             "batch": batch,
-            "variant": variant.name,
+            "kind": variant.kind,
+            "share": variant.share,
             "memory": variant.memory / 1e6,
             "relative_memory": variant.memory / dense.memory,
-            "hit_rate": variant.hit_rate,
-            "decode": batch * config.new_tokens / variant.decode_seconds,
-            "relative_decode": dense.decode_seconds / variant.decode_seconds,
-            "prefill": batch * config.prompt / variant.prefill_seconds,
-            "relative_prefill": dense.prefill_seconds / variant.prefill_seconds,
+            "hit_rate": None if variant.cache is None else variant.cache.hit_rate,
+            "decode": batch * config.new_tokens / statistics.median(variant.decode),
+            "relative_decode": ratio("decode", variant),
+            "prefill": batch * config.prompt / statistics.median(variant.prefill),
+            "relative_prefill": ratio("prefill", variant),
         }
         for variant in timed
     ]
@@ -202,7 +247,7 @@ def judge_claims(rows: list[dict[str, Any]]) -> list[Claim]:
             row[f"relative_{phase}"] >= 0.9,
         )
         for row in rows
-        if row["variant"] == "100%"
+        if (row["kind"], row["share"]) == ("tanh", 1)
         for phase in ("decode", "prefill")
     ]
 
@@ -210,20 +255,30 @@ def judge_claims(rows: list[dict[str, Any]]) -> list[Claim]:
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Speed against memory, both over the dense model's: a panel for decode and prefill of each model."""
     names = list(dict.fromkeys(row["model"] for row in rows))
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    kinds = list(dict.fromkeys(row["kind"] for row in rows if row["kind"] != "dense"))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 6.5), layout="constrained")
         panels = figure.subplots(len(names), 2, sharex=True, squeeze=False)
-        for line, name in zip(panels, names, strict=True):
-            for axis, phase in zip(line, ("decode", "prefill"), strict=True):
-                axis.set(title=f"{name}: {phase}", ylabel="speed over the dense model's")
-                axis.axhline(1, color="#4d4d4d", linewidth=0.8)
-                for batch in dict.fromkeys(row["batch"] for row in rows):
-                    mine = [row for row in rows if (row["model"], row["batch"]) == (name, batch)][1:]
-                    memory = [row["relative_memory"] for row in mine]
-                    axis.plot(memory, [row[f"relative_{phase}"] for row in mine], "o-", label=f"batch {batch}")
-                axis.set_ylim(bottom=0)
+        for (line, name), (place, phase) in itertools.product(
+            zip(panels, names, strict=True), enumerate(("decode", "prefill"))
+        ):
+            axis = line[place]
+            axis.set(title=f"{name}: {phase}", ylabel="speed over the dense model's")
+            axis.axhline(1, color=INK, linewidth=0.8)
+            for (batch, colour), (kind, marker) in itertools.product(
+                zip(batches, COLOURS, strict=False), zip(kinds, MARKERS, strict=False)
+            ):
+                mine = [row for row in rows if (row["model"], row["batch"], row["kind"]) == (name, batch, kind)]
+                x, y = ([row[key] for row in mine] for key in ("relative_memory", f"relative_{phase}"))
+                axis.plot(x, y, color=colour, marker=marker)
+            axis.set_ylim(bottom=0)
         for axis in panels[-1]:
             axis.set_xlabel("memory of the experts over the dense model's")
+        for batch, colour in zip(batches, COLOURS, strict=False):
+            panels[0][0].plot([], [], color=colour, label=f"batch {batch}")
+        for kind, marker in zip(kinds, MARKERS, strict=False):
+            panels[0][0].plot([], [], marker, color=INK, label=kind)
         panels[0][0].legend()
         figure.savefig(path)
 
@@ -240,19 +295,23 @@ def make_clock(config: ServingConfig) -> Callable[[], float]:
     return clock
 
 
-@torch.inference_mode()
 def measure(name: str, dense: Any, compressed: Any, config: ServingConfig) -> list[dict[str, Any]]:
     """All variants of a model at every batch size."""
     rows: list[dict[str, Any]] = []
+    clock = make_clock(config)
     for batch in config.batches:
         generator = torch.Generator().manual_seed(config.seed)
         prompts = torch.randint(3, 2048, (batch, config.prompt), generator=generator).to(config.device)
-        timed = variants(compressed, dense, config.shares)
-        for repeat in range(config.repeats + 1):
+        timed = variants(dense, compressed, config)
+        for _ in range(config.repeats + 1):
             for variant in timed:
-                variant.time(prompts, config.new_tokens, make_clock(config), warm=repeat == 0)
+                variant.run(prompts, config.new_tokens, clock)
+        for variant in timed:  # the first round warms up
+            del variant.prefill[0], variant.decode[0]
         rows += rows_of(name, batch, timed, config)
-        print({row["variant"]: round(row["relative_decode"], 2) for row in rows if row["batch"] == batch}, flush=True)
+        print(
+            name, batch, {row["variant"]: round(row["relative_decode"], 2) for row in rows[-len(timed) :]}, flush=True
+        )
     return rows
 
 
@@ -263,7 +322,7 @@ def main(config: ServingConfig) -> None:
     for name, make in (("shipped", shipped_models), ("synthetic", synthetic_models)):
         rows += measure(name, *make(config), config)
     claims = judge_claims(rows)
-    print_table(f"Serving, {config.threads} threads, best of {config.repeats}", rows, COLUMNS)
+    print_table(f"Serving, {config.threads} threads, medians of {config.repeats} rounds", rows, COLUMNS)
     print_claims(claims)
     write_record(config.output, "serving", config, rows, claims)
     draw(rows, config.output.with_suffix(".png"))

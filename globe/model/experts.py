@@ -78,7 +78,7 @@ class GlobeExperts(nn.Module):
         cache, uses, hit = self.globe_cache, self.globe_uses, len(_hit(counts))
         if (cache is not None and cache.num_bytes) or not (is_linear(uses) and is_readable(uses, states)):
             return False
-        if not is_cheaper(uses, self.globe_layout, len(states), sum(counts), hit):
+        if not is_cheaper(uses, self.globe_layout, states.dtype, len(states), sum(counts), hit):
             return False
         if cache is not None:
             cache.misses += hit

@@ -22,7 +22,8 @@ def set_compose_cache(model: nn.Module, num_bytes: int) -> ComposeCache:
     state dict. Layers whose factors are offloaded keep nothing. 0 turns it off; a second call starts afresh.
 
     Returns the cache, which tells its hit rate and the memory it takes. Raises `SettingsError` for a negative number
-    and `UnsupportedModelError` for a model that has no factorised experts or has them sharded.
+    and `UnsupportedModelError` for a model that has no factorised experts, has them sharded, or was made under
+    `torch.inference_mode()`.
     """
     if num_bytes < 0:
         raise SettingsError(f"the cache of composed experts cannot have {num_bytes} bytes; 0 turns it off")
@@ -37,6 +38,11 @@ def set_compose_cache(model: nn.Module, num_bytes: int) -> ComposeCache:
     factors = {module: [*module.parameters(), *(use.bank.bases for use in module.globe_uses)] for module in modules}
     if any(isinstance(factor, DTensor) for held in factors.values() for factor in held):
         raise UnsupportedModelError("composed experts cannot be kept for a sharded model; load it on whole devices")
+    if any(factor.is_inference() for held in factors.values() for factor in held):
+        raise UnsupportedModelError(
+            "composed experts cannot be kept for a model made under torch.inference_mode(), whose tensors do not tell "
+            "when they change; load it outside, and run it inside if you like"
+        )
     cached = [module for module in modules if num_bytes and not any(factor.is_meta for factor in factors[module])]
     sizes = [
         (module.globe_layout.num_experts, expert_bytes(module.globe_layout, model.dtype))  # pyright: ignore[reportArgumentType]

@@ -34,18 +34,23 @@ def is_readable(uses: Sequence[BankUse], states: Tensor) -> bool:
     return not any(isinstance(use.bank.bases, DTensor) or use.bank.bases.device != states.device for use in uses)
 
 
-def is_cheaper(uses: Sequence[BankUse], layout: ExpertsLayout, num_tokens: int, num_pairs: int, num_hit: int) -> bool:
-    """Whether sharing takes fewer multiply-adds than composing the experts that are hit.
+def is_cheaper(
+    uses: Sequence[BankUse], layout: ExpertsLayout, dtype: torch.dtype, num_tokens: int, num_pairs: int, num_hit: int
+) -> bool:
+    """Whether sharing takes fewer multiply-adds, weighted by the bytes of an operand, than composing what is hit.
 
-    `num_pairs` are the pairs of a token and one of its experts.
+    `num_pairs` are the pairs of a token and one of its experts. Experts are composed in float32, whatever the `dtype`
+    of the states is, and packed bases are multiplied in it.
     """
     P, D = layout.intermediate_size, layout.hidden_size
+    exact = torch.promote_types(dtype, torch.float32).itemsize
     shared = composed = 0
     for use in uses:
         M, R, families = use.bank.num_bases, use.bank.rank, len(use.families)
         directions = len({family == "down" for family in use.families})
-        shared += num_tokens * directions * M * R * D + num_pairs * families * (M + P) * R
-        composed += num_hit * families * (M + P) * R * D + num_pairs * families * P * D
+        of_bases = dtype.itemsize if use.bank.precision.bases is None else exact
+        shared += of_bases * num_tokens * directions * M * R * D + dtype.itemsize * num_pairs * families * (M + P) * R
+        composed += exact * num_hit * families * (M + P) * R * D + dtype.itemsize * num_pairs * families * P * D
     return shared < composed
 
 

@@ -215,3 +215,7 @@ def test_what_cannot_be_done_is_refused(compressed: Make) -> None:
         set_compose_cache(load(compressed("qwen2_moe").path), -1)
     with pytest.raises(UnsupportedModelError, match="no experts compressed by GloBE"):
         set_compose_cache(tiny_model("qwen2_moe"), ALL)
+    with torch.inference_mode():
+        made_inside = load(compressed("qwen2_moe").path)
+    with pytest.raises(UnsupportedModelError, match="inference_mode"):
+        set_compose_cache(made_inside, ALL)

@@ -128,23 +128,23 @@ def test_other_activations_are_composed(activation: str) -> None:
     assert compositions.count == 1
 
 
-def test_many_tokens_of_few_experts_are_composed() -> None:
-    """At the crossing that the docstring of `globe.model.sharing` counts, here for one bank of all families."""
-    module = experts()
-    layout, M, R = module.globe_layout, 6, 5
+@pytest.mark.parametrize(("dtype", "weight"), [(torch.float32, 1), (torch.bfloat16, 2)])
+def test_many_tokens_of_few_experts_are_composed(dtype: torch.dtype, weight: int) -> None:
+    """At the crossing that the docstring of `globe.model.sharing` counts; composing is in float32."""
+    module = experts(dtype=dtype)
+    uses, layout, M, R = module.globe_uses, module.globe_layout, 6, 5
+    most = 800
     for num_hit in (1, 3, E):
         cheaper = [
-            tokens
-            for tokens in range(num_hit, 400)
-            if is_cheaper(module.globe_uses, layout, tokens, 2 * tokens, num_hit)
+            tokens for tokens in range(num_hit, most) if is_cheaper(uses, layout, dtype, tokens, 2 * tokens, num_hit)
         ]
         shared, composed = 2 * M * R * D + 2 * 3 * (M + P) * R, 2 * 3 * P * D
-        crossing = num_hit * 3 * (M + P) * R * D / (shared - composed)
-        assert cheaper == [tokens for tokens in range(num_hit, 400) if tokens < crossing]
-        assert 0 < len(cheaper) < 400 - num_hit
+        crossing = weight * num_hit * 3 * (M + P) * R * D / (shared - composed)
+        assert cheaper == [tokens for tokens in range(num_hit, most) if tokens < crossing]
+        assert 0 < len(cheaper) < most - num_hit
     compositions = Compositions(module)
     with torch.no_grad():
-        module(*inputs([[0, 1]] * 300))
+        module(*inputs([[0, 1]] * 300, dtype))
     assert compositions.count == 1
 
 
