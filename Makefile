@@ -23,6 +23,7 @@ check: .venv/ready  ## style, types, and the direction of the imports
 	$(BIN)/lint-imports
 
 bench: .venv/ready  ## every measured figure: tables on the terminal, JSON and pictures in benchmarks/results (hours)
+	$(BIN)/python -m benchmarks.rival_settings
 	$(BIN)/python -m benchmarks.quality --rivals all
 	$(BIN)/python -m benchmarks.race
 	$(BIN)/python -m benchmarks.speed
@@ -32,6 +33,7 @@ bench: .venv/ready  ## every measured figure: tables on the terminal, JSON and p
 	$(BIN)/python -m benchmarks.scopes
 	$(BIN)/python -m benchmarks.sparse
 	$(BIN)/python -m benchmarks.convergence
+	$(BIN)/python -m benchmarks.serving
 
 DOCS := .venv-docs/bin
 

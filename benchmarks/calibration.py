@@ -22,7 +22,7 @@ from globe.calibrate import run_expert, run_hooked
 from globe.checkpoint.layout import Family
 from globe.model.expert_modules import RoutedExperts, find_experts
 
-DAMPING = 0.3
+DAMPING = 1.0
 """Share of its mean diagonal that is added to a second moment before it is factorised.
 
 Chosen by `benchmarks.rival_settings`, as GPTQ's own was.

@@ -12,6 +12,7 @@ from globe.config import CompressConfig
 from globe.errors import CheckpointError, GlobeError, OutputError, SettingsError, UnsupportedModelError
 from globe.evaluate import EvaluateConfig, Evaluation, evaluate
 from globe.export import export_dense
+from globe.model import ComposeCache, set_compose_cache
 from globe.report import Report
 from globe.sweep import SweepConfig, SweepResult, sweep
 from globe.train.config import FitConfig
@@ -21,6 +22,7 @@ from globe.version import __version__
 
 __all__ = [
     "CheckpointError",
+    "ComposeCache",
     "CompressConfig",
     "EvaluateConfig",
     "Evaluation",
@@ -39,5 +41,6 @@ __all__ = [
     "evaluate",
     "export_dense",
     "fit_bank",
+    "set_compose_cache",
     "sweep",
 ]

@@ -89,12 +89,14 @@ class Evaluate:
     """Model to compare with; by default the source of a compressed model, where found; `none` for no comparison."""
     prompt: str | None = None
     """Also continue this text with both models, sampled with the same seed."""
+    compose_cache: int = 0
+    """Bytes of composed experts that a compressed model may keep beside its factors: faster, with the same results."""
     config: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = EvaluateConfig()
 
     def run(self, console: Console) -> None:
         from globe.show import show_evaluation
 
-        show_evaluation(console, self.model, self.reference, self.prompt, self.config)
+        show_evaluation(console, self.model, self.reference, self.prompt, self.config, self.compose_cache)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from globe.config import CompressConfig
 from globe.errors import GlobeError
 from globe.evaluate import EvaluateConfig, Evaluation, evaluate_model, generate, load, load_tokenizer, token_windows
 from globe.model.quantization_config import QUANT_METHOD
+from globe.model.serving import set_compose_cache
 from globe.plan import Scope, compact
 from globe.progress import clock, describe
 from globe.report import REPORT, Report, peak_memory, versions
@@ -67,7 +68,12 @@ def describe_report(layers: list[int], families: list[str]) -> str:
 
 
 def show_evaluation(
-    console: Console, model: str, reference: str | None, prompt: str | None, config: EvaluateConfig
+    console: Console,
+    model: str,
+    reference: str | None,
+    prompt: str | None,
+    config: EvaluateConfig,
+    compose_cache: int = 0,
 ) -> None:
     """Perplexity and size of a model, beside its reference where there is one, and the text that both write."""
     model = str(resolve_model(model))
@@ -76,6 +82,7 @@ def show_evaluation(
     tokenizer = load_tokenizer(model)
     windows, bytes_per_token = token_windows(tokenizer, read_text(config.text), config)
     compressed = load(model, config.device)
+    cache = set_compose_cache(compressed, compose_cache) if compose_cache else None
     other = None if original is None else load(original, config.device)
     results: dict[str, tuple[str, Evaluation]] = {}
     if other is not None and original is not None:
@@ -97,6 +104,11 @@ def show_evaluation(
         for family, error in report.family_errors().items():
             table.add_row(f"relative error, {family}", *([""] * (len(results) - 1)), f"{error:.4f}")
     console.print(table)
+    if cache is not None:
+        console.print(
+            f"composed experts kept: {megabytes(cache.resident_bytes)} of {megabytes(cache.num_bytes)}, which served "
+            f"{cache.hit_rate:.1%} of what was needed"
+        )
     if prompt is not None:
         models = {"original": other, "compressed": compressed} if other is not None else {"model": compressed}
         texts = Table(show_lines=True)

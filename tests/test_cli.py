@@ -41,8 +41,10 @@ def test_compress_evaluate_inspect_and_export_the_shipped_model(
     status, out, _ = run(capsys, "compress", "-o", tmp_path / "out", *FAST)
     assert status == 0
     assert "layer 3 gate+up+down: error" in out
-    status, out, _ = run(capsys, "evaluate", tmp_path / "out", "--max-tokens", 1024, "--prompt", "import os\n")
+    few = "--max-tokens", 1024, "--compose-cache", 10**6
+    status, out, _ = run(capsys, "evaluate", tmp_path / "out", *few, "--prompt", "import os\n")
     assert status == 0
+    assert "composed experts kept: 0.59 MB of 1.00 MB, which served " in out
     assert "original" in out
     assert "KL to the original" in out
     assert "relative error, down" in out

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from globe.bank.factors import compose
+from globe.bank.activations import activate
+from globe.bank.factors import mix
 from globe.bank.rounding import Precision, decode, stored_shape
 
 WORKING_BYTES = 256 * 2**20
@@ -47,18 +49,11 @@ class Bank(nn.Module):
         a float32 copy of the bank nor the mixtures of all experts exist at once; in training neither is kept for the
         backward pass.
         """
-        if self.precision.adapters is not None:
-            adapters = decode(adapters, self.rank, self.precision.adapters)
-        if self.precision.codes is not None:
-            codes = decode(codes, self.num_bases, self.precision.codes)
-        per_column = 4 * (self.num_bases * self.rank + adapters.shape[0] * (self.rank + adapters.shape[1]))
-        width = max(1, WORKING_BYTES // per_column)
-        if self.precision.bases is not None:
-            width = max(8, width // 8 * 8)  # where packed rows can be cut
+        adapters, codes = self.plain_adapters(adapters), self.plain_codes(codes)
+        parts = self._columns(4 * (self.num_bases * self.rank + adapters.shape[0] * (self.rank + adapters.shape[1])))
         run = self._compose_columns
-        if width < self.hidden_size and torch.is_grad_enabled():
+        if len(parts) > 1 and torch.is_grad_enabled():
             run = functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
-        parts = [slice(start, start + width) for start in range(0, self.hidden_size, width)]
         with torch.autocast(adapters.device.type, enabled=False):
             slices = [run(adapters, codes, self.bases, part, dtype) for part in parts]
         return slices[0] if len(slices) == 1 else torch.cat(slices, dim=2)
@@ -67,9 +62,62 @@ class Bank(nn.Module):
         self, adapters: Tensor, codes: Tensor, bases: Tensor, part: slice, dtype: torch.dtype
     ) -> Tensor:
         exact = torch.promote_types(adapters.dtype, torch.float32)
+        bases = self._plain_bases(bases, part)
+        if len(codes) == 1:  # alone, a row would be multiplied, and rounded, in another way than among others
+            codes = codes.expand(2, -1)
+        mixed = mix(codes.to(exact), bases.to(exact))[: len(adapters)]
+        return (adapters.to(exact) @ activate(mixed, self.activation)).to(dtype)
+
+    def products(self, states: Tensor) -> Tensor:
+        """B_j x for every basis and state: (T, D) -> (T, M, R)."""
+        if self.precision.bases is None:
+            return (states @ self.bases.flatten(0, 1).T).unflatten(1, (self.num_bases, self.rank))
+        exact = torch.promote_types(states.dtype, torch.float32)
+        total = states.new_zeros((len(states), self.num_bases * self.rank), dtype=exact)
+        for part in self._columns(4 * self.num_bases * self.rank):
+            total += states[:, part].to(exact) @ self._plain_bases(self.bases, part).flatten(0, 1).T.to(exact)
+        return total.unflatten(1, (self.num_bases, self.rank)).to(states.dtype)
+
+    def transposed_sum(self, states: Tensor) -> Tensor:
+        """Σ_j B_jᵀ v_j: (T, M, R) -> (T, D)."""
+        states = states.flatten(1)
+        if self.precision.bases is None:
+            return states @ self.bases.flatten(0, 1)
+        exact = states.to(torch.promote_types(states.dtype, torch.float32))
+        parts = self._columns(4 * self.num_bases * self.rank)
+        slices = [exact @ self._plain_bases(self.bases, part).flatten(0, 1).to(exact) for part in parts]
+        return torch.cat(slices, dim=1).to(states.dtype)
+
+    def plain_adapters(self, adapters: Tensor) -> Tensor:
+        """Adapters (…, R) from adapters as stored."""
+        bits = self.precision.adapters
+        return adapters if bits is None else decode(adapters, self.rank, bits)
+
+    def plain_codes(self, codes: Tensor) -> Tensor:
+        """Codes (…, M) from codes as stored."""
+        bits = self.precision.codes
+        return codes if bits is None else decode(codes, self.num_bases, bits)
+
+    def _plain_bases(self, bases: Tensor, part: slice) -> Tensor:
         bits = self.precision.bases
-        bases = bases[:, :, part] if bits is None else decode(bases, self.hidden_size, bits, part)
-        return compose(adapters.to(exact), codes.to(exact), bases.to(exact), self.activation).to(dtype)
+        return bases[:, :, part] if bits is None else decode(bases, self.hidden_size, bits, part)
+
+    def _columns(self, bytes_per_column: int) -> list[slice]:
+        """The columns in slices that fit `WORKING_BYTES`."""
+        width = max(1, WORKING_BYTES // bytes_per_column)
+        if self.precision.bases is not None:
+            width = max(8, width // 8 * 8)  # where packed rows can be cut
+        return [slice(start, start + width) for start in range(0, self.hidden_size, width)]
+
+
+@dataclasses.dataclass(frozen=True)
+class BankUse:
+    """A bank and the families of one layer that it serves."""
+
+    bank: Bank
+    families: tuple[str, ...]
+    own: str | None
+    """The bank's name if it belongs to this layer alone; `None` if the base model owns it."""
 
 
 def factor_parameter(

@@ -44,7 +44,8 @@ def _restore(module: GlobeExperts, dtype: torch.dtype) -> None:
             dense["down_proj"][expert] = down if layout.is_transposed else down.T
     for name in [name for name in (*parameters, *dict(module.named_children())) if is_factor(name)]:
         delattr(module, name)
-    del module.globe_layout, module.globe_uses
+    module.globe_cache = None
+    del module.globe_layout, module.globe_uses, module.globe_cache
     module.__class__ = type(module).__bases__[1]
     for name, tensor in dense.items():
         module.register_parameter(name, nn.Parameter(tensor))

@@ -6,10 +6,10 @@ the family's own, so the gate function, limits, biases and norms stay the family
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from globe.errors import UnsupportedModelError
 from globe.model import bank_module
-from globe.model.bank_module import Bank, factor_parameter
+from globe.model.bank_module import BankUse, factor_parameter
+from globe.model.compose_cache import LayerCache
 from globe.model.expert_modules import ExpertsLayout
+from globe.model.grouped import grouped_mm
 from globe.model.names import (
     BANKS,
     DENSE_PARAMETER,
@@ -27,16 +29,7 @@ from globe.model.names import (
     dense_halves,
     dense_parameter,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class BankUse:
-    """A bank and the families of one layer that it serves."""
-
-    bank: Bank
-    families: tuple[str, ...]
-    own: str | None
-    """The bank's name if it belongs to this layer alone; `None` if the base model owns it."""
+from globe.model.sharing import bytes_per_token, is_cheaper, is_linear, is_readable, run_shared
 
 
 class GlobeExperts(nn.Module):
@@ -45,6 +38,7 @@ class GlobeExperts(nn.Module):
     _is_hf_initialized = True  # the family's _init_weights would look for the dense parameters
     globe_layout: ExpertsLayout
     globe_uses: tuple[BankUse, ...]
+    globe_cache: LayerCache | None = None
     # what the family's class brings
     _apply_gate: Callable[[Tensor], Tensor]
     act_fn: Callable[[Tensor], Tensor]
@@ -58,19 +52,44 @@ class GlobeExperts(nn.Module):
         """Weighted sum over each token's experts: (T, D), (T, K), (T, K) -> (T, D).
 
         This is not dispatched by `config._experts_implementation`. Only the experts that are hit are composed, as many
-        at a time as `WORKING_BYTES` holds, and composed again in the backward pass instead of kept for it. Indices from
-        E on stand for experts of other devices and add nothing, or for the layout's identity experts.
+        at a time as `WORKING_BYTES` holds, and composed again in the backward pass instead of kept for it; in inference
+        those in the cache are not composed again, and none is where linear banks make it cheaper not to
+        (`globe.model.sharing`). Indices from E on stand for experts of other devices and add nothing,
+        or for the layout's identity experts.
         """
         top_k = top_k_index.shape[1]
         num_experts = self._globe_parameters()[codes_parameter(self.globe_uses[0].families[0])].shape[0]
         counts = torch.bincount(top_k_index.flatten(), minlength=num_experts)[:num_experts].tolist()
-        slots = top_k_index.flatten().argsort(stable=True)[: sum(counts)]
-        weighted = self._globe_outputs(counts, hidden_states[slots // top_k]) * top_k_weights.flatten()[slots, None]
-        per_slot = weighted.new_zeros(top_k_index.numel(), weighted.shape[1]).index_copy(0, slots, weighted)
-        output = per_slot.unflatten(0, top_k_index.shape).sum(dim=1)
+        if self._globe_shares(counts, hidden_states):
+            output = self._globe_shared(hidden_states, top_k_index, top_k_weights)
+        else:
+            slots = top_k_index.flatten().argsort(stable=True)[: sum(counts)]
+            weighted = self._globe_outputs(counts, hidden_states[slots // top_k]) * top_k_weights.flatten()[slots, None]
+            per_slot = weighted.new_zeros(top_k_index.numel(), weighted.shape[1]).index_copy(0, slots, weighted)
+            output = per_slot.unflatten(0, top_k_index.shape).sum(dim=1)
         if self.globe_layout.num_identity:
             output = output + hidden_states * top_k_weights.where(top_k_index >= num_experts, 0).sum(1, keepdim=True)
         return output.to(hidden_states.dtype)
+
+    def _globe_shares(self, counts: Sequence[int], states: Tensor) -> bool:
+        """Whether this call is to share products instead of composing: in inference, without a cache, if cheaper."""
+        if torch.is_grad_enabled() or self.has_post_expert_norm or getattr(self, "_is_hooked", False):
+            return False
+        cache, uses, hit = self.globe_cache, self.globe_uses, len(_hit(counts))
+        if (cache is not None and cache.num_bytes) or not (is_linear(uses) and is_readable(uses, states)):
+            return False
+        if not is_cheaper(uses, self.globe_layout, states.dtype, len(states), sum(counts), hit):
+            return False
+        if cache is not None:
+            cache.misses += hit
+        return True
+
+    def _globe_shared(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        run = functools.partial(
+            run_shared, self.globe_uses, self._globe_parameters(), self.globe_layout, self._apply_gate
+        )
+        size = max(1, bank_module.WORKING_BYTES // bytes_per_token(self.globe_uses))
+        return torch.cat([run(*part) for part in zip(*(x.split(size) for x in (states, index, weights)), strict=True)])
 
     def _globe_parameters(self) -> dict[str, Tensor]:
         return dict(self.named_parameters(recurse=False))
@@ -82,17 +101,54 @@ class GlobeExperts(nn.Module):
                 "training GloBE experts under tensor or expert parallelism is not supported: the gradients of codes "
                 "and bases would not be summed; use data parallelism (FSDP, DDP) or call eval()"
             )
+        cache = self.globe_cache
+        if cache is None or self.training or torch.is_grad_enabled():
+            return self._globe_composed(counts, states)
         parameters = self._globe_parameters()
-        run = self._globe_run
+        if not cache.refresh([*parameters.values(), *(use.bank.bases for use in self.globe_uses)], states):
+            return self._globe_composed(counts, states)
+        return self._globe_cached(cache, parameters, counts, states)
+
+    def _globe_composed(self, counts: Sequence[int], states: Tensor) -> Tensor:
+        parameters = self._globe_parameters()
+        run = self._globe_compose_and_run
         if torch.is_grad_enabled():
             run = functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         outputs: list[Tensor] = [states[:0]]
         start = 0
-        for experts in self.globe_batches(parameters, [expert for expert, count in enumerate(counts) if count]):
+        for experts in self.globe_batches(parameters, _hit(counts)):
             sizes = [counts[expert] for expert in experts]
-            outputs.append(run(parameters, experts, states[start : start + sum(sizes)].split(sizes)))
+            outputs.append(run(parameters, experts, sizes, states[start : start + sum(sizes)]))
             start += sum(sizes)
         return torch.cat(outputs)
+
+    def _globe_cached(
+        self, cache: LayerCache, parameters: Mapping[str, Tensor], counts: Sequence[int], states: Tensor
+    ) -> Tensor:
+        hit = _hit(counts)
+        slots = cache.look_up(hit)
+        for experts in self.globe_batches(parameters, list(slots)):
+            cache.write(
+                {expert: slots[expert] for expert in experts}, *self.globe_matrices(parameters, experts, states)
+            )
+        found = sorted(cache.found(hit).items(), key=lambda item: item[1])
+        sizes = [0] * cache.num_slots
+        for expert, slot in found:
+            sizes[slot] = counts[expert]
+        if [expert for expert, _ in found] == hit:
+            return self._globe_run(parameters, cache.gate_up, cache.down, hit, sizes, states) if hit else states[:0]
+        pieces = states.split(list(counts))
+        here, elsewhere = [expert for expert, _ in found], [expert for expert in hit if expert not in dict(found)]
+        rest = [count if expert in elsewhere else 0 for expert, count in enumerate(counts)]
+        outputs: dict[int, Tensor] = {}
+        if here:
+            own = torch.cat([pieces[expert] for expert in here])
+            both = self._globe_run(parameters, cache.gate_up, cache.down, here, sizes, own)
+            outputs.update(zip(here, both.split([counts[expert] for expert in here]), strict=True))
+        if elsewhere:
+            composed = self._globe_composed(rest, torch.cat([pieces[expert] for expert in elsewhere]))
+            outputs.update(zip(elsewhere, composed.split([counts[expert] for expert in elsewhere]), strict=True))
+        return torch.cat([outputs[expert] for expert in hit])
 
     def globe_batches(self, parameters: Mapping[str, Tensor], experts: Sequence[int]) -> Iterator[Sequence[int]]:
         """Split the experts so that gate, up and down of a batch fit `WORKING_BYTES`."""
@@ -102,24 +158,56 @@ class GlobeExperts(nn.Module):
         size = max(1, bank_module.WORKING_BYTES // per_expert)
         return (experts[start : start + size] for start in range(0, len(experts), size))
 
-    def _globe_run(self, parameters: Mapping[str, Tensor], experts: Sequence[int], states: Sequence[Tensor]) -> Tensor:
-        """Each expert on its own tokens: a (T_e, D) for each expert -> (ΣT_e, D)."""
-        gate_up, down = self.globe_matrices(parameters, experts, states[0])
-        outputs: list[Tensor] = []
-        for expert, state, gate_up_2PD, down_PD in zip(experts, states, gate_up, down, strict=True):
-            hidden = nn.functional.linear(state, gate_up_2PD)
-            if self.globe_layout.has_bias:
-                hidden = hidden + parameters["gate_up_proj_bias"][expert]
-            output = self._apply_gate(hidden) @ down_PD
-            if self.globe_layout.has_bias:
-                output = output + parameters["down_proj_bias"][expert]
-            outputs.append(self.post_expert_norm(output) if self.has_post_expert_norm else output)
-        return torch.cat(outputs)
+    def _globe_compose_and_run(
+        self, parameters: Mapping[str, Tensor], experts: Sequence[int], sizes: Sequence[int], states: Tensor
+    ) -> Tensor:
+        gate_up, down = self.globe_matrices(parameters, experts, states)
+        return self._globe_run(parameters, gate_up, down, experts, sizes, states)
+
+    def _globe_run(
+        self,
+        parameters: Mapping[str, Tensor],
+        gate_up_n2PD: Tensor,
+        down_nPD: Tensor,
+        experts: Sequence[int],
+        sizes: Sequence[int],
+        states: Tensor,
+    ) -> Tensor:
+        """As many rows of states as `sizes` (n) says for each of n pairs of matrices: (Σ sizes, D) -> (Σ sizes, D).
+
+        `experts` are those whose sizes are not 0, in order.
+        """
+        ends = torch.tensor(list(itertools.accumulate(sizes)), dtype=torch.int32, device=states.device)
+        hidden = grouped_mm(states, gate_up_n2PD.mT, ends)
+        owners = torch.empty(0)
+        if self.globe_layout.has_bias:
+            counts = torch.tensor([size for size in sizes if size], device=states.device)
+            owners = torch.tensor(experts, device=states.device).repeat_interleave(counts)
+            hidden = hidden + parameters["gate_up_proj_bias"][owners]
+        output = grouped_mm(self._apply_gate(hidden), down_nPD, ends)
+        if self.globe_layout.has_bias:
+            output = output + parameters["down_proj_bias"][owners]
+        return self.post_expert_norm(output) if self.has_post_expert_norm else output
+
+    def train(self, mode: bool = True) -> Self:
+        """Training may change the factors unseen, so it empties the cache."""
+        if mode:
+            self._globe_forget()
+        return super().train(mode)
+
+    def _apply(self, *arguments: Any, **settings: Any) -> Self:
+        """Composed experts neither move to another device or dtype with the factors nor stay behind."""
+        self._globe_forget()
+        return super()._apply(*arguments, **settings)
+
+    def _globe_forget(self) -> None:
+        if self.globe_cache is not None:
+            self.globe_cache.clear()
 
     def globe_matrices(
         self, parameters: Mapping[str, Tensor], experts: Sequence[int], like: Tensor
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """gate_up (2P, D), its rows in the family's order, and down (P, D) of each expert."""
+    ) -> tuple[Tensor, Tensor]:
+        """gate_up (e, 2P, D), its rows in the family's order, and down (e, P, D) of the experts."""
         layout = self.globe_layout
         index = torch.tensor(experts, device=like.device)
         matrices = self._globe_compose(parameters, index, like)
@@ -130,12 +218,12 @@ class GlobeExperts(nn.Module):
             both = [matrices["gate"], matrices["up"]]
             gate_up = torch.cat(both, dim=1) if layout.is_concatenated else torch.stack(both, dim=2).flatten(1, 2)
         else:
-            dense = parameters["gate_up_proj"]
-            gate_up = [dense[expert].T if layout.is_transposed else dense[expert] for expert in experts]
+            dense = parameters["gate_up_proj"][index]
+            gate_up = dense.mT if layout.is_transposed else dense
         if "down" in matrices:
-            return tuple(gate_up), tuple(matrices["down"])
-        dense = parameters["down_proj"]
-        return tuple(gate_up), [dense[expert] if layout.is_transposed else dense[expert].T for expert in experts]
+            return gate_up, matrices["down"]
+        dense = parameters["down_proj"][index]
+        return gate_up, dense if layout.is_transposed else dense.mT
 
     def _globe_compose(self, parameters: Mapping[str, Tensor], index: Tensor, like: Tensor) -> dict[str, Tensor]:
         """The experts' matrices of every family in a bank, (e, P, D) each, from one call of each bank."""
@@ -159,6 +247,10 @@ class GlobePresortedExperts(GlobeExperts):
         counts = routed.view(self.globe_layout.num_experts, -1).sum(dim=1).tolist()
         outputs = self._globe_outputs(counts, hidden_states[routed])
         return hidden_states.new_zeros(hidden_states.shape).index_put((routed,), outputs.to(hidden_states.dtype))
+
+
+def _hit(counts: Sequence[int]) -> list[int]:
+    return [expert for expert, count in enumerate(counts) if count]
 
 
 def factorise(module: nn.Module, layout: ExpertsLayout, uses: Sequence[BankUse]) -> None:

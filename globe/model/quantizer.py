@@ -20,11 +20,11 @@ from transformers.quantizers.base import HfQuantizer
 from globe.bank.rounding import Precision
 from globe.errors import CheckpointError, SettingsError
 from globe.model.autoload import save_with_autoload, save_without_autoload, write_autoload
-from globe.model.bank_module import Bank
+from globe.model.bank_module import Bank, BankUse
 from globe.model.bank_spec import BankSpec
 from globe.model.dequantize import restore_dense
 from globe.model.expert_modules import RoutedExperts, factor_names, find_experts
-from globe.model.experts import BankUse, GlobeExperts, factorise
+from globe.model.experts import GlobeExperts, factorise
 from globe.model.factor_check import check_factors_in_files, check_factors_loaded
 from globe.model.names import BANKS, DENSE_PARAMETER, is_factor, tripwire_tensor
 from globe.model.quantization_config import GlobeQuantizationConfig

@@ -15,8 +15,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from globe.errors import UnsupportedModelError
 from globe.model import bank_module, experts_layout, find_experts
-from globe.model.bank_module import Bank
-from globe.model.experts import BankUse, factorise
+from globe.model.bank_module import Bank, BankUse
+from globe.model.experts import factorise
 from tests.model.compressed import (
     BANK_SETS,
     FAMILIES,

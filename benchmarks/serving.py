@@ -1,0 +1,334 @@
+"""Speed and memory of the compressed model against the dense one, by the bytes that composed experts may take.
+
+    python -m benchmarks.serving
+
+Two models: the shipped one, fitted for a few steps, and a synthetic one of few layers whose experts have the dimensions
+of real ones, with random weights and factors; all families of a layer are in one bank. Prefill: one pass over the
+prompts. Decode: greedy steps after it. All variants are run in turns, and a speed is compared with the dense model's of
+the same round; medians over the rounds. On one CPU thread the clock counts the process's own time, so that others on
+the machine disturb less. Memory is that of the routed experts: factors and what is composed, or dense matrices. The hit
+rate is that of the decoding. The linear variant has the same factors with φ = identity, the packed one has them in few
+bits. Writes a table, a record, and a picture.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+import tyro
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+from benchmarks.record import RESULTS, Claim, write_record
+from benchmarks.tables import Column, print_claims, print_table
+from globe import CompressConfig, compress, set_compose_cache
+from globe.bank.rounding import Precision, encode
+from globe.checkpoint.layout import FAMILIES
+from globe.evaluate import load
+from globe.model import ComposeCache, find_experts
+from globe.model.bank_module import Bank, BankUse
+from globe.model.experts import factorise
+from globe.model.names import is_factor
+from globe.plan import choose_shape
+from globe.shipped import resolve_model
+from globe.style import COLOURS, INK, MARKERS, STYLE
+
+COLUMNS = (
+    Column("model", "model"),
+    Column("batch", "batch", "d"),
+    Column("kind", "experts"),
+    Column("share", "kept composed", ".0%"),
+    Column("memory", "experts' MB", ".1f"),
+    Column("relative_memory", "/ dense", ".2f"),
+    Column("hit_rate", "hits", ".1%"),
+    Column("decode", "decode, tokens/s", ".1f"),
+    Column("relative_decode", "/ dense", ".2f"),
+    Column("prefill", "prefill, tokens/s", ".0f"),
+    Column("relative_prefill", "/ dense", ".2f"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingConfig:
+    """What is timed."""
+
+    shares: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Budgets for composed experts, in shares of what all of them take."""
+    linear_shares: tuple[float, ...] = (0.0, 0.5)
+    """Those of the linear variant."""
+    batches: tuple[int, ...] = (1, 8, 64)
+    """Sequences at a time."""
+    prompt: int = 32
+    """Tokens of each prompt."""
+    new_tokens: int = 6
+    """Decoding steps in a round."""
+    repeats: int = 3
+    """Rounds after the warm-up."""
+    keep: float = 0.5
+    """Share of the experts' parameters that the compression keeps."""
+    bits: int = 3
+    """Bits of the packed variant's bases and adapters."""
+    layers: int = 2
+    """Layers of the synthetic model."""
+    experts: int = 32
+    """Its experts in each layer."""
+    intermediate_size: int = 256
+    """P of its experts."""
+    hidden_size: int = 1024
+    """D of its experts."""
+    seed: int = 0
+    """Seeds the synthetic model and the prompts."""
+    threads: int = 1
+    """CPU threads."""
+    device: str = "cpu"
+    """Where the models run."""
+    output: Path = RESULTS / "serving.json"
+    """Where the record is written; the picture goes beside it."""
+
+
+def shipped_models(config: ServingConfig) -> tuple[Any, Any]:
+    """The shipped model, dense and compressed."""
+    source = resolve_model("shipped")
+    with tempfile.TemporaryDirectory() as folder:
+        compress(source, Path(folder) / "out", CompressConfig(keep=config.keep, steps=20, seed=config.seed))
+        compressed = load(Path(folder) / "out", config.device)
+    return load(source, config.device), compressed
+
+
+def synthetic_models(config: ServingConfig) -> tuple[Any, Any]:
+    """A Qwen3-MoE of few layers in bfloat16, and the same with factorised experts."""
+    P, D, num_matrices = config.intermediate_size, config.hidden_size, 3 * config.experts
+    settings = AutoConfig.for_model(
+        "qwen3_moe",
+        hidden_size=D,
+        moe_intermediate_size=P,
+        num_experts=config.experts,
+        num_experts_per_tok=4,
+        num_hidden_layers=config.layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=128,
+        vocab_size=2048,
+        dtype=torch.bfloat16,
+    )
+    torch.manual_seed(config.seed)
+    dense = AutoModelForCausalLM.from_config(settings).to(config.device).eval()
+    compressed = copy.deepcopy(dense)
+    rank, num_bases = choose_shape(num_matrices, P, D, config.keep)
+    for found in find_experts(compressed):
+        bank = Bank(num_bases, rank, D, "tanh", torch.bfloat16, torch.device(config.device))
+        factorise(found.module, found.layout, [BankUse(bank, FAMILIES, own="own")])
+        for parameter in found.module.parameters():
+            nn.init.normal_(parameter, std=0.1)
+    return dense, compressed
+
+
+def linear(model: Any) -> Any:
+    """A copy whose banks have φ = identity."""
+    model = copy.deepcopy(model)
+    for bank in model.modules():
+        if isinstance(bank, Bank):
+            bank.activation = "identity"
+    return model
+
+
+def packed(model: Any, bits: int) -> Any:
+    """A copy with bases and adapters in few bits and codes in 8."""
+    model = copy.deepcopy(model)
+    factors = [name for name, _ in model.named_parameters() if is_factor(name)]
+    for name in factors:
+        bits_of = 8 if name.endswith("_codes") else bits
+        owner, _, leaf = name.rpartition(".")
+        encoded = encode(model.get_parameter(name).float(), bits_of)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(encoded, requires_grad=False))
+    for bank in model.modules():
+        if isinstance(bank, Bank):
+            bank.precision = Precision(bases=bits, codes=8, adapters=bits)
+    return model
+
+
+def parameter_bytes(model: Any) -> int:
+    """Bytes of the parameters of a model's routed experts: factors, or dense matrices."""
+    held = {name: parameter.nbytes for name, parameter in model.named_parameters()}
+    return sum(size for name, size in held.items() if is_factor(name) or ".experts." in name)
+
+
+@dataclasses.dataclass
+class Variant:
+    """A model in one setting, and the seconds of its rounds."""
+
+    kind: str
+    model: Any
+    share: float | None = None
+    cache: ComposeCache | None = None
+    prefill: list[float] = dataclasses.field(default_factory=list)
+    decode: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def memory(self) -> int:
+        return parameter_bytes(self.model) + (0 if self.cache is None else self.cache.resident_bytes)
+
+    @torch.inference_mode()
+    def run(self, prompts: Tensor, new_tokens: int, clock: Callable[[], float]) -> None:
+        """One round: a pass over the prompts, then greedy steps."""
+        began = clock()
+        output = self.model(prompts, use_cache=True)
+        prefilled = clock()
+        if self.cache is not None:
+            self.cache.reset_counts()
+        for _ in range(new_tokens):
+            ids = output.logits[:, -1:].argmax(-1)
+            output = self.model(ids, past_key_values=output.past_key_values, use_cache=True)
+        self.prefill.append(prefilled - began)
+        self.decode.append(clock() - prefilled)
+
+
+def variants(dense: Any, compressed: Any, config: ServingConfig) -> list[Variant]:
+    """The dense model, the compressed one with each budget, and the linear and the packed one without."""
+    found = [Variant("dense", dense)]
+    kinds = (
+        ("tanh", compressed, config.shares),
+        ("linear", linear(compressed), config.linear_shares),
+        (f"{config.bits} bits", packed(compressed, config.bits), (0.0,)),
+    )
+    for kind, model, shares in kinds:
+        for share in shares:
+            own = copy.deepcopy(model)  # for its cache
+            budget = math.ceil(share * parameter_bytes(dense))
+            found.append(Variant(kind, own, share, set_compose_cache(own, budget) if budget else None))
+    return found
+
+
+def rows_of(name: str, batch: int, timed: list[Variant], config: ServingConfig) -> list[dict[str, Any]]:
+    dense = timed[0]
+
+    def ratio(phase: str, variant: Variant) -> float:
+        return statistics.median(
+            ours / own for ours, own in zip(getattr(dense, phase), getattr(variant, phase), strict=True)
+        )
+
+    return [
+        {
+            "model": name,
+            "batch": batch,
+            "kind": variant.kind,
+            "share": variant.share,
+            "memory": variant.memory / 1e6,
+            "relative_memory": variant.memory / dense.memory,
+            "hit_rate": None if variant.cache is None else variant.cache.hit_rate,
+            "decode": batch * config.new_tokens / statistics.median(variant.decode),
+            "relative_decode": ratio("decode", variant),
+            "prefill": batch * config.prompt / statistics.median(variant.prefill),
+            "relative_prefill": ratio("prefill", variant),
+        }
+        for variant in timed
+    ]
+
+
+def judge_claims(rows: list[dict[str, Any]]) -> list[Claim]:
+    """At least 0.9 of the dense model's speed where all experts are kept composed."""
+    return [
+        Claim(
+            f"{row['model']}, batch {row['batch']}: {phase} at 0.9 of the dense speed or more, all experts kept",
+            f"{row[f'relative_{phase}']:.2f}",
+            row[f"relative_{phase}"] >= 0.9,
+        )
+        for row in rows
+        if (row["kind"], row["share"]) == ("tanh", 1)
+        for phase in ("decode", "prefill")
+    ]
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Speed against memory, both over the dense model's: a panel for decode and prefill of each model."""
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    kinds = list(dict.fromkeys(row["kind"] for row in rows if row["kind"] != "dense"))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9, 6.5), layout="constrained")
+        panels = figure.subplots(len(names), 2, sharex=True, squeeze=False)
+        for (line, name), (place, phase) in itertools.product(
+            zip(panels, names, strict=True), enumerate(("decode", "prefill"))
+        ):
+            axis = line[place]
+            axis.set(title=f"{name}: {phase}", ylabel="speed over the dense model's")
+            axis.axhline(1, color=INK, linewidth=0.8)
+            for (batch, colour), (kind, marker) in itertools.product(
+                zip(batches, COLOURS, strict=False), zip(kinds, MARKERS, strict=False)
+            ):
+                mine = [row for row in rows if (row["model"], row["batch"], row["kind"]) == (name, batch, kind)]
+                x, y = ([row[key] for row in mine] for key in ("relative_memory", f"relative_{phase}"))
+                axis.plot(x, y, color=colour, marker=marker)
+            axis.set_ylim(bottom=0)
+        for axis in panels[-1]:
+            axis.set_xlabel("memory of the experts over the dense model's")
+        for batch, colour in zip(batches, COLOURS, strict=False):
+            panels[0][0].plot([], [], color=colour, label=f"batch {batch}")
+        for kind, marker in zip(kinds, MARKERS, strict=False):
+            panels[0][0].plot([], [], marker, color=INK, label=kind)
+        panels[0][0].legend()
+        figure.savefig(path)
+
+
+def make_clock(config: ServingConfig) -> Callable[[], float]:
+    """Seconds: the process's own on one CPU thread, else those that pass until the device is done."""
+    if config.device == "cpu":
+        return time.process_time if config.threads == 1 else time.perf_counter
+
+    def clock() -> float:
+        torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    return clock
+
+
+def measure(name: str, dense: Any, compressed: Any, config: ServingConfig) -> list[dict[str, Any]]:
+    """All variants of a model at every batch size."""
+    rows: list[dict[str, Any]] = []
+    clock = make_clock(config)
+    for batch in config.batches:
+        generator = torch.Generator().manual_seed(config.seed)
+        prompts = torch.randint(3, 2048, (batch, config.prompt), generator=generator).to(config.device)
+        timed = variants(dense, compressed, config)
+        for _ in range(config.repeats + 1):
+            for variant in timed:
+                variant.run(prompts, config.new_tokens, clock)
+        for variant in timed:  # the first round warms up
+            del variant.prefill[0], variant.decode[0]
+        rows += rows_of(name, batch, timed, config)
+        print(name, batch, [f"{row['relative_decode']:.2f}" for row in rows[-len(timed) :]], flush=True)
+    return rows
+
+
+def main(config: ServingConfig) -> None:
+    # oneDNN compiles a bfloat16 kernel for every number of rows and keeps 1024, fewer than all variants use: whoever
+    # is the first of a round would compile for the others
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100000")
+    torch.set_num_threads(config.threads)
+    logging.disable_progress_bar()
+    rows: list[dict[str, Any]] = []
+    for name, make in (("shipped", shipped_models), ("synthetic", synthetic_models)):
+        rows += measure(name, *make(config), config)
+    claims = judge_claims(rows)
+    print_table(f"Serving, {config.threads} threads, medians of {config.repeats} rounds", rows, COLUMNS)
+    print_claims(claims)
+    write_record(config.output, "serving", config, rows, claims)
+    draw(rows, config.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(ServingConfig, description=__doc__))
