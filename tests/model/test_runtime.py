@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer_utils import validate_quantization_for_training
 
+from globe import CompressConfig, compress
+from globe.model.names import is_factor
 from tests.model.compressed import FAMILY_SETTINGS, D, logits, token_ids
 from tests.model.conftest import Make
+from tests.tiny_sources import write_source
 
 OFFLOADED = {
     "model.embed_tokens": "cpu",
@@ -54,6 +58,30 @@ def test_disk_offload(
     model.save_pretrained(tmp_path / "saved")
     assert "offloaded modules" in str(recwarn.pop(UserWarning).message)
     assert_equal_models(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), whole)
+
+
+@pytest.mark.parametrize("banks", ["per_layer", "whole_model"])
+def test_offload_of_a_loaded_model(compressed: Make, tmp_path: Path, banks: str) -> None:
+    made = compressed("qwen2_moe", banks)
+    expected = logits(AutoModelForCausalLM.from_pretrained(made.path))
+    in_memory = cpu_offload(AutoModelForCausalLM.from_pretrained(made.path), execution_device="cpu")
+    on_disk = AutoModelForCausalLM.from_pretrained(made.path)
+    disk_offload(on_disk, tmp_path, execution_device="cpu")
+    for model in (in_memory, on_disk):
+        factors = [parameter for name, parameter in model.named_parameters() if is_factor(name)]
+        assert factors
+        assert all(parameter.is_meta for parameter in factors)
+        for _ in range(2):
+            assert torch.equal(logits(model), expected)
+
+
+def test_disk_offload_of_factors_in_few_bits(tmp_path: Path) -> None:
+    write_source(tmp_path / "source")
+    compress(tmp_path / "source", tmp_path / "small", CompressConfig(keep=0.7, steps=1, factor_dtype="int4"))
+    load = AutoModelForCausalLM.from_pretrained
+    model = load(tmp_path / "small", device_map={"": "disk"}, offload_folder=tmp_path / "offload")
+    assert model.model.layers[0].mlp.experts.globe_down_adapters.dtype == torch.uint8
+    assert torch.equal(logits(model), logits(load(tmp_path / "small")))
 
 
 @pytest.mark.parametrize("banks", ["per_layer", "whole_model"])
