@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import validate_quantization_for_training
 
 from globe import CompressConfig, compress
@@ -127,3 +127,18 @@ def test_fine_tuning_lowers_the_loss(compressed: Make) -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
     assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in factors)
+
+
+def test_trainer_saves_loads_and_resumes(compressed: Make, tmp_path: Path) -> None:
+    load = AutoModelForCausalLM.from_pretrained
+    data = [{"input_ids": ids, "labels": ids} for ids in token_ids(batch=4)]
+    settings = TrainingArguments(
+        str(tmp_path), max_steps=2, save_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True
+    )
+    trainer = Trainer(load(compressed("qwen2_moe").path), settings, train_dataset=data)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert_equal_models(load(tmp_path / "saved"), trainer.model)
+    resumed = Trainer(load(compressed("qwen2_moe").path), settings, train_dataset=data)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_equal_models(resumed.model, trainer.model)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.model.compressed import BANK_SETS, logits, token_ids, write_compressed
+from globe import CompressConfig, compress
+from tests.model.compressed import logits, token_ids
+from tests.tiny_sources import write_source
 
 peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks
 
 
-@pytest.mark.parametrize("banks", ["per_layer", "whole_model"])
-def test_lora_on_attention_trains_saves_and_loads(tmp_path: Path, banks: str) -> None:
-    path = write_compressed(tmp_path, "qwen2_moe", BANK_SETS[banks]).path
+@pytest.mark.parametrize("changes", [{}, {"scope": "model"}, {"factor_dtype": "int4"}], ids=str)
+def test_lora_on_attention_trains_saves_and_loads(tmp_path: Path, changes: dict[str, Any]) -> None:
+    write_source(tmp_path / "source")
+    path = tmp_path / "small"
+    compress(tmp_path / "source", path, CompressConfig(**{"keep": 0.7, "steps": 1, **changes}))
     model = AutoModelForCausalLM.from_pretrained(path)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
