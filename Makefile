@@ -1,4 +1,4 @@
-.PHONY: demo test bench check docs wheel
+.PHONY: demo test test-servers bench check docs wheel
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,6 +15,20 @@ demo: .venv/ready  ## compress the shipped model, load it, compare it with the o
 
 test: .venv/ready  ## the test suite
 	$(BIN)/python -m pytest
+
+.venv-servers/ready: tests/servers/requirements.txt  # what is uninstalled is built for another torch than this one
+	$(PYTHON) -m venv .venv-servers
+	.venv-servers/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	.venv-servers/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+.venv-tools/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,lm-eval]' peft==0.21.2
+	touch $@
+
+test-servers: .venv-servers/ready .venv-tools/ready  ## real servers and tools: gigabytes of packages, minutes
+	.venv-tools/bin/python -m pytest tests/servers
 
 check: .venv/ready  ## style, types, and the direction of the imports
 	$(BIN)/ruff check .

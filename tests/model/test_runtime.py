@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from accelerate import cpu_offload, disk_offload
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import validate_quantization_for_training
 
+from globe import CompressConfig, compress
+from globe.model.names import is_factor
 from tests.model.compressed import FAMILY_SETTINGS, D, logits, token_ids
 from tests.model.conftest import Make
+from tests.tiny_sources import write_source
 
 OFFLOADED = {
     "model.embed_tokens": "cpu",
@@ -57,6 +61,30 @@ def test_disk_offload(
 
 
 @pytest.mark.parametrize("banks", ["per_layer", "whole_model"])
+def test_offload_of_a_loaded_model(compressed: Make, tmp_path: Path, banks: str) -> None:
+    made = compressed("qwen2_moe", banks)
+    expected = logits(AutoModelForCausalLM.from_pretrained(made.path))
+    in_memory = cpu_offload(AutoModelForCausalLM.from_pretrained(made.path), execution_device="cpu")
+    on_disk = AutoModelForCausalLM.from_pretrained(made.path)
+    disk_offload(on_disk, tmp_path, execution_device="cpu")
+    for model in (in_memory, on_disk):
+        factors = [parameter for name, parameter in model.named_parameters() if is_factor(name)]
+        assert factors
+        assert all(parameter.is_meta for parameter in factors)
+        for _ in range(2):
+            assert torch.equal(logits(model), expected)
+
+
+def test_disk_offload_of_factors_in_few_bits(tmp_path: Path) -> None:
+    write_source(tmp_path / "source")
+    compress(tmp_path / "source", tmp_path / "small", CompressConfig(keep=0.7, steps=1, factor_dtype="int4"))
+    load = AutoModelForCausalLM.from_pretrained
+    model = load(tmp_path / "small", device_map={"": "disk"}, offload_folder=tmp_path / "offload")
+    assert model.model.layers[0].mlp.experts.globe_down_adapters.dtype == torch.uint8
+    assert torch.equal(logits(model), logits(load(tmp_path / "small")))
+
+
+@pytest.mark.parametrize("banks", ["per_layer", "whole_model"])
 def test_automatic_device_map(compressed: Make, tmp_path: Path, banks: str) -> None:
     made = compressed("qwen2_moe", banks)
     whole = AutoModelForCausalLM.from_pretrained(made.path)
@@ -99,3 +127,18 @@ def test_fine_tuning_lowers_the_loss(compressed: Make) -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
     assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in factors)
+
+
+def test_trainer_saves_loads_and_resumes(compressed: Make, tmp_path: Path) -> None:
+    load = AutoModelForCausalLM.from_pretrained
+    data = [{"input_ids": ids, "labels": ids} for ids in token_ids(batch=4)]
+    settings = TrainingArguments(
+        str(tmp_path), max_steps=2, save_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True
+    )
+    trainer = Trainer(load(compressed("qwen2_moe").path), settings, train_dataset=data)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert_equal_models(load(tmp_path / "saved"), trainer.model)
+    resumed = Trainer(load(compressed("qwen2_moe").path), settings, train_dataset=data)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_equal_models(resumed.model, trainer.model)

@@ -1,0 +1,156 @@
+#!/usr/bin/env python3
+"""Heal a compressed model: train its factors, and nothing else, to predict as the original does.
+
+    globe compress -o runs/half --keep 0.5
+    python scripts/heal.py runs/half -o runs/healed
+    globe evaluate runs/healed --reference shipped
+
+Distillation with transformers' Trainer: KL(original ‖ compressed), averaged over the tokens of a text, in float32. The
+output is the input's files with other factors, rounded to the dtypes that they had: it loads, evaluates and exports as
+the input does. Factors in few bits cannot be trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from globe.checkpoint.header import TORCH_DTYPES
+from globe.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
+from globe.checkpoint.writer import claim, copy_side_files, finish, save_tensors, write_index, write_json
+from globe.errors import OutputError, SettingsError
+from globe.evaluate import EvaluateConfig, load, load_tokenizer, token_windows
+from globe.model.autoload import write_autoload
+from globe.model.names import is_factor
+from globe.model.quantizer import GlobeQuantizer
+from globe.report import REPORT, Report
+from globe.shipped import read_text, resolve_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Heal:
+    """Train the factors of a compressed model to predict as the original does."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Folder of the compressed model."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to write."""
+    teacher: str | None = None
+    """Original model; by default the one that the compressed model came from."""
+    text: str = "calibration"
+    """Text to learn on: a shipped split or a file."""
+    max_tokens: int = 262144
+    """Tokens of the text at most; the shipped split has fewer."""
+    length: int = 256
+    """Tokens in a window."""
+    batch: int = 4
+    """Windows in a step."""
+    steps: int = 175
+    """Steps of the optimiser."""
+    learning_rate: float = 1e-3
+    """Of Adam at its peak, in units of each factor's root mean square; it rises for a tenth of the steps and then falls
+    as a cosine."""
+    seed: int = 0
+    """Of the order of the windows."""
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """Token windows (N, length), one for each example."""
+
+    def __init__(self, windows: Tensor) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.windows[index]}
+
+
+class Distillation(Trainer):
+    """Trainer whose loss is the mean KL(teacher ‖ model) per token, in nats."""
+
+    def __init__(self, *args: Any, teacher: nn.Module, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher = teacher
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+        with torch.no_grad():
+            target = self.teacher(**inputs).logits.float().log_softmax(-1)
+        found = model(**inputs).logits.float().log_softmax(-1)
+        return functional.kl_div(found, target, reduction="sum", log_target=True) / inputs["input_ids"].numel()
+
+
+def heal(config: Heal) -> None:
+    """Raises `GlobeError` for a model that is not compressed, or whose factors are in few bits, before any training."""
+    partial = claim(config.output)
+    if any(partial.iterdir()):
+        raise OutputError(f"{partial} is left from an interrupted run: remove it and run again")
+    checkpoint = open_checkpoint(config.model)
+    source = resolve_model(config.teacher or Report.read(config.model).source)
+    reading = EvaluateConfig(config.text, config.max_tokens, config.length)
+    windows, _ = token_windows(load_tokenizer(config.model), read_text(config.text), reading)
+    # steps are smaller than what bfloat16 can tell apart
+    student: Any = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    quantizer = getattr(student, "hf_quantizer", None)
+    if not isinstance(quantizer, GlobeQuantizer) or not quantizer.is_qat_trainable:
+        raise SettingsError(
+            f"{config.model} has no factors that can be trained; give an output of `globe compress` without --bits"
+        )
+    factors: dict[str, Tensor] = {name: p for name, p in student.named_parameters() if is_factor(name)}
+    student.requires_grad_(False)
+    for factor in factors.values():
+        factor.requires_grad_()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            max_steps=config.steps,
+            per_device_train_batch_size=config.batch,
+            warmup_steps=config.steps // 10,
+            lr_scheduler_type="cosine",
+            seed=config.seed,
+            logging_steps=10,
+            save_strategy="no",
+            report_to="none",
+            dataloader_pin_memory=False,
+        )
+        teacher = load(source).float().to(arguments.device)
+        optimizers = relative_adam(factors.values(), config.learning_rate), None  # Trainer makes the schedule
+        data = Windows(windows)
+        Distillation(student, arguments, train_dataset=data, teacher=teacher, optimizers=optimizers).train()
+    write_with_factors(checkpoint, factors, partial)
+    finish(partial, config.output)
+    print(f"healed model in {config.output}")
+
+
+def relative_adam(tensors: Iterable[Tensor], step: float) -> torch.optim.Adam:
+    """Adam with steps in units of each tensor's root mean square: bases have a hundred times that of adapters."""
+    return torch.optim.Adam([{"params": [t], "lr": step * float(t.detach().square().mean().sqrt())} for t in tensors])
+
+
+def write_with_factors(checkpoint: Checkpoint, factors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a compressed checkpoint again, with these factors, by name, for its own."""
+    for shard in checkpoint.shards:
+        stored = {tensor.name: tensor for tensor in checkpoint.shard_tensors(shard)}
+        tensors = dict(checkpoint.read_many(stored.keys() - factors.keys()))
+        healed = {name: factors[name].to(TORCH_DTYPES[stored[name].dtype]) for name in stored.keys() & factors.keys()}
+        save_tensors(folder / shard, {name: (tensors | healed)[name] for name in stored})
+    weight_map = {tensor.name: tensor.shard for tensor in checkpoint.tensors.values()}
+    write_index(folder, weight_map, sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
+    copy_side_files(checkpoint, folder, leave_out=(REPORT,))  # its errors are those of the fit
+    write_json(folder / CONFIG, checkpoint.config)
+    write_autoload(folder)
+
+
+if __name__ == "__main__":
+    heal(tyro.cli(Heal, description=__doc__))
