@@ -1,8 +1,8 @@
 """Fitting a bank to experts that are read again on every pass, a part of them at a time.
 
-Memory holds the bank, its moments, the codes and one part: it does not grow with the number of parts. The bank moves
-after every part (stochastic variable projection), the codes of a part only while it is there; adapters are exact
-on each visit and not kept.
+Memory holds the bank, its gradient and moments, the codes and one part: it does not grow with the number of parts. The
+codes of a part move while it is there, the bank at the end of the pass by the gradient of all parts: the steps are those
+of a fit in memory. Adapters are exact on each visit and not kept.
 """
 
 from __future__ import annotations
@@ -60,10 +60,9 @@ def fit_parts(
 ) -> FitResult:
     """`fit_bank` for experts in parts: `align_steps` passes of the streamed alignment, then `max_steps` of varpro.
 
-    A pass visits the parts in an order of its own, drawn from the seed. With K parts the bank's step is 1/√K of
-    `learning_rate`, for it is taken K times. The last factors are returned, for the step falls to nothing along its
-    cosine, and without adapters, (0, P, R). The record of a pass tells the error met on the way, that of the last pass,
-    which moves nothing, the error of the factors returned.
+    A pass is one step of `fit_bank`. The last factors are returned, for the step falls to nothing along its cosine, and
+    without adapters, (0, P, R). The record of a pass tells the error of the factors that it begins with, that of the
+    last pass, which moves nothing, the error of those returned.
 
     `save` is given the state after every pass; from such a `state` the fit goes on to the same result. Raises
     `SettingsError` for settings other than varpro with signed codes, no support and the procrustes warm start, and
@@ -133,31 +132,29 @@ class _Stream:
 
     def fit(self, number: int, *, move: bool) -> None:
         """Pass `number`, counted from 1: over all parts once."""
-        config, now, num_parts = self._config, self._tensors, len(self._slices)
-        generator = torch.Generator().manual_seed(config.seed + number)
+        config, now = self._config, self._tensors
         spread = config.learning_rate * now["spread"]
-        bits = config.bank_bits if number >= ROUND_FROM * config.max_steps else None
-        bank = Accelerated(now["bases"], float(spread[1]) / math.sqrt(num_parts))
+        length = step_length(number, config.max_steps) if move else 0.0
+        bank = Accelerated(now["bases"], float(spread[1]))
         if number > 1:
-            bank.first, bank.second, bank.count = now["bases.first"], now["bases.second"], (number - 1) * num_parts
-        total, length = 0.0, 0.0
-        for place in torch.randperm(num_parts, generator=generator):
-            index = int(place)
-            own, problem = self._slices[index], self._read(index)
+            bank.first, bank.second, bank.count = now["bases.first"], now["bases.second"], number - 1
+        bases = rounded_bank(bank.value, config.bank_bits if number >= ROUND_FROM * config.max_steps else None)
+        total, gradient = 0.0, None
+        for index, own in enumerate(self._slices):
             codes = Accelerated(now["codes"][own], float(spread[0]))
-            bases = rounded_bank(bank.value, bits)
+            problem = self._read(index)
             found = project(problem, codes.value, bases, config.activation, energy=now["energy"], gradient=move)
-            del bases
             total += found.objective
-            if not move:
-                continue
-            assert found.grad_codes is not None
-            assert found.grad_bases is not None
-            codes.first, codes.second = now["codes.first"][own], now["codes.second"][own]
-            codes.count = number - 1
-            length = step_length(bank.count + 1, config.max_steps * num_parts)
-            codes.step(found.grad_codes, length)
-            bank.step(found.grad_bases, length)
+            if move:
+                assert found.grad_codes is not None
+                assert found.grad_bases is not None
+                codes.first, codes.second = now["codes.first"][own], now["codes.second"][own]
+                codes.count = number - 1
+                codes.step(found.grad_codes, length)
+                gradient = found.grad_bases if gradient is None else gradient.add_(found.grad_bases)
+        del bases
+        if gradient is not None:
+            bank.step(gradient, length)
         if not math.isfinite(total):
             raise GlobeError(
                 f"the streamed fit diverged on pass {number}: lower learning_rate ({config.learning_rate:g})"

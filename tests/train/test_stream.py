@@ -39,6 +39,12 @@ def test_it_ends_near_the_fit_that_sees_all_experts_at_once(experts: Tensor):
     assert streamed.history[-1] < 0.8 * streamed.history[0]
 
 
+def test_the_steps_are_those_of_all_experts_at_once(experts: Tensor):
+    whole = ExpertParts((64,), P, D, lambda _: Problem(experts.clone()))
+    one, three = fit_parts(whole, configure(max_steps=8)), fit_parts(split(experts), configure(max_steps=8))
+    assert three.history == pytest.approx(one.history, rel=1e-3)
+
+
 def test_the_last_error_is_that_of_the_factors_returned(experts: Tensor):
     result = fit_parts(split(experts), configure(max_steps=6))
     assert len(result.history) == 7
