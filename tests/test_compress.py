@@ -134,6 +134,15 @@ def test_families_left_out_come_back_bit_for_bit(source: Path, tmp_path: Path) -
         assert torch.equal(before.read(name), after.read(name)) == ("up_proj" not in name or "shared" in name), name
 
 
+def test_a_copy_without_tied_weights_is_not_exported(tmp_path: Path) -> None:
+    compress("shipped", tmp_path / "out", CompressConfig(steps=1, layers=(1,), calibrate="none"))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "copy")
+    shutil.copy(tmp_path / "out" / "globe_source.json", tmp_path / "copy")
+    with pytest.raises(CheckpointError, match=r"lacks lm_head.weight, which its source had"):
+        export_dense(tmp_path / "copy", tmp_path / "dense")
+    assert not list(tmp_path.glob("dense*"))
+
+
 def test_the_report_holds_the_errors_of_the_weights_as_stored(source: Path, tmp_path: Path) -> None:
     report = compress(source, tmp_path / "out", CompressConfig(keep=0.7, steps=3, scope="2"))
     assert Report.read(tmp_path / "out") == report
