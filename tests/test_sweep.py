@@ -19,7 +19,9 @@ from globe.sweep_view import draw_sweep, sweep_table, write_table
 
 sweep_module = importlib.import_module("globe.sweep")  # its name is the function in globe
 QUICK = EvaluateConfig(max_tokens=256, length=64)
-GRID = SweepConfig(keep=(0.7, 1e-5), layers=("3", "5"), common=CompressConfig(steps=2), evaluate=QUICK)
+GRID = SweepConfig(
+    keep=(0.7, 1e-5), layers=("3", "5"), common=CompressConfig(steps=2, calibrate="none"), evaluate=QUICK
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def without_seconds(content: str) -> dict[str, Any]:
 
 
 def test_a_point_is_what_compress_and_evaluate_give(folder: Path, tmp_path: Path) -> None:
-    report = compress("shipped", tmp_path / "out", CompressConfig(keep=0.7, layers=(5,), steps=2))
+    report = compress("shipped", tmp_path / "out", CompressConfig(keep=0.7, layers=(5,), steps=2, calibrate="none"))
     expected = evaluate(tmp_path / "out", QUICK, reference="shipped")
     result = sweep("shipped", folder, GRID)
     assert [point.settings["keep"] for point in result.points] == [0.7, 0.7, 1e-5, 1e-5]
@@ -107,7 +109,7 @@ def test_a_finished_sweep_loads_nothing(folder: Path, monkeypatch: pytest.Monkey
 
 
 def test_other_settings_in_the_same_folder_are_named(folder: Path) -> None:
-    other = dataclasses.replace(GRID, keep=(0.7,), common=CompressConfig(steps=3))
+    other = dataclasses.replace(GRID, keep=(0.7,), common=CompressConfig(steps=3, calibrate="none"))
     with pytest.raises(SettingsError, match=r"keep was \[0.7, 1e-05\], now \[0.7\]; steps was 2, now 3"):
         sweep("shipped", folder, other)
 
@@ -168,7 +170,19 @@ def test_every_shape_of_grid_is_drawn(folder: Path, tmp_path: Path, change: dict
 def test_the_command_prints_the_table_and_writes_the_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("--keep", "0.7", "0.00001", "--layers", "3", "--common.steps", "2", "--evaluate.max-tokens", "256")
+    arguments = (
+        "--keep",
+        "0.7",
+        "0.00001",
+        "--layers",
+        "3",
+        "--common.steps",
+        "2",
+        "--common.calibrate",
+        "none",
+        "--evaluate.max-tokens",
+        "256",
+    )
     status = main(["sweep", "-o", str(tmp_path / "grid"), *arguments])
     out = capsys.readouterr().out
     assert status == 0
