@@ -94,9 +94,7 @@ class VllmGlobeConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             number = extract_layer_index(prefix)
             in_bank = bool(self.section.banks_of(number))
-            return (
-                GlobeExpertsMethod(layer, self, number) if in_bank else UnquantizedFusedMoEMethod(layer.moe_config)
-            )
+            return GlobeExpertsMethod(layer, self, number) if in_bank else UnquantizedFusedMoEMethod(layer.moe_config)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
 

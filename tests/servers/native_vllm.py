@@ -29,8 +29,8 @@ def resident_bytes() -> int:
 
 
 def main(model: str, dtype: str, prompts: str, num_tokens: str) -> None:
-    server = LLM(model, dtype=dtype, enforce_eager=True, max_model_len=256)
-    greedy = SamplingParams(temperature=0, max_tokens=int(num_tokens), ignore_eos=True)
+    server = LLM(model, dtype=dtype, enforce_eager=True, max_model_len=64, skip_tokenizer_init=True)
+    greedy = SamplingParams(temperature=0, max_tokens=int(num_tokens), ignore_eos=True, detokenize=False)
     outputs = server.generate([{"prompt_token_ids": ids} for ids in json.loads(prompts)], greedy)
     answer = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
