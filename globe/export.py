@@ -75,8 +75,8 @@ class DenseView:
         held = self.compressed.tensors.keys() | self._owner.keys()
         if missing := sorted(self.source.tensors.keys() - held):
             raise CheckpointError(
-                f"{compressed.folder} lacks {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}, which its source "
-                "had; save_pretrained leaves tied weights out: export the folder that globe compress wrote"
+                f"{compressed.folder} lacks {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}, which its "
+                "source had; save_pretrained leaves tied weights out: export the folder that globe compress wrote"
             )
         self._family = functools.lru_cache(maxsize=len(FAMILIES))(self._compose_family)
 

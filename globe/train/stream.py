@@ -1,8 +1,8 @@
 """Fitting a bank to experts that are read again on every pass, a part of them at a time.
 
-Memory holds the bank, its gradient and moments, the codes and one part: it does not grow with the number of parts. The
-codes of a part move while it is there, the bank at the end of the pass by the gradient of all parts: the steps are those
-of a fit in memory. Adapters are exact on each visit and not kept.
+Memory holds the bank, its gradient and moments, the codes and one part: it does not grow with the number of parts.
+The codes of a part move while it is there, the bank at the end of the pass by the gradient of all parts: the steps are
+those of a fit in memory. Adapters are exact on each visit and not kept.
 """
 
 from __future__ import annotations
