@@ -123,13 +123,18 @@ def project(
     *,
     energy: Tensor | None = None,
     gradient: bool = False,
+    grad_bases: Tensor | None = None,
     adapters: bool = False,
 ) -> Projection:
-    """Evaluate min_A f at codes (E, M) and bases (M, R, D), visiting the experts in chunks."""
+    """Evaluate min_A f at codes (E, M) and bases (M, R, D), visiting the experts in chunks.
+
+    With `gradient` its derivatives come along; that of the bases is added to `grad_bases` where that is given.
+    """
     energy = problem.energy() if energy is None else energy
     total, num_fallbacks = problem.weights.new_zeros(()), 0
     grad_codes = torch.empty_like(codes) if gradient else None
-    grad_bases = torch.zeros_like(bases) if gradient else None
+    if gradient and grad_bases is None:
+        grad_bases = torch.zeros_like(bases)
     kept = problem.weights.new_empty(*problem.weights.shape[:2], bases.shape[1]) if adapters else None
     for part in expert_chunks(problem.weights, bases.shape[0]):
         w, t = problem.weights[part], mix(codes[part], bases)

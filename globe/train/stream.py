@@ -139,19 +139,24 @@ class _Stream:
         if number > 1:
             bank.first, bank.second, bank.count = now["bases.first"], now["bases.second"], number - 1
         bases = rounded_bank(bank.value, config.bank_bits if number >= ROUND_FROM * config.max_steps else None)
-        total, gradient = 0.0, None
+        gradient = torch.zeros_like(bases) if move else None
+        total = 0.0
         for index, own in enumerate(self._slices):
             codes = Accelerated(now["codes"][own], float(spread[0]))
-            problem = self._read(index)
-            found = project(problem, codes.value, bases, config.activation, energy=now["energy"], gradient=move)
+            found = project(
+                self._read(index),
+                codes.value,
+                bases,
+                config.activation,
+                energy=now["energy"],
+                gradient=move,
+                grad_bases=gradient,
+            )
             total += found.objective
-            if move:
-                assert found.grad_codes is not None
-                assert found.grad_bases is not None
+            if found.grad_codes is not None:
                 codes.first, codes.second = now["codes.first"][own], now["codes.second"][own]
                 codes.count = number - 1
                 codes.step(found.grad_codes, length)
-                gradient = found.grad_bases if gradient is None else gradient.add_(found.grad_bases)
         del bases
         if gradient is not None:
             bank.step(gradient, length)
