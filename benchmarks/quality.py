@@ -325,7 +325,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7, 4.6), layout="constrained")
         axes = figure.subplots()
-        looks = itertools.product(("-", "--"), MARKERS)  # the colours come round as the markers do
+        looks = itertools.product(("-", "--", ":"), MARKERS)  # the colours come round as the markers do
         for method, points in sorted(lines.items(), key=lambda line: not line[0].startswith("GloBE")):
             line, marker = next(looks)
             ours = method.startswith("GloBE")
