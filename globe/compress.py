@@ -72,31 +72,35 @@ def compress(
     """Compress the routed experts of `model` (a local folder, a Hub id, or "shipped") into the folder `output`.
 
     The output is a Hugging Face checkpoint that `AutoModelForCausalLM` loads after `import globe`. Memory follows the
-    largest scope. A run on the output of a killed one goes on after its last finished scope.
+    largest scope, and the model itself where that is run: to calibrate and to plan, if it takes less than half of the
+    machine's. A run on the output of a killed one goes on after its last finished scope.
 
     Raises, all of them `GlobeError`: `SettingsError` for settings that do not fit the model or differ from those of the
     run to go on with; `CheckpointError` for damaged files and weights that are not finite; `UnsupportedModelError` for
     what is no mixture of experts that GloBE knows; `OutputError` if the output exists or the disk is full.
     """
-    output = Path(output)
+    watch = Observers(observers)
+    try:
+        return _compress(model, Path(output), config, watch)
+    finally:
+        watch.stop()
+
+
+def _compress(model: str | Path, output: Path, config: CompressConfig, watch: Observer) -> Report:
     checkpoint = open_source(resolve_model(model))
     job = Job(checkpoint, config)
     partial = claim(output)
     job.resume_or_begin(partial, str(model))
     written = sum(path.stat().st_size for path in partial.glob("model-*.safetensors"))
     require_space(partial, job.predicted_bytes() - written)
-    job.prepare(partial)
-    watch = Observers(observers)
+    job.prepare(partial, watch)
     finished = [_read_record(partial, number) for number in range(len(job.scopes))]
     num_finished = next((number for number, record in enumerate(finished) if record is None), len(finished))
     watch.start(job.scopes, num_finished)
-    try:
-        for number in range(num_finished, len(job.scopes)):
-            job.run_scope(partial, number, watch)
-            watch.scope(job.scopes[number])
-        report = job.assemble(partial, str(model))
-    finally:
-        watch.stop()
+    for number in range(num_finished, len(job.scopes)):
+        job.run_scope(partial, number, watch)
+        watch.scope(job.scopes[number])
+    report = job.assemble(partial, str(model))
     finish(partial, output)
     return report
 
@@ -252,14 +256,17 @@ class Job:
             windows = None if self.calibration_text is None else self.calibration_text.windows
             self.scopes = allocate.allocated(self.checkpoint, self.layers, self.scopes, self.config, windows)
 
-    def prepare(self, partial: Path) -> None:
+    def prepare(self, partial: Path, watch: Observer) -> None:
         """Calibrate and make the plan, or take up those of the unfinished run."""
         path, statistics = partial / PLAN, partial / STATISTICS
         if not path.exists():
             began = time.monotonic()
+            if self.config.calibrate != "none":
+                watch.prepare("running the model to calibrate")
             self.calibrate()
             if self.statistics is not None:
                 save_statistics(statistics, self.statistics)
+            watch.prepare("planning")
             self.allocate()
             record = {
                 "uncalibrated_because": self.uncalibrated_because,

@@ -14,7 +14,12 @@ from globe.train.result import StepRecord
 
 
 class Observer(Protocol):
-    """In this order: start, then for each bank step…, bank; scope after its banks; stop at the end or on a fault."""
+    """In this order: prepare…, start, then for each bank step…, bank; scope after its banks; stop at the end or on a
+    fault."""
+
+    def prepare(self, task: str) -> None:
+        """What is done now, before the first bank; none where an earlier run has prepared."""
+        ...
 
     def start(self, scopes: Sequence[Scope], num_finished: int) -> None:
         """The plan is made; the first `num_finished` scopes were finished by an earlier run."""
@@ -38,6 +43,10 @@ class Observers:
 
     def __init__(self, observers: Iterable[Observer]) -> None:
         self._observers = tuple(observers)
+
+    def prepare(self, task: str) -> None:
+        for observer in self._observers:
+            observer.prepare(task)
 
     def start(self, scopes: Sequence[Scope], num_finished: int) -> None:
         for observer in self._observers:
@@ -103,8 +112,17 @@ class LiveProgress:
             console=console,
         )
         self._max_steps = max_steps
+        self._preparing: TaskID | None = None
+
+    def prepare(self, task: str) -> None:
+        if self._preparing is None:
+            self._preparing = self._progress.add_task(task, total=None, state="")
+            self._progress.start()
+        self._progress.update(self._preparing, description=task)
 
     def start(self, scopes: Sequence[Scope], num_finished: int) -> None:
+        if self._preparing is not None:
+            self._progress.remove_task(self._preparing)
         self._pace = _Pace(scopes, num_finished)
         self._scopes: TaskID = self._progress.add_task("scopes", total=len(scopes), completed=num_finished, state="")
         self._fit: TaskID = self._progress.add_task("starting", total=self._max_steps, state="")
@@ -137,6 +155,9 @@ class PlainProgress:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+
+    def prepare(self, task: str) -> None:
+        self._console.print(task)
 
     def start(self, scopes: Sequence[Scope], num_finished: int) -> None:
         self._pace = _Pace(scopes, num_finished)

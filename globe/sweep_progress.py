@@ -74,11 +74,15 @@ class _PointProgress:
     """A point's scopes and present fit in the display of the sweep."""
 
     def __init__(self, progress: Progress, description: str, max_steps: int) -> None:
-        self._progress, self._description, self._max_steps = progress, description, max_steps
+        self._progress = progress
+        self._scopes = progress.add_task(description, total=None)
+        self._fit = progress.add_task("starting", total=max_steps)
+
+    def prepare(self, task: str) -> None:
+        self._progress.update(self._fit, description=task)
 
     def start(self, scopes: Sequence[Scope], num_finished: int) -> None:
-        self._scopes = self._progress.add_task(self._description, total=len(scopes), completed=num_finished)
-        self._fit = self._progress.add_task("starting", total=self._max_steps)
+        self._progress.update(self._scopes, total=len(scopes), completed=num_finished)
 
     def step(self, bank: BankPlan, record: StepRecord) -> None:
         self._progress.update(

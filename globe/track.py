@@ -24,6 +24,9 @@ class Tracker:
     def __init__(self, log: Log, close: Callable[[], None]) -> None:
         self._log, self._close, self._count = log, close, 0
 
+    def prepare(self, task: str) -> None:
+        pass
+
     def start(self, scopes: Sequence[Scope], num_finished: int) -> None:
         pass
 

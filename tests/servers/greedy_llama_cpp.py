@@ -30,6 +30,7 @@ def main(model: str, prompts: str, num_tokens: str) -> None:
     settings.n_ctx, settings.n_parallel, settings.warmup = 512, 1, False
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(settings)
     answers = [
         server.handle_completions({"prompt": ids, "max_tokens": int(num_tokens), "top_k": 1})
