@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from globe import allocate, runnable
 from globe.calibrate import CalibrationText, calibrate, load_statistics, read_calibration_text, save_statistics
@@ -36,14 +34,14 @@ from globe.checkpoint.writer import (
     write_json,
 )
 from globe.config import CompressConfig
-from globe.errors import CheckpointError, UnsupportedModelError
+from globe.empty_model import check_same_experts, empty_model
 from globe.evaluate import load
 from globe.experts import StoredFactors, read_stack, to_storage
 from globe.metric import LayerStatistics
 from globe.model.autoload import AUTO_MAP, write_autoload
 from globe.model.bank_spec import BankSpec, encoding_of
-from globe.model.expert_modules import RoutedExperts, factor_names, find_experts
-from globe.model.names import FactorNames, dense_halves, tripwire_tensor
+from globe.model.expert_modules import factor_names, find_experts
+from globe.model.names import dense_halves, tripwire_tensor
 from globe.model.quantization_config import GlobeQuantizationConfig
 from globe.phases import PhaseClock
 from globe.plan import BankPlan, make_plan, scope_from_json
@@ -105,51 +103,6 @@ def _compress(model: str | Path, output: Path, config: CompressConfig, watch: Ob
     return report
 
 
-def model_names(checkpoint: Checkpoint) -> FactorNames:
-    """Where transformers keeps the experts of this model, from its configuration alone.
-
-    Raises `UnsupportedModelError` if transformers does not know the model, or GloBE its experts.
-    """
-    return factor_names(_empty_model(checkpoint))
-
-
-def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    try:
-        config = CONFIG_MAPPING[checkpoint.config.get("model_type", "")].from_dict(checkpoint.config)
-        named = [getattr(transformers, name, None) for name in checkpoint.config.get("architectures") or ()]
-        known = [found for found in named if isinstance(found, type) and issubclass(found, PreTrainedModel)]
-        with torch.device("meta"):
-            if known:  # of a model of text and pictures, more than its language model
-                return known[0]._from_config(config)
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"transformers cannot build {checkpoint.folder} (model_type {checkpoint.config.get('model_type')!r}) "
-            f"without remote code: {error}"
-        ) from error
-
-
-def _check_same_experts(layers: Mapping[int, ExpertLayer], experts: Iterable[RoutedExperts]) -> None:
-    """Raise unless files and model agree on every layer's experts, down to what the files' shapes cannot tell."""
-    in_model = {found.layer: found for found in experts}
-    if missing := sorted(layers.keys() - in_model.keys()):
-        raise CheckpointError(f"layers {missing} have experts in the files but not in the model of config.json")
-    for index, layer in layers.items():
-        layout = in_model[index].layout
-        on_disk = (layer.num_experts, layer.intermediate_size, layer.hidden_size)
-        expected = (layout.num_experts, layout.intermediate_size, layout.hidden_size)
-        if on_disk != expected:
-            raise CheckpointError(
-                f"{layer.prefix} holds {on_disk[0]} experts of {on_disk[1]} x {on_disk[2]}; config.json describes "
-                f"{expected[0]} of {expected[1]} x {expected[2]}"
-            )
-        if layer.layout == "fused" and layer.interleaved == layout.is_concatenated:
-            raise UnsupportedModelError(
-                f"{type(in_model[index].module).__name__} is not supported: in which order {layer.prefix} stores the "
-                "rows of gate and up is not known"
-            )
-
-
 class Job:
     """What a compression does, decided before any work."""
 
@@ -158,8 +111,8 @@ class Job:
         self.layers: dict[int, ExpertLayer] = {layer.index: layer for layer in find_expert_layers(checkpoint)}
         self.scopes = make_plan(list(self.layers.values()), self.config)
         self.uniform_because: str | None = None
-        model = _empty_model(checkpoint)
-        _check_same_experts(self.layers, find_experts(model))
+        model = empty_model(checkpoint)
+        check_same_experts(self.layers, find_experts(model))
         self.names = factor_names(model)
         self.uncalibrated_because: str | None = None
         self.calibration_text: CalibrationText | None = None

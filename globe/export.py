@@ -13,7 +13,7 @@ from globe.checkpoint.layout import FAMILIES, Family, find_expert_layers, source
 from globe.checkpoint.reader import CONFIG, SINGLE, Checkpoint, open_checkpoint
 from globe.checkpoint.stacks import dense_tensor
 from globe.checkpoint.writer import claim, copy_side_files, finish, require_space, save_tensors, write_index, write_json
-from globe.compress import model_names
+from globe.empty_model import model_names
 from globe.errors import CheckpointError, OutputError
 from globe.experts import restore
 from globe.model.quantization_config import QUANT_METHOD, GlobeQuantizationConfig

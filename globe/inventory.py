@@ -12,7 +12,7 @@ from torch import Tensor
 from globe.bank.rounding import decoded
 from globe.checkpoint.layout import FAMILIES, find_expert_layers, source_names
 from globe.checkpoint.reader import Checkpoint
-from globe.compress import model_names
+from globe.empty_model import model_names
 from globe.model.bank_spec import BankSpec
 from globe.model.names import FactorNames, is_factor
 from globe.model.quantization_config import GlobeQuantizationConfig
