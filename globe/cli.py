@@ -131,7 +131,7 @@ class Export:
 
 @dataclasses.dataclass(frozen=True)
 class Inspect:
-    """Show a model's experts, and what a compression would keep; no work is done."""
+    """Show a model's experts, and what a compression would keep; nothing is written."""
 
     model: Model = "shipped"
     """Local folder or Hub id, compressed or not."""
