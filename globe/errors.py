@@ -22,3 +22,7 @@ class UnsupportedModelError(GlobeError, ValueError):
 
 class OutputError(GlobeError, OSError):
     """The output exists, belongs to another run, or cannot be written."""
+
+
+class OutOfMemoryError(GlobeError, MemoryError):
+    """The machine, the container or the device has too little memory for what was asked."""
