@@ -5,9 +5,9 @@ transformers runs it with `trust_remote_code=True` only. GloBE itself never does
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -29,7 +29,7 @@ def write_autoload(folder: Path) -> None:
 def save_with_autoload(model: PreTrainedModel) -> None:
     """Have `model.save_pretrained` tell its quantiser where it saves, and config.json mention the file."""
     model.config.auto_map = dict(AUTO_MAP)
-    model.save_pretrained = MethodType(_save_pretrained, model)
+    model.save_pretrained = functools.partial(_save_pretrained, model)  # as a method it would be pickled as the class's
 
 
 def save_without_autoload(model: PreTrainedModel) -> None:
@@ -44,6 +44,3 @@ def _save_pretrained(
     writes = model.should_save_on_this_rank(is_main_process)
     model.hf_quantizer.save_directory = Path(save_directory) if writes else None
     type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
-
-
-_save_pretrained.__name__ = "save_pretrained"  # by which a bound method is pickled
