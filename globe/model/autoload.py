@@ -6,6 +6,7 @@ transformers runs it with `trust_remote_code=True` only. GloBE itself never does
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def save_without_autoload(model: PreTrainedModel) -> None:
 
 
 def _save_pretrained(
-    model: Any, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
+    model: Any, save_directory: str | os.PathLike[Any], is_main_process: bool = True, *args: Any, **kwargs: Any
 ) -> None:
     writes = model.should_save_on_this_rank(is_main_process)
     model.hf_quantizer.save_directory = Path(save_directory) if writes else None
