@@ -157,7 +157,10 @@ def to_storage(
                 )
             errors += torch.where(own_missed == 0, 0.0, own_missed / sizes).tolist()
             missed, energy = missed + float(own_missed.square().sum()), energy + float(sizes.square().sum())
-        stored.adapters[key], stored.codes[key] = torch.cat(adapters), codes[group.part].contiguous()
+        stored.adapters[key], stored.codes[key] = (
+            torch.cat(adapters),
+            codes[group.part].clone(memory_format=torch.contiguous_format),
+        )
         stored.expert_errors[key] = errors
         stored.errors[key] = math.sqrt(missed / energy) if energy > 0 else 0.0
     return stored

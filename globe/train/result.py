@@ -54,7 +54,7 @@ class FitResult:
     def of_zeros(cls, factors: Factors, temperature: float, **metrics: Any) -> FitResult:
         """That of experts that are all zero, from factors that are zero as well."""
         step = StepRecord(0, 0.0, 0.0, 1.0, 1.0, temperature, 0.0, 0.0, 0.0)
-        unused = {"trajectory": [0.0], "warm_start": {}, "popularity": [0.0] * len(factors.bases)}
+        unused: dict[str, Any] = {"trajectory": [0.0], "warm_start": {}, "popularity": [0.0] * len(factors.bases)}
         return cls(factors, "zero", (step,), {**unused, **metrics})
 
     @property

@@ -73,7 +73,7 @@ def fit_parts(
     config.check_shape(sum(parts.sizes), parts.rows, parts.columns)
     stream = _Stream(parts, config, state or {})
     if stream.begin() == 0:
-        result = FitResult.of_zeros(stream.zero_factors(), config.temperature)
+        result = FitResult.of_zeros(stream.zero_factors(), config.temperature, num_fallbacks=0)
         if on_step:
             on_step(result.steps[0])
         return result
@@ -158,6 +158,7 @@ class _Stream:
         bases = rounded_bank(bank.value, config.bank_bits if number >= ROUND_FROM * config.max_steps else None)
         gradient = torch.zeros_like(bases) if move else None
         total = 0.0
+        num_fallbacks = 0
         for index, own in enumerate(self._slices):
             codes = Accelerated(now["codes"][own], float(scale[0]))
             found = project(
@@ -170,6 +171,7 @@ class _Stream:
                 grad_bases=gradient,
             )
             total += found.objective
+            num_fallbacks += found.num_fallbacks
             if found.grad_codes is not None:
                 codes.first, codes.second = now["codes.first"][own], now["codes.second"][own]
                 codes.count = number - 1
@@ -182,6 +184,7 @@ class _Stream:
                 f"the streamed fit diverged on pass {number}: lower learning_rate ({config.learning_rate:g})"
             )
         now |= {"bases.first": bank.first, "bases.second": bank.second}
+        now["fallbacks"] = now.get("fallbacks", torch.zeros((), dtype=torch.int64)) + num_fallbacks
         error, mixed = math.sqrt(total), now["codes"]
         support_, entropy_ = float(support(mixed).double().median()), float(entropy(mixed).mean())
         self.records.append(StepRecord(number, error, error, 1.0, 1.0, config.temperature, support_, entropy_, length))
@@ -193,6 +196,7 @@ class _Stream:
             "trajectory": [record.raw_error for record in self.records],
             "warm_start": {"alignment_error": float(now["alignment"][-1])},
             "popularity": [float(share) for share in popularity(now["codes"])],
+            "num_fallbacks": int(now["fallbacks"]),
         }
         factors = Factors(adapters, now["codes"], now["bases"], config.activation)
         return FitResult(factors, "max_steps", tuple(self.records), metrics)
