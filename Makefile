@@ -1,4 +1,4 @@
-.PHONY: demo test test-servers bench check docs wheel
+.PHONY: demo test test-latest test-servers bench check docs wheel
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,6 +15,15 @@ demo: .venv/ready  ## compress the shipped model, load it, compare it with the o
 
 test: .venv/ready  ## the test suite
 	$(BIN)/python -m pytest
+
+# torch's line of constraints.txt holds: its builds, of which there is one for each processor or GPU, are chosen by hand
+test-latest:  ## the test suite with the newest releases of everything but torch
+	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
+	grep '^torch==' constraints.txt > .venv-latest/torch.txt
+	.venv-latest/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		-c .venv-latest/torch.txt -e '.[dev]'
+	.venv-latest/bin/pip freeze --exclude-editable
+	.venv-latest/bin/python -m pytest
 
 .venv-servers/ready: tests/servers/requirements.txt  # what is uninstalled is built for another torch than this one
 	$(PYTHON) -m venv .venv-servers

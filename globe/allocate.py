@@ -11,6 +11,7 @@ compression leaves out is not noise, and p was measured (docs/log.md).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -57,7 +58,9 @@ class ErrorCurve:
     """Fall of its logarithm per unit of share."""
 
     def __call__(self, share: float) -> float:
-        return min(1.0, self.level * math.exp(self.slope * (self.share - share)))
+        if self.level == 0:
+            return 0.0
+        return math.exp(min(0.0, math.log(self.level) + self.slope * (self.share - share)))
 
 
 def allocate(
@@ -70,6 +73,8 @@ def allocate(
     banks = [bank for scope in scopes for bank in scope.banks]
     menus = [_menu(bank, keep) for bank in banks]
     weights = [sensitivity**DAMPING for sensitivity in sensitivities]
+    if not any(weights):  # nothing tells the banks apart but their errors
+        weights = [1.0] * len(weights)
     costs = [
         [weight * curve(option.stored_parameters / option.original_parameters) ** ERROR_POWER for option in menu]
         for menu, curve, weight in zip(menus, curves, weights, strict=True)
@@ -98,14 +103,15 @@ def _menu(bank: BankPlan, keep: float) -> list[BankPlan]:
 
 
 def measure_curve(weights: Tensor, bank: BankPlan, config: CompressConfig) -> ErrorCurve:
-    """Error against size of a bank, by two short fits to its experts (E, P, D)."""
+    """Error against size of a bank, by two short fits to its experts (E, P, D); flat where none smaller can be had."""
     original = bank.original_parameters
-    share = bank.stored_parameters / original
-    rank, num_bases = choose_shape(bank.num_matrices, bank.rows, bank.columns, SMALLER * share)
-    smaller = dataclasses.replace(bank, rank=rank, num_bases=num_bases)
+    share, smaller = bank.stored_parameters / original, bank
+    with contextlib.suppress(SettingsError):  # too little for a single basis
+        rank, num_bases = choose_shape(bank.num_matrices, bank.rows, bank.columns, SMALLER * share)
+        smaller = dataclasses.replace(bank, rank=rank, num_bases=num_bases)
     level, other = (_short_fit(weights, option, config) for option in (bank, smaller))
     distance = share - smaller.stored_parameters / original
-    slope = math.log(other / level) / distance if distance > 0 and level > 0 else 0.0
+    slope = math.log(other / level) / distance if distance > 0 and level > 0 and other > 0 else 0.0
     return ErrorCurve(share, level, max(0.0, slope))
 
 

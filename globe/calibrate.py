@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from globe.checkpoint.layout import FAMILIES, Family
 from globe.checkpoint.writer import save_tensors
+from globe.errors import CheckpointError
 from globe.evaluate import EvaluateConfig, load_tokenizer, token_windows
 from globe.metric import LayerStatistics
 from globe.model.expert_modules import ExpertsLayout, RoutedExperts, find_experts
@@ -142,11 +143,18 @@ def calibrate(model: Any, windows: Tensor, layers: Collection[int], batch: int =
     """Run a causal language model over token windows (N, length) and collect the statistics of `layers`.
 
     Beside the model, D² + 3·E·P numbers for each layer are kept, however long the text. Raises `UnsupportedModelError`
-    as `find_experts` does.
+    as `find_experts` does, and `CheckpointError` naming the layer whose statistics are not finite.
     """
     sums = {experts.layer: _Sums(experts) for experts in find_experts(model) if experts.layer in layers}
     run_hooked(model, windows, sums, batch)
-    return {layer: total.statistics() for layer, total in sums.items()}
+    found = {layer: total.statistics() for layer, total in sums.items()}
+    for layer, statistics in found.items():
+        if not all(bool(tensor.isfinite().all()) for tensor in (statistics.inputs, *statistics.rows.values())):
+            raise CheckpointError(
+                f"the experts of layer {layer} compute with NaN or infinite values on the calibration text: mend the "
+                "model's weights, or compress them alone with --calibrate none --allocation uniform"
+            )
+    return found
 
 
 def run_hooked(model: Any, windows: Tensor, hooks: Mapping[int, Callable[..., None]], batch: int) -> None:

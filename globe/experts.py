@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Mapping
 
 import torch
@@ -13,11 +12,12 @@ from torch import Tensor
 from globe.bank.activations import activate
 from globe.bank.adapters import refit_adapters
 from globe.bank.factors import Factors, compose, mix
-from globe.bank.objective import InputMetric, expert_chunks, relative_errors
+from globe.bank.objective import InputMetric, expert_chunks, missed_and_sizes
 from globe.bank.rounding import Precision, decoded, encode, encode_with_feedback
 from globe.checkpoint.layout import ExpertLayer, Family
 from globe.checkpoint.reader import Checkpoint
 from globe.checkpoint.stacks import read_family
+from globe.errors import SettingsError
 from globe.metric import LayerStatistics, input_metric, row_scales
 from globe.plan import BankPlan
 
@@ -31,7 +31,7 @@ class Group:
     part: slice
     """Their places along E."""
     sigma: float
-    """Standard deviation of their weights, by which the stack is divided."""
+    """Root mean square of their weights, by which the stack is divided unless it is 0."""
     row_scales: Tensor | None = None
     """√s (E, P), by which a calibrated stack's rows are multiplied then."""
 
@@ -45,7 +45,7 @@ class ExpertStack:
     """All matrices that share a bank."""
 
     weights: Tensor
-    """W / σ, (E, P, D), float32; the mean is not removed. Calibrated: S^{1/2} W / σ."""
+    """W / σ, (E, P, D), float32. Calibrated: S^{1/2} W / σ."""
     groups: tuple[Group, ...]
     metric: InputMetric | None = None
     """C of the experts, when calibrated."""
@@ -73,7 +73,7 @@ def read_stack(
     bank: BankPlan,
     statistics: Mapping[int, LayerStatistics] | None = None,
 ) -> ExpertStack:
-    """Read a bank's experts: layer after layer, family after family, each divided by its standard deviation.
+    """Read a bank's experts: layer after layer, family after family, each divided by its root mean square.
 
     With `statistics` of the layers the stack is in the calibrated metric. Raises `CheckpointError` naming the tensor
     that holds NaN or Inf.
@@ -85,12 +85,18 @@ def read_stack(
         for family in bank.families:
             part = slice(start, start + layers[index].num_experts)
             weights[part] = read_family(checkpoint, layers[index], family)
-            sigma = float(weights[part].std(correction=0)) or 1.0
-            weights[part] /= sigma
+            sigma = _root_mean_square(weights[part])
+            if sigma > 0:
+                weights[part] /= sigma
             groups.append(Group(index, family, part, sigma))
             start = part.stop
     stack = ExpertStack(weights, tuple(groups))
     return stack if statistics is None else _calibrated(stack, statistics)
+
+
+def _root_mean_square(experts: Tensor) -> float:
+    """In float64, an expert at a time: the squares of weights such as 1e30 or 1e-30 leave the range of float32."""
+    return math.sqrt(sum(float(expert.double().square().sum()) for expert in experts) / experts.numel())
 
 
 def _calibrated(stack: ExpertStack, statistics: Mapping[int, LayerStatistics]) -> ExpertStack:
@@ -122,7 +128,8 @@ def to_storage(
 
     Factors without bits in `precision` are rounded to `dtype`. The adapters are ill-conditioned enough to amplify the
     bank's rounding; refitted, in the metric of the fit, they make up for most of it. Rounded to few bits, their later
-    columns make up for the error of the earlier ones. The errors are in plain Frobenius norms.
+    columns make up for the error of the earlier ones. The errors are in plain Frobenius norms; that of zeros, whose
+    factors are exact, is 0. Raises `SettingsError` for adapters that leave the range of `dtype`.
     """
     codes, wide_codes = _stored(factors.codes, precision.codes, dtype)
     bases, wide_bases = _stored(factors.bases, precision.bases, dtype)
@@ -141,14 +148,21 @@ def to_storage(
                 adapters.append(exact.to(dtype))
             else:
                 adapters.append(encode_with_feedback(exact, weighed @ features.mT, precision.adapters))
-            original = group.restore(weights[part], part)
             approximation = decoded(adapters[-1], factors.bases.shape[1], precision.adapters).to(features) @ features
-            errors += relative_errors(original, approximation).tolist()
-            missed += float((original - approximation).square().sum())
-            energy += float(original.square().sum())
-        stored.adapters[key], stored.codes[key] = torch.cat(adapters), codes[group.part].contiguous()
+            own_missed, sizes = missed_and_sizes(group.restore(weights[part], part), approximation)
+            if not bool(own_missed.isfinite().all()):
+                raise SettingsError(
+                    f"the adapters of layer {group.layer} {group.family} leave the range of "
+                    f"{str(adapters[-1].dtype).removeprefix('torch.')}: choose --factor-dtype bfloat16 or float32"
+                )
+            errors += torch.where(own_missed == 0, 0.0, own_missed / sizes).tolist()
+            missed, energy = missed + float(own_missed.square().sum()), energy + float(sizes.square().sum())
+        stored.adapters[key], stored.codes[key] = (
+            torch.cat(adapters),
+            codes[group.part].clone(memory_format=torch.contiguous_format),
+        )
         stored.expert_errors[key] = errors
-        stored.errors[key] = math.sqrt(missed / max(energy, sys.float_info.min))
+        stored.errors[key] = math.sqrt(missed / energy) if energy > 0 else 0.0
     return stored
 
 

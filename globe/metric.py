@@ -15,6 +15,7 @@ its adapters. C stands on the other side of φ and stays in the objective.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import torch
@@ -54,34 +55,37 @@ class LayerStatistics:
 
 
 def input_metric(statistics: LayerStatistics) -> Tensor:
-    """C (D, D), shrunk towards the identity, with a mean diagonal of 1."""
-    scaled = statistics.inputs / statistics.inputs.diagonal().mean()
-    return scaled.lerp(torch.eye(len(scaled), dtype=scaled.dtype), INPUT_SHRINKAGE)
+    """C (D, D), shrunk towards the identity, with a mean diagonal of 1; the identity for tokens that are all zero."""
+    identity = torch.eye(len(statistics.inputs), dtype=statistics.inputs.dtype)
+    mean = statistics.inputs.diagonal().mean()
+    return identity if mean == 0 else (statistics.inputs / mean).lerp(identity, INPUT_SHRINKAGE)
 
 
 def row_scales(statistics: LayerStatistics, sigmas: Mapping[Family, float]) -> dict[Family, Tensor]:
-    """√s (E, P) for the rows of each family's matrices, which were divided by `sigmas`.
+    """√s (E, P) for the rows of each family's matrices, which were divided by `sigmas`, 0 for matrices of zeros.
 
     A matrix's s, to which the mean over the experts is added, are shrunk towards their mean, which is then replaced by
     the weight of the matrix: a power of what its mean is to the mean over the families, capped. That is milder than the
     mean squares ask for: an expert that is hardly used would lose more than it gives. Matrices that no token reaches
-    have their family's mean.
+    have their family's mean. Where nothing matters, as in a layer that no token reaches or that adds zeros, all rows
+    and all matrices matter the same.
     """
     reached = statistics.counts > 0
     size = float(statistics.inputs.diagonal().mean())
+    unit = 0.5 ** math.frexp(max(sigmas.values()))[1]  # only ratios count: keep the squares in range
     importance: dict[Family, Tensor] = {
-        family: statistics.rows[family].mean(1) * sigma**2 * (1 if family == "down" else size)
+        family: statistics.rows[family].mean(1) * (sigma * unit) ** 2 * (1 if family == "down" else size)
         for family, sigma in sigmas.items()
     }
     for each in importance.values():
-        each[~reached] = each[reached].mean()
+        each[~reached] = each[reached].mean() if bool(reached.any()) else 0.0
     mean = torch.cat(list(importance.values())).mean()
     scales: dict[Family, Tensor] = {}
     for family, each in importance.items():
         sums = statistics.rows[family]
         profile = sums + sums.mean(0)
-        profile = profile / profile.mean(1, keepdim=True)
-        profile = profile.lerp(torch.ones_like(profile), ROW_SHRINKAGE)
-        weights = (each / mean).pow(POWER).clamp(1 / CAP, CAP)
+        ones, level = torch.ones_like(profile), profile.mean(1, keepdim=True)
+        profile = torch.where(level > 0, profile / level, ones).lerp(ones, ROW_SHRINKAGE)
+        weights = (each / mean).pow(POWER).clamp(1 / CAP, CAP) if mean > 0 else torch.ones_like(each)
         scales[family] = (weights[:, None] * profile).sqrt()
     return scales

@@ -54,7 +54,7 @@ def measure_sensitivities(model: Any, windows: Tensor, layers: Collection[int], 
     """The sensitivities of the routed experts of `layers` on token windows (N, length).
 
     A matrix's gradient is squared and let go as soon as it is there, so the memory beside the model's is a window's
-    activations and one layer's gradient.
+    activations and one layer's gradient. Raises `CheckpointError` for a model whose logits are not finite.
     """
     sums: Sensitivities = {}
     hooks: list[Any] = []
@@ -72,6 +72,11 @@ def measure_sensitivities(model: Any, windows: Tensor, layers: Collection[int], 
     with torch.enable_grad():
         for window in windows:
             logits = model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]
+            if not bool(logits.isfinite().all()):
+                raise CheckpointError(
+                    "the model computes NaN or infinite values in float32, so what errors cost it cannot be measured: "
+                    "mend its weights, or compress them alone with --calibrate none --allocation uniform"
+                )
             log_p = logits.log_softmax(-1)
             sampled = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
             (-log_p.gather(1, sampled).sum()).backward()

@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import settings
+
+from globe import samples
 
 settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True)
 settings.load_profile("quick")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_samples() -> Iterator[None]:
+    """Models calibrate on few and short samples of their own, which take most of the time of a small compression.
+
+    The test of the default run puts the numbers back.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples, "NUM_SAMPLES", 16)
+        patch.setattr(samples, "LENGTH", 32)
+        yield

@@ -66,3 +66,37 @@ def test_two_short_fits_tell_level_and_slope() -> None:
     curve = measure_curve(experts, scope.banks[0], config)
     assert curve.slope > 0
     assert curve(0.7) < curve(0.6) < curve(0.5) <= 1
+
+
+def test_a_bank_of_zeros_leaves_its_budget_to_the_others() -> None:
+    scopes = make_plan(LAYERS, CompressConfig(keep=0.5))
+    curves = [ErrorCurve(0.5, 0.0, 0.0), *[ErrorCurve(0.5, 0.3, 6.0)] * 3]
+    chosen = [scope.banks[0] for scope in allocate(scopes, curves, [0.0, 1.0, 1.0, 1.0], 0.5)]
+    assert chosen[0].predicted_error == 0
+    assert chosen[0].stored_parameters < scopes[0].banks[0].stored_parameters
+    assert all(bank.stored_parameters > scopes[0].banks[0].stored_parameters for bank in chosen[1:])
+
+
+def test_without_any_sensitivity_the_errors_alone_decide() -> None:
+    assert allocated(0.5, [0.0] * 4)[1] == allocated(0.5, [1.0] * 4)[1]
+
+
+def test_the_curve_of_zeros_is_zero() -> None:
+    (scope,) = make_plan([Layer(0)], CompressConfig(keep=0.5))
+    curve = measure_curve(torch.zeros(48, 48, 128), scope.banks[0], CompressConfig(keep=0.5))
+    assert (curve.level, curve.slope, curve(0.1), curve(0.9)) == (0.0, 0.0, 0.0, 0.0)
+
+
+def test_a_curve_is_no_more_than_1_however_steep() -> None:
+    assert ErrorCurve(0.5, 0.3, 1e5)(0.1) == 1.0
+    assert ErrorCurve(0.5, 0.3, 1e5)(0.9) == 0.0
+
+
+def test_the_least_bank_has_a_flat_curve() -> None:
+    """There is no smaller one to measure its slope with."""
+    config = CompressConfig(keep=0.017, steps=2)
+    (scope,) = make_plan([Layer(0, num_experts=1)], config)
+    assert (scope.banks[0].rank, scope.banks[0].num_bases) == (1, 1)
+    curve = measure_curve(torch.randn(3, 48, 128), scope.banks[0], config)
+    assert curve.level > 0
+    assert curve.slope == 0

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from globe import CompressConfig, SettingsError, compress
+from globe import CompressConfig, SettingsError, compress, samples
 from globe.bank.factors import Factors
 from globe.calibrate import calibrate
 from globe.checkpoint.layout import find_expert_layers
@@ -132,16 +132,32 @@ def test_a_text_without_a_window_is_refused_before_any_work(tmp_path: Path) -> N
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.fixture
+def all_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many and as long ones as outside of the suite."""
+    monkeypatch.setattr(samples, "NUM_SAMPLES", NUM_SAMPLES)
+    monkeypatch.setattr(samples, "LENGTH", LENGTH)
+
+
+@pytest.mark.usefixtures("all_samples")
 def test_by_default_the_model_is_calibrated_on_samples_of_its_own(tmp_path: Path) -> None:
     report = compress("shipped", tmp_path / "out", dataclasses.replace(QUICK, calibrate="samples"))
     assert report.calibration is not None
     assert (report.calibration.text, report.calibration.num_tokens) == ("samples", NUM_SAMPLES * LENGTH)
     assert report.uncalibrated_because is None
-    other = compress("shipped", tmp_path / "other", dataclasses.replace(QUICK, calibrate="samples", seed=1))
-    assert other.calibration is not None
-    assert other.calibration.fingerprint != report.calibration.fingerprint
 
 
+def test_other_seeds_give_other_samples(tmp_path: Path) -> None:
+    first, second = (
+        compress("shipped", tmp_path / f"{seed}", dataclasses.replace(QUICK, calibrate="samples", seed=seed))
+        for seed in (0, 1)
+    )
+    assert first.calibration is not None
+    assert second.calibration is not None
+    assert first.calibration.fingerprint != second.calibration.fingerprint
+
+
+@pytest.mark.usefixtures("all_samples")
 @torch.no_grad()
 def test_samples_follow_the_distribution_of_the_model() -> None:
     """The mean surprise of its own samples is the model's mean entropy there; its generation settings do not matter."""

@@ -101,3 +101,33 @@ def test_the_metric_predicts_the_error_of_the_output() -> None:
         weighed = error if family == "down" else error @ second
         predicted = (scales[family] * (weighed * error).sum(1)).sum()
         assert float(predicted / measured) == pytest.approx(1, abs=1 / 3)
+
+
+def test_tokens_of_zeros_tell_nothing() -> None:
+    given = dataclasses.replace(statistics(), inputs=torch.zeros(D, D).double())
+    assert torch.equal(input_metric(given), torch.eye(D).double())
+    assert all(bool(scales.isfinite().all()) for scales in row_scales(given, SIGMAS).values())
+
+
+def test_in_a_layer_that_no_token_reaches_all_rows_matter_the_same() -> None:
+    nothing = {family: torch.zeros(E, P).double() for family in SIGMAS}
+    given = dataclasses.replace(statistics((0, 0, 0, 0)), rows=nothing)
+    assert all(torch.equal(scales, torch.ones(E, P).double()) for scales in row_scales(given, SIGMAS).values())
+
+
+def test_where_down_is_zero_gate_and_up_matter_the_same() -> None:
+    given = statistics()
+    rows = {**given.rows, "gate": torch.zeros(E, P).double(), "up": torch.zeros(E, P).double()}
+    found = row_scales(dataclasses.replace(given, rows=rows), {**SIGMAS, "down": 0.0})
+    assert torch.equal(found["gate"], torch.ones(E, P).double())
+    assert torch.equal(found["up"], found["gate"])
+    assert bool((found["down"] > 0).all())
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e30])
+def test_the_units_of_the_weights_do_not_matter(unit: float) -> None:
+    given = statistics()
+    given = dataclasses.replace(given, rows={family: rows.float() for family, rows in given.rows.items()})
+    expected, found = row_scales(given, SIGMAS), row_scales(given, {family: unit * x for family, x in SIGMAS.items()})
+    for family in SIGMAS:
+        torch.testing.assert_close(found[family], expected[family])

@@ -183,5 +183,16 @@ def features_objective(problem: Problem, adapters: Tensor, features: Tensor) -> 
 
 def relative_errors(weights: Tensor, approximation: Tensor) -> Tensor:
     """‖W_e − What_e‖_F / ‖W_e‖_F of each expert, (E,); 0 for a zero expert that is met exactly."""
-    missed = norms(weights - approximation)
-    return torch.where(missed == 0, missed, missed / norms(weights))
+    missed, sizes = missed_and_sizes(weights, approximation)
+    return torch.where(missed == 0, missed, missed / sizes).to(weights.dtype)
+
+
+def missed_and_sizes(weights: Tensor, approximation: Tensor) -> tuple[Tensor, Tensor]:
+    """‖W_e − What_e‖_F and ‖W_e‖_F of each expert, (E,) each, in float64: whatever the experts' units, no square
+    leaves its range."""
+    pairs = [
+        (norms((weights[part] - approximation[part]).double()), norms(weights[part].double()))
+        for part in expert_chunks(weights)
+    ]
+    missed, sizes = zip(*pairs, strict=True)
+    return torch.cat(missed), torch.cat(sizes)

@@ -7,6 +7,7 @@ group; at 8 bits zero is one of them. A scale is a power of 2^(1/8) and takes a 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -77,7 +78,8 @@ def scale_codes(x: Tensor, bits: int) -> Tensor:
     octaves = (CLIP[bits] * padded.abs().amax(-1)).log2()
     codes = (octaves - SMALLEST_OCTAVE) * STEPS_PER_OCTAVE
     codes = codes.ceil() if bits == 8 else codes.round()
-    return torch.where(octaves.isneginf(), 0, codes.clamp(1, 255)).to(torch.uint8)
+    smallest = SMALLEST_OCTAVE - math.log2(4 * steps_of_scale(bits))  # half the least level: below it 0 is nearer
+    return torch.where(octaves < smallest, 0, codes.clamp(1, 255)).to(torch.uint8)
 
 
 def scales(codes: Tensor, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:

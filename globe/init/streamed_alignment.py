@@ -26,7 +26,7 @@ def sketch(read: Read, slices: Sequence[slice], rank: int, num_bases: int, seed:
     """A bank to begin from, M random mixtures of the experts in their first frames (the randomised range finder of
     Halko, Martinsson and Tropp 2011), (M, R, D), and the experts' energy ‖W‖².
 
-    Raises `GlobeError` for experts that are not finite or all zero.
+    Raises `GlobeError` for experts that are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     draws, bases, energy = torch.randn(slices[-1].stop, num_bases, generator=generator), None, 0.0
@@ -41,8 +41,7 @@ def sketch(read: Read, slices: Sequence[slice], rank: int, num_bases: int, seed:
         for part in expert_chunks(weights, num_bases):
             aligned = initial_frames(weights[part], rank).mT @ weights[part]
             bases.flatten(1).addmm_(mixtures[part].mT, aligned.flatten(1))
-    if energy == 0 or bases is None:
-        raise GlobeError("all experts are zero; there is nothing to fit")
+    assert bases is not None
     return bases, energy
 
 

@@ -83,13 +83,16 @@ def warm_start(
 
 
 def deviation(codes: Tensor, bases: Tensor) -> float:
-    """Standard deviation of the entries of all mixtures T_e, a chunk of experts at a time."""
+    """Standard deviation of the entries of all mixtures T_e, a chunk of experts at a time.
+
+    Of entries that are nearly the same, a thousandth of their root mean square: what is divided by it stays small.
+    """
     total = squares = 0.0
     for part in expert_chunks(bases[:1].expand(codes.shape[0], -1, -1)):
         mixed = mix(codes[part], bases)
         total, squares = total + float(mixed.sum()), squares + float(norms(mixed).square().sum())
     count = codes.shape[0] * bases[0].numel()
-    return math.sqrt(max(0.0, squares - total**2 / count) / max(1, count - 1))
+    return math.sqrt(max(1e-6 * squares, squares - total**2 / count) / max(1, count - 1))
 
 
 def to_simplex(codes: Tensor, bases: Tensor) -> tuple[Tensor, Tensor]:

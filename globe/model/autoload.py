@@ -5,9 +5,10 @@ transformers runs it with `trust_remote_code=True` only. GloBE itself never does
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -29,7 +30,7 @@ def write_autoload(folder: Path) -> str:
 def save_with_autoload(model: PreTrainedModel) -> None:
     """Have `model.save_pretrained` tell its quantiser where it saves, and config.json mention the file."""
     model.config.auto_map = dict(AUTO_MAP)
-    model.save_pretrained = MethodType(_save_pretrained, model)
+    model.save_pretrained = functools.partial(_save_pretrained, model)  # as a method it would be pickled as the class's
 
 
 def save_without_autoload(model: PreTrainedModel) -> None:
@@ -39,11 +40,8 @@ def save_without_autoload(model: PreTrainedModel) -> None:
 
 
 def _save_pretrained(
-    model: Any, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
+    model: Any, save_directory: str | os.PathLike[Any], is_main_process: bool = True, *args: Any, **kwargs: Any
 ) -> None:
     writes = model.should_save_on_this_rank(is_main_process)
     model.hf_quantizer.save_directory = Path(save_directory) if writes else None
     type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
-
-
-_save_pretrained.__name__ = "save_pretrained"  # by which a bound method is pickled

@@ -26,6 +26,10 @@ class LayerCache:
         self._layout = layout
         self.clear()
 
+    def __reduce__(self) -> tuple[type[LayerCache], tuple[ExpertsLayout, int]]:
+        """A pickle or a copy begins empty: what was composed is not carried along."""
+        return LayerCache, (self._layout, self.num_bytes)
+
     def clear(self) -> None:
         """Forget the composed experts and free their memory."""
         self._slots: OrderedDict[int, int] = OrderedDict()

@@ -189,6 +189,10 @@ class GlobeExperts(nn.Module):
             output = output + parameters["down_proj_bias"][owners]
         return self.post_expert_norm(output) if self.has_post_expert_norm else output
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickled, and copied, by the classes that its own is made of: that one has no name in a module."""
+        return _bare_experts, type(self).__bases__, self.__getstate__()
+
     def train(self, mode: bool = True) -> Self:
         """Training may change the factors unseen, so it empties the cache."""
         if mode:
@@ -286,6 +290,12 @@ def factorise(module: nn.Module, layout: ExpertsLayout, uses: Sequence[BankUse])
     swapped = cast(GlobeExperts, module)
     swapped.globe_layout = layout
     swapped.globe_uses = tuple(uses)  # a shared bank is only referred to: its one owner is the base model
+
+
+def _bare_experts(mixin: type[GlobeExperts], original: type[nn.Module]) -> nn.Module:
+    """What a pickle's state is put into."""
+    made = _globe_class(original, mixin)
+    return made.__new__(made)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from torch import Tensor
 from globe.bank.codes import entropy, popularity, spread_codes, support, update_temperature
 from globe.bank.factors import Factors
 from globe.bank.linalg import norms
-from globe.bank.objective import InputMetric, Problem, objective, project
+from globe.bank.objective import InputMetric, Problem, expert_chunks, objective, project
 from globe.errors import GlobeError, SettingsError
 from globe.init.init_bank import AMStep, BankUpdate, am_step
 from globe.init.warm_start import WarmStart, warm_start
@@ -28,6 +28,9 @@ from globe.train.varpro import VariableProjection, rounded_bank
 SAFE_DEVIATION = (1e-4, 1e4)
 """Experts whose standard deviation lies between these are fitted as they are, others divided by it: their squares would
 leave the range of float32."""
+FAINT = 1e-6
+"""Experts whose root mean square is a smaller share of all experts' are fitted as if it were this one, their adapters
+made smaller then: to the objective they are nothing, but the squares of their features would leave float32's range."""
 TEMPERATURE_RATE = 0.3
 BACKTRACKS = (1.0, 0.5, 0.25)
 SLOW = 0.99
@@ -125,23 +128,31 @@ def fit_bank(
     returned are in the units and on the device of `experts`, in the precision of the fit; their error is the last entry
     of `history`, which never rises. With `bank_bits` the adapters are those of the rounded bank, and the bases returned
     are the ones behind it, which round to it. The same input and settings give the same bytes on the same machine.
-    `experts` are neither changed nor, where they are on the fit's device in its precision, copied; varpro keeps four
-    tensors of the bank's size beside them. Raises `SettingsError` for settings that do not fit the shape and
-    `GlobeError` for experts that are not finite or all zero.
+    Experts that are all zero get factors that are: outcome `zero`. `experts` are neither changed nor, where they are on
+    the fit's device in its precision, copied; varpro keeps four tensors of the bank's size beside them. Raises
+    `SettingsError` for settings that do not fit the shape and `GlobeError` for experts that are not finite.
     """
     if experts.dim() != 3:
         raise SettingsError(f"experts must be (E, P, D); found shape {tuple(experts.shape)}")
     config.check_shape(*experts.shape)
     weights = experts.detach().to(config.device, config.torch_dtype)
-    sigma = (norms(weights).square().mean() / weights[0].numel()).sqrt()  # the standard deviation, for a mean near 0
-    if not bool(sigma.isfinite()):
-        raise GlobeError("experts hold NaN or Inf; mend the weights before fitting them")
+    sigma = _root_mean_square(weights)
     if sigma == 0:
-        raise GlobeError("all experts are zero; there is nothing to fit")
+        num_experts, rows, columns = experts.shape
+        factors = Factors(
+            weights.new_zeros(num_experts, rows, config.rank).to(experts.device),
+            weights.new_zeros(num_experts, config.num_bases).to(experts.device),
+            weights.new_zeros(config.num_bases, config.rank, columns).to(experts.device),
+            config.activation,
+        )
+        result = FitResult.of_zeros(factors, config.temperature, num_fallbacks=0)
+        (on_step or _ignore)(result.steps[0])
+        return result
     if not SAFE_DEVIATION[0] < sigma < SAFE_DEVIATION[1]:
         weights = weights / sigma
     else:
         sigma = torch.ones_like(sigma)
+    weights, back = lift_faint(weights)
     problem = Problem(weights, metric=metric and metric.to(weights), lambda_a=config.lambda_a)
     start = warm_start(
         problem.weights,
@@ -168,7 +179,7 @@ def fit_bank(
     del bases
     assert final.adapters is not None
     factors = Factors(
-        final.adapters.mul_(sigma).to(experts.device),
+        final.adapters.mul_(sigma * back).to(experts.device),
         best.codes.to(experts.device),
         best.bases.to(experts.device),
         config.activation,
@@ -179,6 +190,39 @@ def fit_bank(
         "popularity": [float(share) for share in popularity(best.codes)],
     }
     return FitResult(factors, outcome, tuple(steps), metrics)
+
+
+def _root_mean_square(weights: Tensor) -> Tensor:
+    """The standard deviation, for a mean near 0; `GlobeError` for weights that are not finite."""
+    found = (norms(weights).square().mean() / weights[0].numel()).sqrt()
+    if SAFE_DEVIATION[0] < found < SAFE_DEVIATION[1]:
+        return found
+    low, high = weights.aminmax()  # the squares may have left the range of float32
+    peak = torch.maximum(-low, high)
+    if not bool(peak.isfinite()):
+        raise GlobeError("experts hold NaN or Inf; mend the weights before fitting them")
+    if peak == 0:
+        return peak
+    squares = [norms(weights[part] / peak).square() for part in expert_chunks(weights)]
+    return peak * (torch.cat(squares).mean() / weights[0].numel()).sqrt()
+
+
+def lift_faint(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Experts (E, P, D), in units near 1, with none but zeros that is `FAINT`, and the factors that undo it, (E, 1, 1).
+
+    A copy, unless there is nothing to lift.
+    """
+    sizes, back = norms(weights), weights.new_ones(len(weights), 1, 1)
+    least = FAINT * float(sizes.square().mean().sqrt())
+    faint = sizes < least
+    faint[faint.clone()] = weights[faint].flatten(1).any(1)
+    if not bool(faint.any()):
+        return weights, back
+    found = weights[faint].cpu().double()
+    shares = (norms(found) / least)[:, None, None]
+    lifted = weights.clone()
+    lifted[faint], back[faint] = (found / shares).to(weights), shares.to(weights)
+    return lifted, back
 
 
 def _ignore(_: StepRecord) -> None:

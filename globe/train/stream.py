@@ -22,9 +22,9 @@ from globe.errors import GlobeError
 from globe.init.streamed_alignment import align_pass, sketch
 from globe.init.warm_start import START_DEVIATION, deviation
 from globe.train.config import FitConfig
-from globe.train.fit_banks import ROUND_FROM, step_length
+from globe.train.fit_banks import ROUND_FROM, lift_faint, step_length
 from globe.train.result import FitResult, StepRecord
-from globe.train.varpro import Accelerated, rounded_bank
+from globe.train.varpro import Accelerated, rounded_bank, spread
 
 State = dict[str, Tensor]
 """All that the next pass depends on."""
@@ -64,13 +64,19 @@ def fit_parts(
     without adapters, (0, P, R). The record of a pass tells the error of the factors that it begins with, that of the
     last pass, which moves nothing, the error of those returned.
 
-    `save` is given the state after every pass; from such a `state` the fit goes on to the same result. Raises
-    `SettingsError` for settings other than varpro with signed codes, no support and the procrustes warm start, and
-    `GlobeError` for experts that are not finite and for a fit that diverges.
+    `save` is given the state after every pass; from such a `state` the fit goes on to the same result. Experts that are
+    all zero get factors that are: outcome `zero`. Raises `SettingsError` for settings other than varpro with signed
+    codes, no support and the procrustes warm start, and `GlobeError` for experts that are not finite and for a fit that
+    diverges.
     """
     config.check_streamed()
     config.check_shape(sum(parts.sizes), parts.rows, parts.columns)
     stream = _Stream(parts, config, state or {})
+    if stream.begin() == 0:
+        result = FitResult.of_zeros(stream.zero_factors(), config.temperature, num_fallbacks=0)
+        if on_step:
+            on_step(result.steps[0])
+        return result
     stream.align(save)
     for number in range(stream.num_passes + 1, config.max_steps + 2):
         stream.fit(number, move=number <= config.max_steps)
@@ -102,18 +108,29 @@ class _Stream:
     def _read(self, index: int) -> Problem:
         found = self._parts.read(index)
         weights = found.weights.to(self._config.device, self._config.torch_dtype)
+        weights, _ = lift_faint(weights)
         metric = found.metric and found.metric.to(weights)
         return dataclasses.replace(found, weights=weights, metric=metric, lambda_a=self._config.lambda_a)
 
     def _weights(self, index: int) -> Tensor:
         return self._read(index).weights
 
-    def align(self, save: Callable[[State], None] | None) -> None:
-        """The passes of the warm start that are left, then unit mixtures and moments at rest."""
+    def begin(self) -> float:
+        """The first pass, unless it was made: a bank to begin from. Returns the experts' energy."""
         config, now = self._config, self._tensors
         if "energy" not in now:
             bases, energy = sketch(self._weights, self._slices, config.rank, config.num_bases, config.seed)
             now |= {"bases": bases, "energy": bases.new_tensor(energy, dtype=torch.float64)}
+        return float(now["energy"])
+
+    def zero_factors(self) -> Factors:
+        bases, count = torch.zeros_like(self._tensors["bases"]), self._slices[-1].stop
+        adapters = bases.new_empty(0, self._parts.rows, bases.shape[1])
+        return Factors(adapters, bases.new_zeros(count, len(bases)), bases, self._config.activation)
+
+    def align(self, save: Callable[[State], None] | None) -> None:
+        """The passes of the warm start that are left, then unit mixtures and moments at rest."""
+        config, now = self._config, self._tensors
         while "spread" not in now and len(now.get("alignment", ())) < config.align_steps:
             codes, bases = now.get("codes"), now.pop("bases")
             codes, bases, missed = align_pass(self._weights, self._slices, config.rank, codes, bases)
@@ -126,23 +143,24 @@ class _Stream:
             now["bases"].div_(max(scale, torch.finfo(now["bases"].dtype).tiny))
             energies = [float(self._read(index).energy()) for index in range(len(self._slices))]
             now["energy"] = now["bases"].new_tensor(sum(energies))
-            now["spread"] = torch.stack([now["codes"].std(), now["bases"].std()])
+            now["spread"] = now["bases"].new_tensor([spread(now["codes"]), spread(now["bases"])])
             now |= {"codes.first": torch.zeros_like(now["codes"]), "codes.second": torch.zeros_like(now["codes"])}
             now |= {"bases.first": torch.zeros_like(now["bases"]), "bases.second": now["bases"].new_zeros(0)}
 
     def fit(self, number: int, *, move: bool) -> None:
         """Pass `number`, counted from 1: over all parts once."""
         config, now = self._config, self._tensors
-        spread = config.learning_rate * now["spread"]
+        scale = config.learning_rate * now["spread"]
         length = step_length(number, config.max_steps) if move else 0.0
-        bank = Accelerated(now["bases"], float(spread[1]))
+        bank = Accelerated(now["bases"], float(scale[1]))
         if number > 1:
             bank.first, bank.second, bank.count = now["bases.first"], now["bases.second"], number - 1
         bases = rounded_bank(bank.value, config.bank_bits if number >= ROUND_FROM * config.max_steps else None)
         gradient = torch.zeros_like(bases) if move else None
-        total, num_fallbacks = 0.0, int(now.get("num_fallbacks", 0))
+        total = 0.0
+        num_fallbacks = 0
         for index, own in enumerate(self._slices):
-            codes = Accelerated(now["codes"][own], float(spread[0]))
+            codes = Accelerated(now["codes"][own], float(scale[0]))
             found = project(
                 self._read(index),
                 codes.value,
@@ -165,7 +183,8 @@ class _Stream:
             raise GlobeError(
                 f"the streamed fit diverged on pass {number}: lower learning_rate ({config.learning_rate:g})"
             )
-        now |= {"bases.first": bank.first, "bases.second": bank.second, "num_fallbacks": torch.tensor(num_fallbacks)}
+        now |= {"bases.first": bank.first, "bases.second": bank.second}
+        now["fallbacks"] = now.get("fallbacks", torch.zeros((), dtype=torch.int64)) + num_fallbacks
         error, mixed = math.sqrt(total), now["codes"]
         support_, entropy_ = float(support(mixed).double().median()), float(entropy(mixed).mean())
         self.records.append(StepRecord(number, error, error, 1.0, 1.0, config.temperature, support_, entropy_, length))
@@ -177,8 +196,7 @@ class _Stream:
             "trajectory": [record.raw_error for record in self.records],
             "warm_start": {"alignment_error": float(now["alignment"][-1])},
             "popularity": [float(share) for share in popularity(now["codes"])],
-            "num_fallbacks": int(now["num_fallbacks"]),
-            "num_restarts": 0,
+            "num_fallbacks": int(now["fallbacks"]),
         }
         factors = Factors(adapters, now["codes"], now["bases"], config.activation)
         return FitResult(factors, "max_steps", tuple(self.records), metrics)

@@ -65,6 +65,11 @@ def rounded_bank(bases: Tensor, bits: int | None) -> Tensor:
     return bases if bits is None else round_nearest(bases, bits)
 
 
+def spread(factor: Tensor) -> float:
+    """The standard deviation of a factor's entries, by which its steps are measured; 1 for a single entry."""
+    return float(factor.std()) if factor.numel() > 1 else 1.0
+
+
 class VariableProjection:
     """The iterate (a, B) of the solver, its exact adapters implied.
 
@@ -89,10 +94,9 @@ class VariableProjection:
         self._energy = problem.energy()
         self.codes = codes
         self._mask = codes != 0 if fixed_support else None
-        self._bases = Accelerated(bases.clone(), learning_rate * float(bases.std()))
+        self._bases = Accelerated(bases.clone(), learning_rate * spread(bases))
         scores = self._scores_of(codes, temperature)
-        spread = float(scores.std()) if scores.numel() > 1 else 1.0
-        self._scores = Accelerated(scores, learning_rate * max(spread, 1e-3))
+        self._scores = Accelerated(scores, learning_rate * max(spread(scores), 1e-3))
         self._projection = self._project()
 
     @property

@@ -64,6 +64,16 @@ def test_what_is_decoded_is_what_rounding_gave(bits: int, columns: int, octave: 
     assert torch.equal(torch.cat(parts, dim=-1), whole)
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-12])
+def test_what_is_smaller_than_all_levels_becomes_zero(bits: int, scale: float) -> None:
+    """The least level is 2^-24 or so: rows of far smaller entries would become that, and be wrong a thousandfold."""
+    x = scale * torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0))
+    assert not round_nearest(x, bits).any()
+    encoded = encode_with_feedback(x, torch.eye(40).expand(2, 40, 40), bits)
+    assert not decode(encoded, 40, bits).any()
+
+
 @given(columns=st.integers(1, 1000))
 def test_groups_cover_a_row_and_are_no_longer_than_allowed(columns: int) -> None:
     length, count = group_length(columns), num_groups(columns)

@@ -53,6 +53,24 @@ def tensors(draw: st.DrawFn) -> dict[str, Tensor]:
     return made
 
 
+def test_tensors_of_whole_lines_start_at_one_wherever_the_file_is_mapped(tmp_path: Path) -> None:
+    """Then the products with a loaded tensor are rounded as those with a copy of it are."""
+    made = {
+        "tripwire": torch.zeros(1, 1, 1),
+        "codes": torch.zeros(6, 3, dtype=torch.bfloat16),
+        "adapters": torch.zeros(6, 8, 4),
+        "odd": torch.zeros(5, dtype=torch.uint8),
+        "packed": torch.zeros(3, 64, dtype=torch.uint8),
+        "wide": torch.zeros(3, dtype=torch.int64),
+    }
+    for number in range(8):  # headers of every length
+        save_tensors(tmp_path / SHARD, made, {"note": "x" * number})
+        loaded = load_file(tmp_path / SHARD)
+        assert_same_bits(loaded, made)
+        for name, tensor in loaded.items():
+            assert tensor.data_ptr() % (64 if name in ("adapters", "packed") else tensor.itemsize) == 0, name
+
+
 def opened(folder: Path, content: dict[str, Tensor]) -> Checkpoint:
     (folder / "config.json").write_text("{}")
     save_file(content, folder / SHARD, metadata={"format": "pt"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from globe.checkpoint.layout import FAMILIES, ExpertLayer, find_expert_layers, s
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.export import export_dense
 from globe.model import RoutedExperts, find_experts
+from globe.model.experts import _globe_class
 from globe.model.names import is_factor
 from globe.report import Report
 from tests.conformance.families import COMPOSITES, D, E, P
 from tests.conformance.tiny import CASES, Case, load, logits, write
+from tests.rounding import assert_equal_but_for_rounding
 
 EXACT = CompressConfig(rank_ratio=1, basis_ratio=1, activation="identity", steps=5)
 LOSSY = CompressConfig(keep=0.7, steps=3)
@@ -112,6 +115,16 @@ def test_nothing_compressed_away_leaves_the_logits(built: Built) -> None:
     torch.testing.assert_close(logits(built.exact), logits(built.model), rtol=0, atol=1e-5)
 
 
+def test_a_pickle_of_it_is_the_same_model(built: Built) -> None:
+    pickled = pickle.dumps(built.lossy)
+    _globe_class.cache_clear()  # the classes are made anew, as they are in another process
+    twin = pickle.loads(pickled)
+    tensors = built.lossy.state_dict()
+    assert twin.state_dict().keys() == tensors.keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in twin.state_dict().items())
+    assert_equal_but_for_rounding(logits(twin), logits(built.lossy))
+
+
 def test_a_lossy_model_has_the_logits_of_its_dense_export(built: Built) -> None:
     ours = logits(built.lossy)
     torch.testing.assert_close(ours, logits(load(built.dense.folder, built.case.family)), rtol=0, atol=1e-5)
@@ -136,8 +149,8 @@ def test_the_dense_export_is_laid_out_as_the_source(built: Built) -> None:
         assert described(built.dense, shard) == described(built.source, shard)
 
 
-def described(checkpoint: Checkpoint, shard: str) -> list[tuple[str, str, tuple[int, ...]]]:
-    return [(tensor.name, tensor.dtype, tensor.shape) for tensor in checkpoint.shard_tensors(shard)]
+def described(checkpoint: Checkpoint, shard: str) -> set[tuple[str, str, tuple[int, ...]]]:
+    return {(tensor.name, tensor.dtype, tensor.shape) for tensor in checkpoint.shard_tensors(shard)}
 
 
 def test_all_but_the_experts_is_untouched(built: Built) -> None:

@@ -14,6 +14,7 @@ from globe import CompressConfig, compress
 from globe.model.names import is_factor
 from tests.model.compressed import FAMILY_SETTINGS, D, logits, token_ids
 from tests.model.conftest import Make
+from tests.rounding import assert_equal_but_for_rounding
 from tests.tiny_sources import write_source
 
 OFFLOADED = {
@@ -54,7 +55,7 @@ def test_disk_offload(
     device_map = OFFLOADED | ({"model.globe_banks": "disk"} if shared else {})
     model = AutoModelForCausalLM.from_pretrained(made.path, device_map=device_map, offload_folder=tmp_path / "offload")
     assert model.model.layers[0].mlp.experts.globe_down_adapters.is_meta
-    assert torch.equal(logits(model), logits(whole))
+    assert_equal_but_for_rounding(logits(model), logits(whole))
     model.save_pretrained(tmp_path / "saved")
     assert "offloaded modules" in str(recwarn.pop(UserWarning).message)
     assert_equal_models(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), whole)
@@ -72,7 +73,7 @@ def test_offload_of_a_loaded_model(compressed: Make, tmp_path: Path, banks: str)
         assert factors
         assert all(parameter.is_meta for parameter in factors)
         for _ in range(2):
-            assert torch.equal(logits(model), expected)
+            assert_equal_but_for_rounding(logits(model), expected)
 
 
 def test_disk_offload_of_factors_in_few_bits(tmp_path: Path) -> None:
@@ -81,20 +82,21 @@ def test_disk_offload_of_factors_in_few_bits(tmp_path: Path) -> None:
     load = AutoModelForCausalLM.from_pretrained
     model = load(tmp_path / "small", device_map={"": "disk"}, offload_folder=tmp_path / "offload")
     assert model.model.layers[0].mlp.experts.globe_down_adapters.dtype == torch.uint8
-    assert torch.equal(logits(model), logits(load(tmp_path / "small")))
+    assert_equal_but_for_rounding(logits(model), logits(load(tmp_path / "small")))
 
 
 @pytest.mark.parametrize("banks", ["per_layer", "whole_model"])
 def test_automatic_device_map(compressed: Make, tmp_path: Path, banks: str) -> None:
     made = compressed("qwen2_moe", banks)
     whole = AutoModelForCausalLM.from_pretrained(made.path)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(made.path, device_map="auto")), logits(whole))
+    placed = AutoModelForCausalLM.from_pretrained(made.path, device_map="auto")
+    assert_equal_but_for_rounding(logits(placed), logits(whole))
     size = sum(tensor.numel() * tensor.element_size() for tensor in whole.state_dict().values())
     model = AutoModelForCausalLM.from_pretrained(
         made.path, device_map="auto", max_memory={"cpu": size // 2}, offload_folder=tmp_path
     )
     assert "disk" in model.hf_device_map.values()
-    assert torch.equal(logits(model), logits(whole))
+    assert_equal_but_for_rounding(logits(model), logits(whole))
 
 
 def assert_equal_models(actual: PreTrainedModel, expected: PreTrainedModel) -> None:

@@ -16,7 +16,7 @@ from globe.init.warm_start import WarmStartName, warm_start
 from globe.train import fit_banks
 from globe.train.config import FitConfig
 from globe.train.fit_banks import fit_bank
-from globe.train.result import FitResult
+from globe.train.result import FitResult, StepRecord
 from globe.train.varpro import VariableProjection
 from tests.random_experts import normal, planted_alignment, second_moment
 
@@ -250,9 +250,15 @@ def test_experts_that_are_not_finite_are_refused(experts: Tensor, poison: float)
         fit_bank(experts, configure())
 
 
-def test_zero_experts_are_refused():
-    with pytest.raises(GlobeError, match="all experts are zero"):
-        fit_bank(torch.zeros(E, P, D), configure())
+@pytest.mark.parametrize("solver", ["varpro", "am"])
+def test_zero_experts_are_met_exactly(solver: str):
+    seen = list[StepRecord]()
+    result = fit_bank(torch.zeros(E, P, D), configure(solver=solver), seen.append)
+    factors = result.factors
+    assert not any(bool(factor.any()) for factor in (factors.adapters, factors.codes, factors.bases))
+    assert factors.compose().shape == (E, P, D)
+    assert (result.outcome, result.history) == ("zero", [0.0])
+    assert seen == list(result.steps)
 
 
 @pytest.mark.parametrize("shape", [(P, D), (1, E, P, D)])
