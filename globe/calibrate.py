@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from globe.checkpoint.layout import FAMILIES, Family
 from globe.checkpoint.writer import save_tensors
 from globe.evaluate import EvaluateConfig, load_tokenizer, token_windows
+from globe.loading import OUT_OF_MEMORY
+from globe.memory import explained_exhaustion
 from globe.metric import LayerStatistics
 from globe.model.expert_modules import ExpertsLayout, RoutedExperts, find_experts
 from globe.model.experts import usual_gate
@@ -144,8 +146,9 @@ def calibrate(model: Any, windows: Tensor, layers: Collection[int], batch: int =
     Beside the model, D² + 3·E·P numbers for each layer are kept, however long the text. Raises `UnsupportedModelError`
     as `find_experts` does.
     """
-    sums = {experts.layer: _Sums(experts) for experts in find_experts(model) if experts.layer in layers}
-    run_hooked(model, windows, sums, batch)
+    with explained_exhaustion(f"calibrating on {model.device}", OUT_OF_MEMORY):
+        sums = {experts.layer: _Sums(experts) for experts in find_experts(model) if experts.layer in layers}
+        run_hooked(model, windows, sums, batch)
     return {layer: total.statistics() for layer, total in sums.items()}
 
 

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from globe import allocate, runnable
+from globe import allocate
 from globe.calibrate import CalibrationText, calibrate, load_statistics, read_calibration_text, save_statistics
 from globe.checkpoint.header import TORCH_DTYPES
-from globe.checkpoint.layout import ExpertLayer, Family, find_expert_layers, source_names
+from globe.checkpoint.layout import ExpertLayer, Family, source_names
 from globe.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
-from globe.checkpoint.source import open_source
 from globe.checkpoint.stacks import read_family
 from globe.checkpoint.writer import (
     claim,
@@ -34,9 +33,10 @@ from globe.checkpoint.writer import (
     write_json,
 )
 from globe.config import CompressConfig
-from globe.empty_model import check_same_experts, empty_model
-from globe.evaluate import load
+from globe.empty_model import check_same_experts
+from globe.errors import UnsupportedModelError
 from globe.experts import StoredFactors, read_stack, to_storage
+from globe.loading import check_weights, empty_model, expert_layers, in_json, load, open_source
 from globe.metric import LayerStatistics
 from globe.model.autoload import AUTO_MAP, write_autoload
 from globe.model.bank_spec import BankSpec, encoding_of
@@ -48,6 +48,7 @@ from globe.plan import BankPlan, make_plan, scope_from_json
 from globe.progress import Observer, Observers
 from globe.report import REPORT, BankReport, CalibrationReport, Report, peak_memory, step_columns, versions
 from globe.run_record import RUN, as_json, resume_or_begin
+from globe.runnable import find_place
 from globe.samples import sample_windows
 from globe.shipped import resolve_model
 from globe.source_layout import write_source_layout
@@ -108,11 +109,12 @@ class Job:
 
     def __init__(self, checkpoint: Checkpoint, config: CompressConfig) -> None:
         self.checkpoint, self.config = checkpoint, config.resolved()
-        self.layers: dict[int, ExpertLayer] = {layer.index: layer for layer in find_expert_layers(checkpoint)}
+        self.layers: dict[int, ExpertLayer] = {layer.index: layer for layer in expert_layers(checkpoint)}
         self.scopes = make_plan(list(self.layers.values()), self.config)
         self.uniform_because: str | None = None
         model = empty_model(checkpoint)
         check_same_experts(self.layers, find_experts(model))
+        check_weights(checkpoint, model)
         self.names = factor_names(model)
         self.uncalibrated_because: str | None = None
         self.calibration_text: CalibrationText | None = None
@@ -181,16 +183,16 @@ class Job:
         if self.config.calibrate == "none":
             self.uncalibrated_because = "that is asked for"
             return
-        if self.calibration_text is None:
-            self.uncalibrated_because = runnable.obstacle(self.checkpoint)
-            if self.uncalibrated_because is not None:
-                return
-        model = load(self.checkpoint.fetched(), self.config.device)
+        place = find_place(self.checkpoint, self.config.device)
+        if self.calibration_text is None and place.device is None:
+            self.uncalibrated_because = place.obstacle
+            return
+        model = load(self.checkpoint.fetched(), place.device or self.config.device)
         if self.calibration_text is None:
             try:
                 self.calibration_text = CalibrationText("samples", sample_windows(model, self.config.seed))
-            except Exception as error:
-                self.uncalibrated_because = f"the model does not generate: {type(error).__name__}: {error}"
+            except UnsupportedModelError as error:
+                self.uncalibrated_because = str(error)
                 return
         text, layers = self.calibration_text, {index for scope in self.scopes for index in scope.layers}
         self.statistics = calibrate(model, text.windows, layers)
@@ -293,7 +295,8 @@ class Job:
             self.specs, self.config.activation, globe_version=versions()["globe"]
         ).to_dict()
         write_autoload(partial)
-        write_json(partial / CONFIG, {**self.checkpoint.config, "auto_map": AUTO_MAP, "quantization_config": section})
+        config = in_json(self.checkpoint.config)
+        write_json(partial / CONFIG, {**config, "auto_map": AUTO_MAP, "quantization_config": section})
         open_checkpoint(partial)
         for number in range(len(self.scopes)):
             (partial / _record_file(number)).unlink()

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from globe.checkpoint.header import TORCH_DTYPES
-from globe.checkpoint.layout import FAMILIES, Family, find_expert_layers, source_names
+from globe.checkpoint.layout import FAMILIES, Family, source_names
 from globe.checkpoint.reader import CONFIG, SINGLE, Checkpoint, open_checkpoint
 from globe.checkpoint.stacks import dense_tensor
 from globe.checkpoint.writer import claim, copy_side_files, finish, require_space, save_tensors, write_index, write_json
 from globe.empty_model import model_names
 from globe.errors import CheckpointError, OutputError
 from globe.experts import restore
+from globe.loading import expert_layers, in_json
 from globe.model.quantization_config import QUANT_METHOD, GlobeQuantizationConfig
 from globe.report import REPORT
 from globe.shipped import resolve_model
@@ -45,7 +46,7 @@ def export_dense(model: str | Path, output: str | Path) -> Path:
         weight_map = {tensor.name: tensor.shard for tensor in dense.source.tensors.values()}
         write_index(partial, weight_map, sum(tensor.nbytes for tensor in dense.source.tensors.values()))
     copy_side_files(compressed, partial, leave_out=(REPORT, SOURCE_LAYOUT))
-    write_json(partial / CONFIG, dense.source.config)
+    write_json(partial / CONFIG, in_json(dense.source.config))
     open_checkpoint(partial)
     finish(partial, output)
     return output
@@ -62,7 +63,7 @@ class DenseView:
         self.source = read_source_layout(compressed)
         self._config = GlobeQuantizationConfig(**section)
         self._names = model_names(self.source)
-        self._layers = {layer.index: layer for layer in find_expert_layers(self.source)}
+        self._layers = {layer.index: layer for layer in expert_layers(self.source)}
         self._owner = {
             name: (layer.index, family)
             for layer in self._layers.values()

@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from globe.checkpoint.layout import ExpertLayer, find_expert_layers
+from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
-from globe.checkpoint.source import open_source
 from globe.compress import Job
 from globe.config import CompressConfig
 from globe.errors import GlobeError
-from globe.evaluate import EvaluateConfig, Evaluation, evaluate_model, generate, load, load_tokenizer, token_windows
+from globe.evaluate import EvaluateConfig, Evaluation, evaluate_model, generate, load_tokenizer, token_windows
+from globe.loading import expert_layers, load, open_source
 from globe.model.quantization_config import QUANT_METHOD
 from globe.model.serving import set_compose_cache
 from globe.plan import Scope, compact
@@ -151,7 +151,7 @@ def show_inspection(console: Console, model: str, config: CompressConfig) -> Non
         _show_compressed(console, Report.read(Path(folder)))
         return
     checkpoint = open_source(folder)
-    layers = find_expert_layers(checkpoint)
+    layers = expert_layers(checkpoint)
     job = Job(checkpoint, config)
     _show_experts(console, checkpoint, layers)
     if checkpoint.repo is None:

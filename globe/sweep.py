@@ -21,8 +21,9 @@ from globe.checkpoint.writer import write_json
 from globe.compress import compress
 from globe.config import CompressConfig
 from globe.errors import GlobeError, OutputError, SettingsError
-from globe.evaluate import EvaluateConfig, Evaluation, evaluate_model, load, load_tokenizer, token_windows
+from globe.evaluate import EvaluateConfig, Evaluation, evaluate_model, load_tokenizer, token_windows
 from globe.init.warm_start import WarmStartName
+from globe.loading import load
 from globe.progress import Observer
 from globe.report import REPORT, Report, versions
 from globe.run_record import resume_or_begin

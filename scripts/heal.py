@@ -29,7 +29,8 @@ from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
 from globe.checkpoint.writer import claim, copy_side_files, finish, save_tensors, write_index, write_json
 from globe.errors import OutputError, SettingsError
-from globe.evaluate import EvaluateConfig, load, load_tokenizer, token_windows
+from globe.evaluate import EvaluateConfig, load_tokenizer, token_windows
+from globe.loading import load
 from globe.model.autoload import write_autoload
 from globe.model.names import is_factor
 from globe.model.quantizer import GlobeQuantizer

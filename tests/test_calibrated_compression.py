@@ -11,9 +11,9 @@ import torch
 from globe import CompressConfig, SettingsError, compress
 from globe.bank.factors import Factors
 from globe.calibrate import calibrate
-from globe.checkpoint.layout import find_expert_layers
 from globe.checkpoint.reader import open_checkpoint
 from globe.experts import ExpertStack, read_stack, to_storage
+from globe.loading import expert_layers
 from globe.metric import LayerStatistics, input_metric, row_scales
 from globe.plan import BankPlan
 from globe.report import Report
@@ -35,7 +35,7 @@ def read(folder: Path, model_type: str) -> tuple[ExpertStack, ExpertStack, dict[
     """The experts of a tiny model in a whole-model bank, plain and calibrated."""
     write_source(folder, model_type)
     checkpoint = open_checkpoint(folder)
-    layers = {layer.index: layer for layer in find_expert_layers(checkpoint)}
+    layers = {layer.index: layer for layer in expert_layers(checkpoint)}
     bank = BankPlan(tuple(range(LAYERS)), FAMILIES, LAYERS * 3 * E, P, D, RANK, BASES)
     statistics = calibrate(tiny_model(model_type), windows(), range(LAYERS))
     plain = read_stack(checkpoint, layers, bank)

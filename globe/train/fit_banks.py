@@ -18,6 +18,7 @@ from globe.bank.codes import entropy, popularity, spread_codes, support, update_
 from globe.bank.factors import Factors
 from globe.bank.linalg import norms
 from globe.bank.objective import InputMetric, Problem, objective, project
+from globe.device import usable_device
 from globe.errors import GlobeError, SettingsError
 from globe.init.init_bank import AMStep, BankUpdate, am_step
 from globe.init.warm_start import WarmStart, warm_start
@@ -126,13 +127,13 @@ def fit_bank(
     of `history`, which never rises. With `bank_bits` the adapters are those of the rounded bank, and the bases returned
     are the ones behind it, which round to it. The same input and settings give the same bytes on the same machine.
     `experts` are neither changed nor, where they are on the fit's device in its precision, copied; varpro keeps four
-    tensors of the bank's size beside them. Raises `SettingsError` for settings that do not fit the shape and
-    `GlobeError` for experts that are not finite or all zero.
+    tensors of the bank's size beside them. Raises `SettingsError` for settings that do not fit the shape or a
+    device that is not here, and `GlobeError` for experts that are not finite or all zero.
     """
     if experts.dim() != 3:
         raise SettingsError(f"experts must be (E, P, D); found shape {tuple(experts.shape)}")
     config.check_shape(*experts.shape)
-    weights = experts.detach().to(config.device, config.torch_dtype)
+    weights = experts.detach().to(usable_device(config.device), config.torch_dtype)
     sigma = (norms(weights).square().mean() / weights[0].numel()).sqrt()  # the standard deviation, for a mean near 0
     if not bool(sigma.isfinite()):
         raise GlobeError("experts hold NaN or Inf; mend the weights before fitting them")
