@@ -12,7 +12,8 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ _ALIASES: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
 """Model types of models that are another family's in all but name: Kimi-K2 is a DeepSeek-V3 of other sizes."""
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth", "encoder_layers", "decoder_layers")
 """Numbers of layers, each of which holds a tensor at least."""
+_ROUTED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+"""Numbers of experts that a token is routed to."""
 _RAISED = (
     OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError, AssertionError,
     ImportError, StrictDataclassError,
@@ -52,6 +55,7 @@ _FLOAT = "__float__"
 """transformers' key for a number that JSON cannot carry: {"__float__": "Infinity"}."""
 _LOADS = re.compile(r"_?(attn|experts)_implementation|transformers_weights")
 """Entries by which transformers would fetch code from the Hub or weights from elsewhere."""
+_LAYER = re.compile(r"(?P<stem>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?P<rest>.+)")
 _LISTED = 4
 _TRIAL = 4
 """Tokens on which a model is tried when it is loaded."""
@@ -66,7 +70,7 @@ def open_source(model: str | Path) -> Checkpoint:
     """
     checkpoint = _open(model)
     config = read_config(checkpoint)
-    stated = (getattr(part, "dtype", None) for part in (_text_config(config), config))
+    stated = (getattr(part, "dtype", None) for part in (text_config(config), config))
     plain = [TORCH_DTYPES[name] for name in FLOAT_DTYPES]
     return dequantized(checkpoint, next((dtype for dtype in stated if dtype in plain), torch.bfloat16))
 
@@ -92,7 +96,7 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
             f"transformers {transformers.__version__} cannot build {folder} without remote code: it does not know the "
             f"model_type {model_type!r} of its {CONFIG}; a newer release may (pip install --upgrade transformers)"
         )
-    _check_depths(checkpoint)
+    _check_sizes(checkpoint)
     with explained(f"transformers does not accept the {CONFIG} of {folder}", f"correct that entry of {CONFIG}"):
         return CONFIG_MAPPING[model_type].from_dict(json.loads(json.dumps(checkpoint.config), object_hook=_read_entry))
 
@@ -115,14 +119,15 @@ def in_json(config: Any) -> Any:
     return config
 
 
-def _check_depths(checkpoint: Checkpoint) -> None:
-    """Raise `CheckpointError` for more layers than the files can hold: building them could take for ever."""
+def _check_sizes(checkpoint: Checkpoint) -> None:
+    """Raise `CheckpointError` for more layers or labels than the files can hold: listing them could take for ever."""
+    widest = max((max(tensor.shape, default=1) for tensor in checkpoint.tensors.values()), default=0)
     for part in _parts(checkpoint.config):
-        for key in _DEPTHS:
-            if isinstance(part.get(key), int) and part[key] > len(checkpoint.tensors):
+        for key, most in (*((depth, len(checkpoint.tensors)) for depth in _DEPTHS), ("num_labels", max(2, widest))):
+            if isinstance(part.get(key), int) and part[key] > most:
                 raise CheckpointError(
-                    f"{CONFIG} of {checkpoint.folder} says {key} {part[key]}, but its files hold "
-                    f"{len(checkpoint.tensors)} tensors in all: correct {CONFIG} or download the checkpoint again"
+                    f"{CONFIG} of {checkpoint.folder} says {key} {part[key]}, which is more than the "
+                    f"{len(checkpoint.tensors)} tensors of its files can be of: correct {CONFIG} or download it again"
                 )
 
 
@@ -133,18 +138,31 @@ def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield from _parts(value)
 
 
-def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    with explained(f"transformers finds no language model in the {CONFIG}", "GloBE compresses language models only"):
-        return config.get_text_config()
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The language model's part of a configuration: all of it, unless the model has other parts too."""
+    with explained(f"transformers finds no one language model in the {CONFIG}", "GloBE compresses language models"):
+        found = config.get_text_config()
+    return found if isinstance(found, PreTrainedConfig) else config
 
 
 def expert_layers(checkpoint: Checkpoint) -> list[ExpertLayer]:
-    """The layers that have routed experts, by number; raises as `read_config` and `find_expert_layers` do."""
-    text = _text_config(read_config(checkpoint))
-    model = LanguageModel(
-        text.model_type, getattr(text, "num_hidden_layers", None), getattr(text, "zero_expert_num", None) or 0
-    )
-    return find_expert_layers(checkpoint, model)
+    """The layers that have routed experts, by number.
+
+    Raises as `read_config` and `find_expert_layers` do, and `CheckpointError` if config.json routes each token to more
+    experts than there are.
+    """
+    text = text_config(read_config(checkpoint))
+    num_identity = getattr(text, "zero_expert_num", None) or 0
+    model = LanguageModel(text.model_type, getattr(text, "num_hidden_layers", None), num_identity)
+    layers = find_expert_layers(checkpoint, model)
+    least = min(layer.num_experts for layer in layers) + num_identity
+    for key in _ROUTED:
+        if isinstance(count := getattr(text, key, None), int) and count > least:
+            raise CheckpointError(
+                f"{CONFIG} of {checkpoint.folder} routes each token to {count} experts ({key}), and a layer has "
+                f"{least}: correct {CONFIG}"
+            )
+    return layers
 
 
 def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -153,12 +171,17 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     Raises as `read_config` does, and `UnsupportedModelError` if transformers has no class for it.
     """
     config = read_config(checkpoint)
-    named = [getattr(transformers, str(name), None) for name in config.architectures or ()]
+    named = [getattr(transformers, name, None) for name in _architectures(config.architectures)]
     known = [found for found in named if isinstance(found, type) and issubclass(found, PreTrainedModel)]
     fitting = [found for found in known if isinstance(config, found.config_class or ())]
     if not fitting:  # of a model of text and pictures, the named class is more than its language model
         return empty_language_model(checkpoint)
     return _build(checkpoint, fitting[0]._from_config, config)
+
+
+def _architectures(entry: Any) -> list[str]:
+    """The names of classes that config.json has, whatever else it has in their place."""
+    return [name for name in entry if isinstance(name, str)] if isinstance(entry, list) else []
 
 
 def empty_language_model(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -239,35 +262,53 @@ def _load(checkpoint: Checkpoint, kind: Any, path: str | None, **settings: Any) 
 
 
 def _check_report(checkpoint: Checkpoint, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` for tensors that transformers filled with random numbers, or left out of their module."""
-    name = type(model).__name__
-    remedy = f"Download the checkpoint again, or correct its {CONFIG}"
-    missing: set[str] = report["missing_keys"]
-    if missing and not any(key.startswith(f"{model.base_model_prefix}.") for key in missing):
-        named = " or ".join(map(str, checkpoint.config.get("architectures") or ["no class"]))
-        remedy = (
-            f"If it is none ({CONFIG} names {named}), it cannot be run as one, but --calibrate none "
-            "--allocation uniform compresses it as it is; otherwise download it again"
+    """Raise `CheckpointError` for tensors that transformers filled with random numbers, or that it should have used."""
+    name, missing = type(model).__name__, report["missing_keys"]
+    random, remedy = "transformers would fill them with random numbers", _remedy(checkpoint, model, missing)
+    other = [f"{key} {tuple(had)} instead of {tuple(wanted)}" for key, had, wanted in report["mismatched_keys"]]
+    ignored = _ignored(model, report["unexpected_keys"])
+    for tensors, fault in (
+        (missing, f"lacks tensors of {name}: {_some(missing)}; {random}"),
+        (other, f"has tensors of another shape than {name} of its {CONFIG}: {_some(other)}; {random}"),
+        (ignored, f"has tensors that {name} of its {CONFIG} would run without: {_some(ignored)}"),
+    ):
+        if tensors:
+            raise CheckpointError(f"{checkpoint.folder} {fault}. {remedy}")
+
+
+def _remedy(checkpoint: Checkpoint, model: PreTrainedModel, missing: Collection[str]) -> str:
+    """What to do about tensors that do not fit."""
+    named = _architectures(checkpoint.config.get("architectures"))
+    lacks_head_only = missing and not any(key.startswith(f"{model.base_model_prefix}.") for key in missing)
+    if named and type(model).__name__ not in named and lacks_head_only:
+        return (
+            f"{CONFIG} names {_some(named)}, which cannot be run as a language model; "
+            "--calibrate none --allocation uniform compresses it as it is"
         )
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint.folder} lacks {len(missing)} of the tensors of {name}: {_some(missing)}; transformers would "
-            f"fill them with random numbers. {remedy}"
-        )
-    if other := [f"{key} {tuple(had)} instead of {tuple(wanted)}" for key, had, wanted in report["mismatched_keys"]]:
-        raise CheckpointError(
-            f"{checkpoint.folder} has {len(other)} tensors of another shape than {name} of its {CONFIG}: "
-            f"{_some(other)}; transformers would fill them with random numbers. {remedy}"
-        )
-    modules = {
-        path for path, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
-    }
-    ignored = [key for key in report["unexpected_keys"] if re.fullmatch(r".*\.(weight|bias)", key)]
-    if unused := [key for key in ignored if key.rpartition(".")[0] in modules]:
-        raise CheckpointError(
-            f"{checkpoint.folder} holds {len(unused)} tensors of modules that have no place for them in {name}: "
-            f"{_some(unused)}; transformers would leave them out. {remedy}"
-        )
+    return f"Download the checkpoint again, or correct its {CONFIG}"
+
+
+def _ignored(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """Of the tensors that the model did not take, those that it would need if config.json told it.
+
+    These are the weights and biases of modules that it has, and layers like its own beyond the last one. Heads that
+    predict more tokens, scales and other models' parts are not.
+    """
+    modules = {key.rpartition(".")[0] for key, _ in model.named_parameters()}
+    own, layers = defaultdict[str, set[str]](set), defaultdict[tuple[str, int], dict[str, str]](dict)
+    for key in model.state_dict():
+        if match := _LAYER.fullmatch(key):
+            own[match["stem"]].add(match["rest"])
+    found: list[str] = []
+    for key in unexpected:
+        module, _, leaf = key.rpartition(".")
+        if leaf in ("weight", "bias") and module in modules:
+            found.append(key)
+        elif match := _LAYER.fullmatch(key):
+            layers[match["stem"], int(match["layer"])][match["rest"]] = key
+    dropped = [tensors for (stem, _), tensors in sorted(layers.items()) if tensors.keys() <= own[stem]]
+    num_heads = getattr(text_config(model.config), "num_nextn_predict_layers", None) or 0
+    return found + [key for tensors in dropped[num_heads:] for key in tensors.values()]
 
 
 @torch.no_grad()
@@ -300,7 +341,7 @@ OUT_OF_MEMORY = (
 
 def window_length(model: Any, most: int) -> int:
     """Tokens in a window: `most`, or as many as the model can take."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(text_config(model.config), "max_position_embeddings", None)
     return min(most, longest) if isinstance(longest, int) and longest > 1 else most
 
 
@@ -321,7 +362,7 @@ def text_tokens(model: Any) -> list[int]:
 
 def vocabulary(model: Any) -> int:
     """Tokens that the model knows."""
-    return model.config.get_text_config().vocab_size
+    return text_config(model.config).vocab_size
 
 
 @contextlib.contextmanager

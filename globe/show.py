@@ -7,7 +7,6 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -43,7 +42,10 @@ def show_report(console: Console, report: Report, output: Path) -> None:
     console.print(
         f"whole model     {megabytes(report.compressed_bytes)} of {megabytes(report.original_bytes)} ({ratio:.1%})"
     )
-    console.print(f"took            {clock(report.seconds)}, at most {megabytes(report.peak_memory_bytes)} of memory")
+    place = "" if report.config["device"] == "cpu" else f" on {report.config['device']}"
+    console.print(
+        f"took            {clock(report.seconds)}{place}, at most {megabytes(report.peak_memory_bytes)} of memory"
+    )
     if (calibration := report.calibration) is not None:
         console.print(
             f"calibrated      on {calibration.num_tokens} tokens of {calibration.text}; {calibration.num_unreached} of "
@@ -90,7 +92,8 @@ def show_evaluation(
     ours = evaluate_model(compressed, windows, bytes_per_token, batch=config.batch, reference=other)
     results["compressed" if _is_compressed(model) else "model"] = model, ours
 
-    table = Table(title=f"{ours.num_tokens} tokens of {config.text}")
+    place = "" if compressed.device.type == "cpu" else f" on {compressed.device}"
+    table = Table(title=f"{ours.num_tokens} tokens of {config.text}{place}")
     table.add_column("")
     for name in results:
         table.add_column(name, justify="right")
@@ -121,8 +124,8 @@ def show_evaluation(
 def _is_compressed(model: str) -> bool:
     if not Path(model).is_dir():
         return False
-    section: dict[str, Any] = open_checkpoint(model).config.get("quantization_config") or {}
-    return section.get("quant_method") == QUANT_METHOD
+    section = open_checkpoint(model).config.get("quantization_config")
+    return isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
 
 
 def _reference(model: str, reference: str | None) -> str | None:

@@ -20,6 +20,7 @@ from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.writer import write_json
 from globe.compress import compress
 from globe.config import CompressConfig
+from globe.device import usable_device
 from globe.errors import GlobeError, OutputError, SettingsError
 from globe.evaluate import EvaluateConfig, Evaluation, evaluate_model, load_tokenizer, token_windows
 from globe.init.warm_start import WarmStartName
@@ -163,6 +164,11 @@ def sweep(
     too short; `CheckpointError` if the original cannot be loaded; `OutputError` if the folder holds other things or
     the disk is full.
     """
+    config = dataclasses.replace(  # a sweep goes on where it began, not where `auto` leads next time
+        config,
+        common=dataclasses.replace(config.common, device=usable_device(config.common.device)),
+        evaluate=dataclasses.replace(config.evaluate, device=usable_device(config.evaluate.device)),
+    )
     run = Run(model, Path(output), config)
     points = config.points()
     waiting = [number for number in range(len(points)) if not run.record_path(number).exists()]

@@ -160,7 +160,8 @@ def _replacing(path: Path, nbytes: int) -> Iterator[BinaryIO]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().data  # one element may have any stride
 
 
 def _copy_range(source: BinaryIO, file: BinaryIO, start: int, nbytes: int) -> None:
