@@ -25,6 +25,7 @@ from globe.errors import SettingsError
 from globe.experts import read_stack
 from globe.knapsack import choose
 from globe.loading import check_weights, empty_language_model, load
+from globe.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.plan import BankPlan, Scope, choose_shape
 from globe.runnable import Place, find_place
 from globe.sensitivity import NUM_WINDOWS, measure_sensitivities, random_windows
@@ -147,7 +148,8 @@ def allocated(
     assert config.keep is not None
     check_weights(checkpoint, empty_language_model(checkpoint))  # before the fits
     banks = [bank for scope in scopes for bank in scope.banks]
-    curves = [measure_curve(read_stack(checkpoint, layers, bank).weights, bank, config) for bank in banks]
+    with explained_exhaustion(f"planning on {config.device}", FITS_EXHAUSTED):
+        curves = [measure_curve(read_stack(checkpoint, layers, bank).weights, bank, config) for bank in banks]
     device = _place(checkpoint, config).device
     assert device is not None
     model = load(checkpoint.fetched(), device, torch.float32)

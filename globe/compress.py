@@ -37,6 +37,7 @@ from globe.empty_model import check_same_experts
 from globe.errors import UnsupportedModelError
 from globe.experts import StoredFactors, read_stack, to_storage
 from globe.loading import check_weights, empty_model, expert_layers, in_json, load, open_source
+from globe.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.metric import LayerStatistics
 from globe.model.autoload import AUTO_MAP, write_autoload
 from globe.model.bank_spec import BankSpec, encoding_of
@@ -97,7 +98,8 @@ def _compress(model: str | Path, output: Path, config: CompressConfig, watch: Ob
     num_finished = next((number for number, record in enumerate(finished) if record is None), len(finished))
     watch.start(job.scopes, num_finished)
     for number in range(num_finished, len(job.scopes)):
-        job.run_scope(partial, number, watch)
+        with explained_exhaustion(f"fitting scope {number + 1} on {job.config.device}", FITS_EXHAUSTED):
+            job.run_scope(partial, number, watch)
         watch.scope(job.scopes[number])
     report = job.assemble(partial, str(model))
     finish(partial, output)
@@ -202,6 +204,7 @@ class Job:
             text.windows.numel(),
             sum(len(found.counts) for found in self.statistics.values()),
             {str(layer): found.unreached for layer, found in self.statistics.items() if found.unreached},
+            place.obstacle if place.device is not None else None,
         )
 
     def allocate(self) -> None:

@@ -17,6 +17,12 @@ _PROC = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
 _SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed")
 
+FITS_EXHAUSTED = (
+    "let fewer layers share a bank (--scope, --max-experts), read them one at a time (--stream), or choose another "
+    "--device; what is finished is kept"
+)
+"""What to do when a fit does not fit."""
+
 
 def total_memory(device: str = "cpu") -> tuple[int, str]:
     """Bytes that may be used at most for what is on the device, and whose bound that is.

@@ -51,6 +51,8 @@ def show_report(console: Console, report: Report, output: Path) -> None:
             f"calibrated      on {calibration.num_tokens} tokens of {calibration.text}; {calibration.num_unreached} of "
             f"{calibration.num_experts} experts were not reached and weigh as their layer's mean"
         )
+        if calibration.on_cpu_because is not None:
+            console.print(f"note            the model ran on the CPU: {calibration.on_cpu_because}", style="yellow")
     fallbacks = sum(bank.metrics["num_fallbacks"] for bank in report.banks)
     if fallbacks:
         console.print(
