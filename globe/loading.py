@@ -382,13 +382,16 @@ def explained(problem: str, advice: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' warnings: what matters in its report becomes an error."""
-    level = logging.get_verbosity()
+    """Without transformers' warnings and bars: what matters in its report becomes an error."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _some(names: Iterable[str]) -> str:

@@ -27,8 +27,9 @@ from globe.errors import CheckpointError, UnsupportedModelError
 Family = Literal["gate", "up", "down"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
+# blocks: what save_pretrained of transformers 5.24 calls Kimi-K2.5's layers, and loads
 _EXPERTS = re.compile(
-    r"(?P<prefix>(?P<stem>(?:.+\.)?)layers\.(?P<layer>\d{1,9})\."
+    r"(?P<prefix>(?P<stem>(?:.+\.)?)(?:layers|(?<=^language_model\.model\.)blocks)\.(?P<layer>\d{1,9})\."
     r"(?:.+\.)?(?:experts(?=\.)|block_sparse_moe(?=\.(?:input|output)_linear\.weight$)))\..+"
 )
 _FUSED = ("gate_up_proj", "gate_up_proj", "down_proj")
