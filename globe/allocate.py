@@ -24,7 +24,7 @@ from globe.config import CompressConfig
 from globe.errors import SettingsError
 from globe.experts import read_stack
 from globe.knapsack import choose
-from globe.loading import check_weights, empty_language_model, load
+from globe.loading import load
 from globe.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.plan import BankPlan, Scope, choose_shape
 from globe.runnable import Place, find_place
@@ -146,7 +146,6 @@ def allocated(
     The model is run on some of the token windows (N, length) of a text, or on random tokens.
     """
     assert config.keep is not None
-    check_weights(checkpoint, empty_language_model(checkpoint))  # before the fits
     banks = [bank for scope in scopes for bank in scope.banks]
     with explained_exhaustion(f"planning on {config.device}", FITS_EXHAUSTED):
         curves = [measure_curve(read_stack(checkpoint, layers, bank).weights, bank, config) for bank in banks]

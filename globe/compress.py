@@ -36,7 +36,7 @@ from globe.config import CompressConfig
 from globe.empty_model import check_same_experts
 from globe.errors import UnsupportedModelError
 from globe.experts import StoredFactors, read_stack, to_storage
-from globe.loading import check_weights, empty_model, expert_layers, in_json, load, open_source
+from globe.loading import check_language_model, check_weights, empty_model, expert_layers, in_json, load, open_source
 from globe.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.metric import LayerStatistics
 from globe.model.autoload import AUTO_MAP, write_autoload
@@ -117,6 +117,8 @@ class Job:
         model = empty_model(checkpoint)
         check_same_experts(self.layers, find_experts(model))
         check_weights(checkpoint, model)
+        if self.config.calibrate != "none" or allocate.obstacle(checkpoint, self.config, len(self.specs)) is None:
+            check_language_model(checkpoint, model)
         self.names = factor_names(model)
         self.uncalibrated_because: str | None = None
         self.calibration_text: CalibrationText | None = None

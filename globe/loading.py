@@ -222,6 +222,13 @@ def check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     _load(checkpoint, type(model), None, config=model.config, state_dict=headers, device_map={"": "meta"})
 
 
+def check_language_model(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """The same for what `load` loads, where that is another class than the (empty) model's."""
+    alone = empty_language_model(checkpoint)
+    if type(alone) is not type(model):
+        check_weights(checkpoint, alone)
+
+
 def load(model: str | Path, device: str = AUTO, dtype: torch.dtype | None = None) -> Any:
     """A causal language model from a folder or the Hub, compressed or not, in its own precision or in `dtype`, for
     inference; tried on a few tokens.
