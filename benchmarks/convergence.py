@@ -27,10 +27,10 @@ from benchmarks.record import RESULTS, Claim, write_record
 from benchmarks.tables import Column, print_claims, print_table
 from globe import CompressConfig, FitConfig, FitResult, fit_bank
 from globe.bank.codes import CodeMap
-from globe.checkpoint.layout import find_expert_layers
 from globe.checkpoint.reader import open_checkpoint
 from globe.experts import read_stack
 from globe.init.warm_start import WarmStartName
+from globe.loading import expert_layers
 from globe.plan import make_plan
 from globe.shipped import resolve_model
 from globe.style import STYLE
@@ -168,7 +168,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main(config: ConvergenceConfig) -> None:
     torch.set_num_threads(config.threads)
     checkpoint = open_checkpoint(resolve_model(config.model))
-    layers = {layer.index: layer for layer in find_expert_layers(checkpoint)}
+    layers = {layer.index: layer for layer in expert_layers(checkpoint)}
     plan = make_plan(list(layers.values()), CompressConfig(keep=config.keep, layers=(config.layer,)))
     bank = plan[0].banks[0]
     experts = read_stack(checkpoint, layers, bank).weights

@@ -18,8 +18,8 @@ from benchmarks.quality import Evaluator
 from benchmarks.record import RESULTS, write_record
 from benchmarks.tables import Column, print_table
 from globe import CompressConfig, compress
-from globe.checkpoint.layout import find_expert_layers
 from globe.checkpoint.reader import open_checkpoint
+from globe.loading import expert_layers
 from globe.shipped import resolve_model
 
 COLUMNS = (
@@ -66,7 +66,7 @@ def main(config: ScopesConfig) -> None:
     logging.disable_progress_bar()
     model = resolve_model(config.model)
     evaluator = Evaluator(model, config.max_tokens)
-    num_rows = find_expert_layers(open_checkpoint(model))[0].intermediate_size
+    num_rows = expert_layers(open_checkpoint(model))[0].intermediate_size
     rows: list[dict[str, Any]] = []
     for keep in config.keeps:
         cases = [("layer", False, False), *((scope, True, False) for scope in config.scopes), ("model", True, True)]

@@ -38,7 +38,7 @@ from benchmarks.tables import Column, print_claims, print_table
 from globe import CompressConfig, compress, set_compose_cache
 from globe.bank.rounding import Precision, encode
 from globe.checkpoint.layout import FAMILIES
-from globe.evaluate import load
+from globe.loading import load
 from globe.model import ComposeCache, find_experts
 from globe.model.bank_module import Bank, BankUse
 from globe.model.experts import factorise

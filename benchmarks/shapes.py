@@ -17,9 +17,9 @@ import tyro
 from benchmarks.record import RESULTS, write_record
 from benchmarks.tables import Column, print_table
 from globe import CompressConfig, FitConfig, fit_bank
-from globe.checkpoint.layout import find_expert_layers
 from globe.checkpoint.reader import open_checkpoint
 from globe.experts import read_stack
+from globe.loading import expert_layers
 from globe.plan import make_plan
 from globe.shipped import resolve_model
 
@@ -60,7 +60,7 @@ class ShapesConfig:
 def main(config: ShapesConfig) -> None:
     torch.set_num_threads(config.threads)
     checkpoint = open_checkpoint(resolve_model(config.model))
-    layers = {layer.index: layer for layer in find_expert_layers(checkpoint)}
+    layers = {layer.index: layer for layer in expert_layers(checkpoint)}
     rows: list[dict[str, Any]] = []
     for index in config.layers:
         for keep in config.keeps:

@@ -24,10 +24,10 @@ from globe import CompressConfig, FitConfig, fit_bank
 from globe.bank.codes import CodeMap, pursue_codes, support, top_mask
 from globe.bank.linalg import norms
 from globe.bank.objective import Problem, Projection
-from globe.checkpoint.layout import find_expert_layers
 from globe.checkpoint.reader import open_checkpoint
 from globe.experts import read_stack
 from globe.init.warm_start import warm_start
+from globe.loading import expert_layers
 from globe.plan import make_plan
 from globe.shipped import resolve_model
 from globe.train.fit_banks import step_length
@@ -202,7 +202,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main(config: SparseConfig) -> None:
     torch.set_num_threads(config.threads)
     checkpoint = open_checkpoint(resolve_model(config.model))
-    layers = {layer.index: layer for layer in find_expert_layers(checkpoint)}
+    layers = {layer.index: layer for layer in expert_layers(checkpoint)}
     plan = make_plan(list(layers.values()), CompressConfig(keep=0.75, layers=config.layers, scope="model"))
     weights = read_stack(checkpoint, layers, plan[0].banks[0]).weights
     rows = [found for num_kept in config.ways_supports for found in run_ways(weights, num_kept, config)]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from globe.checkpoint.header import TORCH_DTYPES
-from globe.checkpoint.layout import FAMILIES, Family, find_expert_layers
+from globe.checkpoint.layout import FAMILIES, Family
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.stacks import read_family
+from globe.loading import expert_layers
 from globe.model.expert_modules import factor_names
 from globe.report import root_mean_square
 
@@ -39,7 +40,7 @@ class Approximation:
 def read_stacks(model: str | Path, layers: Collection[int] | None) -> tuple[Stacks, torch.dtype]:
     """The routed experts of a checkpoint's `layers` (None: all), and the precision they are stored in."""
     checkpoint = open_checkpoint(model)
-    found = [layer for layer in find_expert_layers(checkpoint) if layers is None or layer.index in layers]
+    found = [layer for layer in expert_layers(checkpoint) if layers is None or layer.index in layers]
     stacks = {
         (layer.index, family): read_family(checkpoint, layer, family).float() for layer in found for family in FAMILIES
     }

@@ -19,15 +19,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from globe import runnable
 from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.reader import Checkpoint
 from globe.config import CompressConfig
 from globe.errors import SettingsError
 from globe.experts import read_stack
 from globe.knapsack import choose
+from globe.loading import load
+from globe.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.plan import BankPlan, Scope, choose_shape
-from globe.sensitivity import NUM_WINDOWS, load_for_gradients, measure_sensitivities, random_windows
+from globe.runnable import Place, find_place
+from globe.sensitivity import NUM_WINDOWS, measure_sensitivities, random_windows
 from globe.train.fit_banks import fit_bank
 
 ERROR_POWER = 3.0
@@ -130,7 +132,12 @@ def obstacle(checkpoint: Checkpoint, config: CompressConfig, num_banks: int) -> 
         return "there is one bank"
     if config.factor_dtype.startswith("int"):
         return "with factors in few bits it has not been measured what an allocation is worth"
-    return runnable.obstacle(checkpoint, itemsize=torch.float32.itemsize)
+    place = _place(checkpoint, config)
+    return place.obstacle if place.device is None else None
+
+
+def _place(checkpoint: Checkpoint, config: CompressConfig) -> Place:
+    return find_place(checkpoint, config.device, torch.float32.itemsize)
 
 
 def allocated(
@@ -146,10 +153,13 @@ def allocated(
     """
     assert config.keep is not None
     banks = [bank for scope in scopes for bank in scope.banks]
-    curves = [measure_curve(read_stack(checkpoint, layers, bank).weights, bank, config) for bank in banks]
-    model = load_for_gradients(checkpoint, config.device)
+    with explained_exhaustion(f"planning on {config.device}", FITS_EXHAUSTED):
+        curves = [measure_curve(read_stack(checkpoint, layers, bank).weights, bank, config) for bank in banks]
+    device = _place(checkpoint, config).device
+    assert device is not None
+    model = load(checkpoint.fetched(), device, torch.float32)
     if windows is None:
-        windows = random_windows(checkpoint, config.seed)
+        windows = random_windows(model, config.seed)
     windows = windows[:: math.ceil(len(windows) / NUM_WINDOWS)]
     found = measure_sensitivities(model, windows, {index for bank in banks for index in bank.layers}, config.seed)
     sensitivities = [

@@ -16,6 +16,8 @@ from globe.checkpoint.layout import FAMILIES, Family
 from globe.checkpoint.writer import save_tensors
 from globe.errors import CheckpointError
 from globe.evaluate import EvaluateConfig, load_tokenizer, token_windows
+from globe.loading import OUT_OF_MEMORY
+from globe.memory import explained_exhaustion
 from globe.metric import LayerStatistics
 from globe.model.expert_modules import ExpertsLayout, RoutedExperts, find_experts
 from globe.model.experts import usual_gate
@@ -145,8 +147,9 @@ def calibrate(model: Any, windows: Tensor, layers: Collection[int], batch: int =
     Beside the model, D² + 3·E·P numbers for each layer are kept, however long the text. Raises `UnsupportedModelError`
     as `find_experts` does, and `CheckpointError` naming the layer whose statistics are not finite.
     """
-    sums = {experts.layer: _Sums(experts) for experts in find_experts(model) if experts.layer in layers}
-    run_hooked(model, windows, sums, batch)
+    with explained_exhaustion(f"calibrating on {model.device}", OUT_OF_MEMORY):
+        sums = {experts.layer: _Sums(experts) for experts in find_experts(model) if experts.layer in layers}
+        run_hooked(model, windows, sums, batch)
     found = {layer: total.statistics() for layer, total in sums.items()}
     for layer, statistics in found.items():
         if not all(bool(tensor.isfinite().all()) for tensor in (statistics.inputs, *statistics.rows.values())):

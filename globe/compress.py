@@ -16,14 +16,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from globe import allocate, runnable
+from globe import allocate
 from globe.calibrate import CalibrationText, calibrate, load_statistics, read_calibration_text, save_statistics
 from globe.checkpoint.digest import file_sha256
 from globe.checkpoint.header import TORCH_DTYPES
-from globe.checkpoint.layout import ExpertLayer, Family, find_expert_layers, source_names
+from globe.checkpoint.layout import ExpertLayer, Family, source_names
 from globe.checkpoint.manifest import MANIFEST
 from globe.checkpoint.reader import CONFIG, INDEX, Checkpoint, open_checkpoint
-from globe.checkpoint.source import open_source
 from globe.checkpoint.stacks import read_family
 from globe.checkpoint.writer import (
     copy_side_files,
@@ -34,10 +33,11 @@ from globe.checkpoint.writer import (
     write_json,
 )
 from globe.config import CompressConfig
-from globe.empty_model import check_same_experts, empty_model
-from globe.errors import CheckpointError
-from globe.evaluate import load
+from globe.empty_model import check_same_experts
+from globe.errors import CheckpointError, UnsupportedModelError
 from globe.experts import StoredFactors, read_stack, to_storage
+from globe.loading import check_language_model, check_weights, empty_model, expert_layers, in_json, load, open_source
+from globe.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.metric import LayerStatistics
 from globe.model.autoload import AUTO_MAP, AUTOLOAD, write_autoload
 from globe.model.bank_spec import BankSpec, encoding_of
@@ -51,6 +51,7 @@ from globe.progress import Observer, Observers, describe
 from globe.records import as_json
 from globe.report import REPORT, BankReport, CalibrationReport, Report, peak_memory, step_columns, versions
 from globe.run_folder import RunFolder, open_run
+from globe.runnable import find_place
 from globe.samples import sample_windows
 from globe.shipped import resolve_model
 from globe.source_layout import SOURCE_LAYOUT, write_source_layout
@@ -108,7 +109,8 @@ def _work(job: Job, folder: RunFolder, watch: Observer) -> None:
     finished = [number for number in range(len(scopes)) if number not in left]
     watch.start([scopes[number] for number in (*finished, *left)], len(finished))
     for number in left:
-        fit_scope(job, preparation, folder, number, watch)
+        with explained_exhaustion(f"fitting scope {number + 1} on {job.config.device}", FITS_EXHAUSTED):
+            fit_scope(job, preparation, folder, number, watch)
         watch.scope(scopes[number])
     assemble(job, preparation, folder)
 
@@ -203,10 +205,14 @@ def make_job(model: str | Path, config: CompressConfig) -> Job:
     """Open the source and check that settings, files and transformers' model of it fit each other; raises otherwise as
     `compress` does."""
     checkpoint, config = open_source(resolve_model(model)), config.resolved()
-    layers = {layer.index: layer for layer in find_expert_layers(checkpoint)}
+    layers = {layer.index: layer for layer in expert_layers(checkpoint)}
     scopes = make_plan(list(layers.values()), config)
     empty = empty_model(checkpoint)
     check_same_experts(layers, find_experts(empty))
+    check_weights(checkpoint, empty)
+    num_banks = sum(len(scope.banks) for scope in scopes)
+    if config.calibrate != "none" or allocate.obstacle(checkpoint, config, num_banks) is None:
+        check_language_model(checkpoint, empty)
     text: CalibrationText | None = None
     if config.calibrate not in ("samples", "none"):
         text = read_calibration_text(checkpoint.folder, config.calibrate, config.calibration_tokens)
@@ -273,15 +279,15 @@ def run_calibration(job: Job) -> Calibration:
     began, text = time.monotonic(), job.calibration_text
     if job.config.calibrate == "none":
         return Calibration(uncalibrated_because="that is asked for")
-    if text is None and (because := runnable.obstacle(job.checkpoint)) is not None:
-        return Calibration(uncalibrated_because=because)
-    model = load(job.checkpoint.fetched(), job.config.device)
+    place = find_place(job.checkpoint, job.config.device)
+    if text is None and place.device is None:
+        return Calibration(uncalibrated_because=place.obstacle)
+    model = load(job.checkpoint.fetched(), place.device or job.config.device)
     if text is None:
         try:
             text = CalibrationText("samples", sample_windows(model, job.config.seed))
-        except Exception as error:
-            because = f"the model does not generate: {type(error).__name__}: {error}"
-            return Calibration(uncalibrated_because=because, seconds=time.monotonic() - began)
+        except UnsupportedModelError as error:
+            return Calibration(uncalibrated_because=str(error), seconds=time.monotonic() - began)
     statistics = calibrate(model, text.windows, {index for scope in job.scopes for index in scope.layers})
     report = CalibrationReport(
         text.name,
@@ -289,6 +295,7 @@ def run_calibration(job: Job) -> Calibration:
         text.windows.numel(),
         sum(len(found.counts) for found in statistics.values()),
         {str(layer): found.unreached for layer, found in statistics.items() if found.unreached},
+        place.obstacle if place.device is not None else None,
     )
     return Calibration(statistics, report, text.windows, None, time.monotonic() - began)
 
@@ -425,7 +432,7 @@ def assemble(job: Job, preparation: Preparation, folder: RunFolder) -> None:
         run=folder.records.identity,
     ).to_dict()
     files[AUTOLOAD] = write_autoload(folder.path)
-    config = {**job.checkpoint.config, "auto_map": AUTO_MAP, "quantization_config": section}
+    config = {**in_json(job.checkpoint.config), "auto_map": AUTO_MAP, "quantization_config": section}
     files[CONFIG] = write_json(folder.path / CONFIG, config)
     open_checkpoint(folder.path)
     _check_source(job, folder)

@@ -9,6 +9,7 @@ from globe.bank.activations import Activation
 from globe.bank.codes import CodeMap
 from globe.bank.rounding import Precision
 from globe.checkpoint.layout import FAMILIES, Family
+from globe.device import AUTO, usable_device
 from globe.errors import SettingsError
 from globe.init.warm_start import WarmStartName
 from globe.train.config import FitConfig, Solver
@@ -70,8 +71,8 @@ class CompressConfig:
     """Steps of each fit at most."""
     seed: int = 0
     """Seeds what is random in a warm start."""
-    device: str = "cpu"
-    """Where the fits run: cpu, cuda or mps."""
+    device: str = AUTO
+    """Where the fits run: cpu, cuda, mps, or auto: the GPU where there is one."""
     factor_dtype: FloatDtype | PackedDtype = "source"
     """What the factors are stored in: the dtype of the weights (source), a floating-point dtype, or few bits with a
     scale for each group of 64; below 8 bits the fit knows."""
@@ -108,9 +109,12 @@ class CompressConfig:
             fit.check_streamed()
 
     def resolved(self) -> CompressConfig:
-        """The same settings with `keep` filled in where nothing says how much to keep."""
+        """The same settings with `keep` filled in where nothing says how much to keep, and the device that `auto` is.
+
+        Raises `SettingsError` unless torch can compute on the device here.
+        """
         sized = self.keep is not None or self.bits is not None or self.rank_ratio is not None
-        return self if sized else dataclasses.replace(self, keep=0.75)
+        return dataclasses.replace(self, keep=self.keep if sized else 0.75, device=usable_device(self.device))
 
     @property
     def precision(self) -> Precision:

@@ -1,46 +1,22 @@
-"""What transformers makes of a checkpoint's configuration, without weights, and whether the files agree with it."""
+"""Whether the files of a checkpoint agree with the model that transformers makes of its configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
-import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
-
 from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.reader import Checkpoint
 from globe.errors import CheckpointError, UnsupportedModelError
+from globe.loading import empty_model
 from globe.model.expert_modules import RoutedExperts, factor_names
 from globe.model.names import FactorNames
 
 
 def model_names(checkpoint: Checkpoint) -> FactorNames:
-    """Where transformers keeps the experts of this model, from its configuration alone.
-
-    Raises `UnsupportedModelError` if transformers does not know the model, or GloBE its experts.
+    """Where transformers keeps the experts of this model, from its configuration alone; raises as `empty_model` does,
+    and `UnsupportedModelError` for experts that GloBE does not know.
     """
     return factor_names(empty_model(checkpoint))
-
-
-def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model of the checkpoint's configuration, on the meta device.
-
-    Raises `UnsupportedModelError` if transformers cannot build it without remote code.
-    """
-    try:
-        config = CONFIG_MAPPING[checkpoint.config.get("model_type", "")].from_dict(checkpoint.config)
-        named = [getattr(transformers, name, None) for name in checkpoint.config.get("architectures") or ()]
-        known = [found for found in named if isinstance(found, type) and issubclass(found, PreTrainedModel)]
-        with torch.device("meta"):
-            if known:  # of a model of text and pictures, more than its language model
-                return known[0]._from_config(config)
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"transformers cannot build {checkpoint.folder} (model_type {checkpoint.config.get('model_type')!r}) "
-            f"without remote code: {error}"
-        ) from error
 
 
 def check_same_experts(layers: Mapping[int, ExpertLayer], experts: Iterable[RoutedExperts]) -> None:

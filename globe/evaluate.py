@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-import globe.model  # noqa: F401  (registers the native format)
 from globe.checkpoint.manifest import verify_model
-from globe.errors import CheckpointError, SettingsError
+from globe.device import AUTO
+from globe.errors import SettingsError
+from globe.loading import explained, load, running
 from globe.shipped import read_text, resolve_model
-from globe.train.config import check_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +32,13 @@ class EvaluateConfig:
     """Tokens in a window; windows do not overlap and the first token of each is not predicted."""
     batch: int = 8
     """Windows in a forward pass."""
-    device: str = "cpu"
-    """Where the models run: cpu, cuda or mps."""
+    device: str = AUTO
+    """Where the models run: cpu, cuda, mps, or auto: the GPU where there is one."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens", 1), ("length", 2), ("batch", 1)):
             if getattr(self, name) < least:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        check_device(self.device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,35 +98,24 @@ def _log_probabilities(
     model: Any, reference: Any | None, ids: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Next tokens (K,) and float32 log probabilities (K, vocabulary) of both models, one window at a time."""
-    logits = model(input_ids=ids.to(model.device)).logits
-    other = None if reference is None else reference(input_ids=ids.to(reference.device)).logits
+    logits = _logits(model, ids)
+    other = None if reference is None else _logits(reference, ids)
     for row in range(ids.shape[0]):
         log_p = logits[row, :-1].float().cpu().log_softmax(-1)
         log_q = None if other is None else other[row, :-1].float().cpu().log_softmax(-1)
         yield ids[row, 1:], log_p, log_q
 
 
-def load(model: str | Path, device: str = "cpu") -> Any:
-    """A causal language model from a folder or the Hub, compressed or not, in its own precision, for inference.
-
-    Raises `CheckpointError` with the cause when transformers cannot load it.
-    """
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(str(model), dtype="auto", trust_remote_code=False)
-        return loaded.to(device).eval()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model} cannot be loaded: {error}") from error
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    with running(model):
+        return model(input_ids=ids.to(model.device)).logits
 
 
 def load_tokenizer(model: str | Path) -> Any:
     """The tokenizer of a model; raises `CheckpointError` with the cause when it has none."""
-    try:
+    advice = "its files (tokenizer.json and the like) belong beside the weights"
+    with explained(f"the tokenizer of {model} cannot be loaded", advice):
         return AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"the tokenizer of {model} cannot be loaded: {error}\nIts files (tokenizer.json and the like) belong "
-            "beside the weights"
-        ) from error
 
 
 @torch.no_grad()
@@ -135,7 +123,8 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 96, 
     """A sampled continuation of a prompt; models that agree continue it alike, since the seed is the same."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     torch.manual_seed(seed)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=True, top_p=0.8)
+    with running(model):
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=True, top_p=0.8)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from globe.bank.rounding import stored_shape
 from globe.checkpoint.header import TORCH_DTYPES
-from globe.checkpoint.layout import FAMILIES, Family, find_expert_layers, source_names
+from globe.checkpoint.layout import FAMILIES, Family, source_names
 from globe.checkpoint.manifest import MANIFEST, verify_model
 from globe.checkpoint.reader import CONFIG, INDEX, SINGLE, Checkpoint, open_checkpoint
 from globe.checkpoint.stacks import check_finite, dense_tensor
@@ -18,6 +18,7 @@ from globe.checkpoint.writer import copy_side_files, make_folder, require_space,
 from globe.empty_model import model_names
 from globe.errors import CheckpointError
 from globe.experts import restore
+from globe.loading import expert_layers, in_json
 from globe.model.factor_check import check_run
 from globe.model.quantization_config import QUANT_METHOD, GlobeQuantizationConfig
 from globe.report import REPORT
@@ -64,7 +65,7 @@ def _write(dense: DenseView, folder: RunFolder) -> None:
         weight_map = {tensor.name: tensor.shard for tensor in source.tensors.values()}
         files[INDEX] = write_index(path, weight_map, num_bytes)
     files |= copy_side_files(compressed, path, leave_out=(REPORT, SOURCE_LAYOUT, MANIFEST))
-    files[CONFIG] = write_json(path / CONFIG, source.config)
+    files[CONFIG] = write_json(path / CONFIG, in_json(source.config))
     open_checkpoint(path)
     folder.complete(files)
 
@@ -81,7 +82,7 @@ class DenseView:
         self._config = GlobeQuantizationConfig(**section)
         check_run([compressed.folder / shard for shard in compressed.shards], self._config.run)
         self._names = model_names(self.source)
-        self._layers = {layer.index: layer for layer in find_expert_layers(self.source)}
+        self._layers = {layer.index: layer for layer in expert_layers(self.source)}
         self._owner = {
             name: (layer.index, family)
             for layer in self._layers.values()

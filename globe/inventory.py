@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from globe.bank.rounding import decoded
-from globe.checkpoint.layout import FAMILIES, find_expert_layers, source_names
+from globe.checkpoint.layout import FAMILIES, source_names
 from globe.checkpoint.reader import Checkpoint
 from globe.empty_model import model_names
+from globe.loading import expert_layers
 from globe.model.bank_spec import BankSpec
 from globe.model.names import FactorNames, is_factor
 from globe.model.quantization_config import GlobeQuantizationConfig
@@ -53,9 +54,7 @@ def bytes_by_kind(compressed: Checkpoint) -> list[Bytes]:
     Raises `CheckpointError` if the folder has no readable record of its source.
     """
     source = read_source_layout(compressed)
-    routed = {
-        name for layer in find_expert_layers(source) for family in FAMILIES for name in source_names(layer, family)
-    }
+    routed = {name for layer in expert_layers(source) for family in FAMILIES for name in source_names(layer, family)}
     before, after = dict[str, int](), dict[str, int]()
     for checkpoint, sizes in ((source, before), (compressed, after)):
         for tensor in checkpoint.tensors.values():
@@ -94,7 +93,7 @@ def read_spectra(compressed: Checkpoint) -> Iterator[Spectra]:
     config = GlobeQuantizationConfig(**compressed.config["quantization_config"])
     source = read_source_layout(compressed)
     names = model_names(source)
-    columns = {layer.index: layer.hidden_size for layer in find_expert_layers(source)}
+    columns = {layer.index: layer.hidden_size for layer in expert_layers(source)}
     for bank in _some(config.banks, _MAX_BANKS):
         yield _spectra(compressed, names, bank, columns[bank.layers[0]])
 

@@ -66,6 +66,8 @@ class CalibrationReport:
     """Of all layers that were compressed."""
     unreached: dict[str, list[int]]
     """By layer, the experts that no token was routed to; they are weighed as the layer's mean."""
+    on_cpu_because: str | None = None
+    """Why the model was run there and not on the device of the fits; None where it was not."""
 
     @property
     def num_unreached(self) -> int:

@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from globe.checkpoint.layout import Family
-from globe.checkpoint.reader import Checkpoint
-from globe.errors import CheckpointError
+from globe.loading import OUT_OF_MEMORY, text_tokens, window_length
+from globe.memory import explained_exhaustion
 from globe.model.expert_modules import ExpertsLayout, find_experts
 
 NUM_WINDOWS = 8
@@ -31,23 +30,11 @@ Sensitivities = dict[tuple[int, Family], Tensor]
 """s of every expert, (E,), by layer and family; their sum is that of the family."""
 
 
-def load_for_gradients(checkpoint: Checkpoint, device: str) -> Any:
-    """The model in float32; shards on the Hub are fetched first. Raises `CheckpointError` if it cannot be loaded."""
-    folder = checkpoint.fetched()
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False)
-        return loaded.to(device).eval()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
-
-
-def random_windows(checkpoint: Checkpoint, seed: int) -> Tensor:
-    """Token windows (N, length), uniform over the vocabulary."""
-    config = checkpoint.text_config
-    longest = config.get("max_position_embeddings")
-    length = min(WINDOW, longest) if isinstance(longest, int) else WINDOW
+def random_windows(model: Any, seed: int) -> Tensor:
+    """Token windows (N, length) for the model, uniform over its vocabulary but for what stands for pictures."""
+    tokens = torch.tensor(text_tokens(model))
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(int(config["vocab_size"]), (NUM_WINDOWS, length), generator=generator)
+    return tokens[torch.randint(len(tokens), (NUM_WINDOWS, window_length(model, WINDOW)), generator=generator)]
 
 
 def measure_sensitivities(model: Any, windows: Tensor, layers: Collection[int], seed: int = 0) -> Sensitivities:
@@ -69,7 +56,7 @@ def measure_sensitivities(model: Any, windows: Tensor, layers: Collection[int], 
                 adder = _adder(sums, experts.layer, name, experts.layout, squares)
                 hooks.append(parameter.register_post_accumulate_grad_hook(adder))
     generator = torch.Generator().manual_seed(seed)
-    with torch.enable_grad():
+    with torch.enable_grad(), explained_exhaustion(f"measuring sensitivities on {model.device}", OUT_OF_MEMORY):
         for window in windows:
             logits = model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]
             if not bool(logits.isfinite().all()):

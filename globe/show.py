@@ -7,21 +7,20 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from globe.checkpoint.layout import ExpertLayer, find_expert_layers
+from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.manifest import verify_files, verify_model
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
-from globe.checkpoint.source import open_source
 from globe.compress import make_job, prepare
 from globe.config import CompressConfig
 from globe.errors import GlobeError
-from globe.evaluate import EvaluateConfig, Evaluation, evaluate_model, generate, load, load_tokenizer, token_windows
+from globe.evaluate import EvaluateConfig, Evaluation, evaluate_model, generate, load_tokenizer, token_windows
+from globe.loading import expert_layers, load, open_source
 from globe.model.quantization_config import QUANT_METHOD
 from globe.model.serving import set_compose_cache
 from globe.plan import Scope, compact
@@ -44,12 +43,17 @@ def show_report(console: Console, report: Report, output: Path) -> None:
     console.print(
         f"whole model     {megabytes(report.compressed_bytes)} of {megabytes(report.original_bytes)} ({ratio:.1%})"
     )
-    console.print(f"took            {clock(report.seconds)}, at most {megabytes(report.peak_memory_bytes)} of memory")
+    place = "" if report.config["device"] == "cpu" else f" on {report.config['device']}"
+    console.print(
+        f"took            {clock(report.seconds)}{place}, at most {megabytes(report.peak_memory_bytes)} of memory"
+    )
     if (calibration := report.calibration) is not None:
         console.print(
             f"calibrated      on {calibration.num_tokens} tokens of {calibration.text}; {calibration.num_unreached} of "
             f"{calibration.num_experts} experts were not reached and weigh as their layer's mean"
         )
+        if calibration.on_cpu_because is not None:
+            console.print(f"note            the model ran on the CPU: {calibration.on_cpu_because}", style="yellow")
     fallbacks = sum(bank.metrics.get("num_fallbacks", 0) for bank in report.banks)
     if fallbacks:
         console.print(
@@ -95,7 +99,8 @@ def show_evaluation(
     ours = evaluate_model(compressed, windows, bytes_per_token, batch=config.batch, reference=other)
     results["compressed" if _is_compressed(model) else "model"] = model, ours
 
-    table = Table(title=f"{ours.num_tokens} tokens of {config.text}")
+    place = "" if compressed.device.type == "cpu" else f" on {compressed.device}"
+    table = Table(title=f"{ours.num_tokens} tokens of {config.text}{place}")
     table.add_column("")
     for name in results:
         table.add_column(name, justify="right")
@@ -126,8 +131,8 @@ def show_evaluation(
 def _is_compressed(model: str) -> bool:
     if not Path(model).is_dir():
         return False
-    section: dict[str, Any] = open_checkpoint(model).config.get("quantization_config") or {}
-    return section.get("quant_method") == QUANT_METHOD
+    section = open_checkpoint(model).config.get("quantization_config")
+    return isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
 
 
 def _reference(model: str, reference: str | None) -> str | None:
@@ -156,7 +161,7 @@ def show_inspection(console: Console, model: str, config: CompressConfig) -> Non
         _show_compressed(console, Report.read(Path(folder)))
         return
     checkpoint = open_source(folder)
-    layers = find_expert_layers(checkpoint)
+    layers = expert_layers(checkpoint)
     job = make_job(model, config)
     _show_experts(console, checkpoint, layers)
     preparation = None if checkpoint.repo is not None else prepare(job, Observers(()))

@@ -22,9 +22,11 @@ from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.writer import make_folder
 from globe.compress import compress
 from globe.config import CompressConfig
+from globe.device import usable_device
 from globe.errors import CheckpointError, GlobeError, OutputError, SettingsError
-from globe.evaluate import EvaluateConfig, Evaluation, evaluate_model, load, load_tokenizer, token_windows
+from globe.evaluate import EvaluateConfig, Evaluation, evaluate_model, load_tokenizer, token_windows
 from globe.init.warm_start import WarmStartName
+from globe.loading import load
 from globe.progress import Observer
 from globe.records import RUN, Records
 from globe.report import Report, versions
@@ -172,6 +174,11 @@ def sweep(
     too short; `CheckpointError` if the original cannot be loaded; `OutputError` if the folder holds other things,
     another process is at it, or the disk is full.
     """
+    config = dataclasses.replace(  # a sweep goes on where it began, not where `auto` leads next time
+        config,
+        common=dataclasses.replace(config.common, device=usable_device(config.common.device)),
+        evaluate=dataclasses.replace(config.evaluate, device=usable_device(config.evaluate.device)),
+    )
     run = Run(model, Path(output), config)
     with run.begun(overwrite=overwrite):
         points = config.points()

@@ -30,7 +30,8 @@ from globe.checkpoint.manifest import MANIFEST
 from globe.checkpoint.reader import CONFIG, INDEX, Checkpoint, open_checkpoint
 from globe.checkpoint.writer import copy_side_files, save_tensors, write_index, write_json
 from globe.errors import SettingsError
-from globe.evaluate import EvaluateConfig, load, load_tokenizer, token_windows
+from globe.evaluate import EvaluateConfig, load_tokenizer, token_windows
+from globe.loading import load
 from globe.model.autoload import AUTOLOAD, write_autoload
 from globe.model.factor_check import RUN_METADATA
 from globe.model.names import is_factor

@@ -11,9 +11,10 @@ import torch
 from globe import CompressConfig, SettingsError, compress, samples
 from globe.bank.factors import Factors
 from globe.calibrate import calibrate
-from globe.checkpoint.layout import find_expert_layers
 from globe.checkpoint.reader import open_checkpoint
+from globe.errors import OutOfMemoryError
 from globe.experts import ExpertStack, read_stack, to_storage
+from globe.loading import expert_layers
 from globe.metric import LayerStatistics, input_metric, row_scales
 from globe.plan import BankPlan
 from globe.report import Report
@@ -35,7 +36,7 @@ def read(folder: Path, model_type: str) -> tuple[ExpertStack, ExpertStack, dict[
     """The experts of a tiny model in a whole-model bank, plain and calibrated."""
     write_source(folder, model_type)
     checkpoint = open_checkpoint(folder)
-    layers = {layer.index: layer for layer in find_expert_layers(checkpoint)}
+    layers = {layer.index: layer for layer in expert_layers(checkpoint)}
     bank = BankPlan(tuple(range(LAYERS)), FAMILIES, LAYERS * 3 * E, P, D, RANK, BASES)
     statistics = calibrate(tiny_model(model_type), windows(), range(LAYERS))
     plain = read_stack(checkpoint, layers, bank)
@@ -180,19 +181,36 @@ def test_a_model_that_cannot_be_run_is_fitted_uncalibrated_and_says_so(
 ) -> None:
     settings = dataclasses.replace(QUICK, calibrate="samples", allocation="uniform")
 
-    def fail(*_: Any) -> None:
-        raise RuntimeError("no experts for one token")
-
     if reason == "takes":
         monkeypatch.setattr("globe.runnable.MEMORY_SHARE", 1e-9)
     else:
-        monkeypatch.setattr(compress_module, "sample_windows", fail)
+        monkeypatch.setattr("transformers.PreTrainedModel.can_generate", lambda *_: False)
     report = compress("shipped", tmp_path / "out", settings)
     assert report.calibration is None
     assert report.uncalibrated_because is not None
     assert reason in report.uncalibrated_because
     plain = compress("shipped", tmp_path / "plain", dataclasses.replace(settings, calibrate="none"))
     assert report.error == plain.error
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (TypeError("a bug"), TypeError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), OutOfMemoryError),
+    ],
+)
+def test_a_fault_while_sampling_is_not_taken_for_a_model_that_cannot_generate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, expected: type[BaseException]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise raised
+
+    where = "globe.samples.text_tokens" if isinstance(raised, TypeError) else "transformers.PreTrainedModel.generate"
+    monkeypatch.setattr(where, fail, raising=False)
+    with pytest.raises(expected):
+        compress("shipped", tmp_path / "out", dataclasses.replace(QUICK, calibrate="samples"))
 
 
 def test_a_streamed_bank_is_calibrated_like_one_in_memory(tmp_path: Path) -> None:

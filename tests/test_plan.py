@@ -113,7 +113,6 @@ def test_experts_of_different_shapes_do_not_share_a_bank() -> None:
         ({"scope": "half"}, "half"),
         ({"activation": "gelu"}, "gelu"),
         ({"codes": "topk"}, "topk"),
-        ({"device": "cuda:99"}, "cuda:99"),
     ],
 )
 def test_settings_at_odds_are_refused(settings: dict[str, object], message: str) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from globe.checkpoint.reader import open_checkpoint
-from globe.sensitivity import load_for_gradients, measure_sensitivities, random_windows
+from globe.loading import load
+from globe.sensitivity import measure_sensitivities, random_windows
 from tests.tiny_sources import write_source
 
 
@@ -20,9 +20,8 @@ def divergence(model: torch.nn.Module, other: torch.nn.Module, windows: torch.Te
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "mixtral"])
 def test_sensitivities_predict_what_small_noise_does(tmp_path: Path, model_type: str) -> None:
     write_source(tmp_path, model_type, "fused")
-    checkpoint = open_checkpoint(tmp_path)
-    model = load_for_gradients(checkpoint, "cpu")
-    windows = random_windows(checkpoint, seed=0)
+    model = load(tmp_path, "cpu", torch.float32)
+    windows = random_windows(model, seed=0)
     assert windows.max() < 48
     found = measure_sensitivities(model, windows, {0, 2})
     assert found.keys() == {(layer, family) for layer in (0, 2) for family in ("gate", "up", "down")}

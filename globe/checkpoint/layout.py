@@ -17,7 +17,7 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from globe.checkpoint.header import TensorInfo
 from globe.checkpoint.quantized import refuse_quantized
@@ -27,15 +27,26 @@ from globe.errors import CheckpointError, UnsupportedModelError
 Family = Literal["gate", "up", "down"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
+# blocks: what save_pretrained of transformers 5.24 calls Kimi-K2.5's layers, and loads
 _EXPERTS = re.compile(
-    r"(?P<prefix>(?P<stem>(?:.+\.)?)layers\.(?P<layer>\d{1,9})\."
+    r"(?P<prefix>(?P<stem>(?:.+\.)?)(?:layers|(?<=^language_model\.model\.)blocks)\.(?P<layer>\d{1,9})\."
     r"(?:.+\.)?(?:experts(?=\.)|block_sparse_moe(?=\.(?:input|output)_linear\.weight$)))\..+"
 )
 _FUSED = ("gate_up_proj", "gate_up_proj", "down_proj")
 _GRANITE = ("input_linear.weight", "input_linear.weight", "output_linear.weight")
 _PLAIN = ("gate_proj", "up_proj", "down_proj")
 _MIXTRAL = ("w1", "w3", "w2")
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """What the arrangement of the files depends on beside their names and shapes: as transformers reads config.json."""
+
+    model_type: str
+    num_layers: int | None = None
+    """Layers from there on are not part of the model; None: all are."""
+    num_identity: int = 0
+    """Experts that return their input, for which the files may have unused matrices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +101,7 @@ def source_names(layer: ExpertLayer, family: Family) -> list[str]:
     return _names(layer.prefix, projection, num_matrices if layer.layout == "per_expert" else None)
 
 
-def find_expert_layers(checkpoint: Checkpoint) -> list[ExpertLayer]:
+def find_expert_layers(checkpoint: Checkpoint, model: LanguageModel) -> list[ExpertLayer]:
     """The layers that have routed experts, by number.
 
     Shared experts, routers and dense MLPs are not experts. Multi-token-prediction heads (`mtp.…`, or layers past
@@ -101,31 +112,25 @@ def find_expert_layers(checkpoint: Checkpoint) -> list[ExpertLayer]:
     experts are missing.
     """
     refuse_quantized(checkpoint)
-    num_layers = checkpoint.text_config.get("num_hidden_layers")
     modules: dict[tuple[int, str], dict[str, TensorInfo]] = defaultdict(dict)
     for name, tensor in checkpoint.tensors.items():
         match = _EXPERTS.fullmatch(name)
-        if match and "mtp" not in match["stem"].split(".") and _below(int(match["layer"]), num_layers):
+        if match is None or "mtp" in match["stem"].split("."):
+            continue
+        if model.num_layers is None or int(match["layer"]) < model.num_layers:
             modules[int(match["layer"]), match["prefix"]][name] = tensor
     if not modules:
         raise UnsupportedModelError(_nothing_found(checkpoint))
-    config = checkpoint.text_config
     try:
-        layers = [_layer(index, prefix, modules[index, prefix], config) for index, prefix in sorted(modules)]
+        layers = [_layer(index, prefix, modules[index, prefix], model) for index, prefix in sorted(modules)]
     except UnsupportedModelError as error:
-        family = config.get("model_type", "this model")
-        raise UnsupportedModelError(f"{family} is not supported as it is stored here: {error}") from error
+        raise UnsupportedModelError(f"{model.model_type} is not supported as it is stored here: {error}") from error
     for earlier, later in itertools.pairwise(layers):
         if earlier.index == later.index:
             raise UnsupportedModelError(
                 f"layer {later.index} has two sets of experts, {earlier.prefix} and {later.prefix}; one is supported"
             )
-    _check_counts(layers, config)
     return layers
-
-
-def _below(index: int, limit: object) -> bool:
-    return not isinstance(limit, int) or index < limit
 
 
 def _names(prefix: str, projection: str, num_experts: int | None) -> list[str]:
@@ -135,14 +140,14 @@ def _names(prefix: str, projection: str, num_experts: int | None) -> list[str]:
     return [f"{prefix}.{expert}.{projection}.weight" for expert in range(num_experts)]
 
 
-def _layer(index: int, prefix: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> ExpertLayer:
-    traits = _TRAITS.get(config.get("model_type", ""), _Traits())
+def _layer(index: int, prefix: str, tensors: Mapping[str, TensorInfo], model: LanguageModel) -> ExpertLayer:
+    traits = _TRAITS.get(model.model_type, _Traits())
     biases = {f"{prefix}.{bias}" for bias in traits.biases}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in biases}
     fused = [names for names in (_FUSED, _GRANITE) if any(f"{prefix}.{name}" in tensors for name in names)]
     mixtral = any(name.endswith(tuple(f".{projection}.weight" for projection in _MIXTRAL)) for name in tensors)
     projections = fused[0] if fused else _MIXTRAL if mixtral else _PLAIN
-    num_unused: int = config.get("zero_expert_num") or 0
+    num_unused = model.num_identity
     counts: dict[Family, int | None] = dict.fromkeys(FAMILIES)
     if not fused:
         num_unused = _count_unused(prefix, projections, tensors, num_unused)
@@ -248,16 +253,6 @@ def _check_shape(tensor: TensorInfo, beside: TensorInfo, expected: tuple[int, ..
             f"{tensor.name} has shape {tensor.shape}; beside {beside.name} of shape {beside.shape} it should be "
             f"{expected}: experts of unequal shape, or dimensions in an order that GloBE does not know"
         )
-
-
-def _check_counts(layers: list[ExpertLayer], config: Mapping[str, Any]) -> None:
-    """The last experts of a layer can only be missed by the configuration's count."""
-    stated = next((config[key] for key in _EXPERT_COUNTS if isinstance(config.get(key), int)), None)
-    for layer in layers:
-        if stated is not None and layer.num_experts != stated:
-            raise CheckpointError(
-                f"{layer.prefix} holds {layer.num_experts} experts, config.json says {stated}; download it again"
-            )
 
 
 def _nothing_found(checkpoint: Checkpoint) -> str:

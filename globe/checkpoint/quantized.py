@@ -26,7 +26,7 @@ _ADVICE = (
     f"only {', '.join(FLOAT_DTYPES)} weights, {_READ} are read: use the unquantised release, or dequantise it first"
 )
 _SECTIONS = ("quantization_config", "compression_config")  # the second: early compressed-tensors models
-_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_NAMES = {TORCH_DTYPES[name]: name for name in FLOAT_DTYPES}
 _LEFTOVER = re.compile(r".*(?:_scale|_scale_inv|_scales|_blocks|_zero_point|_zeros|_g_idx|_packed)")
 
 
@@ -78,10 +78,8 @@ class DequantizedCheckpoint(Checkpoint):
         return self.files.fingerprint()
 
 
-def dequantized(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint in floating point: itself, or a view of it that dequantises what is read.
-
-    The view's quantised tensors have the configuration's dtype, bfloat16 unless it says otherwise.
+def dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
+    """The checkpoint in floating point: itself, or a view of it that dequantises what is read to `dtype`.
 
     Raises `UnsupportedModelError` naming the method if it is not one that is read, or a checkpoint of GloBE's own.
     """
@@ -94,7 +92,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
         _refuse(checkpoint, method)
     packed = find(checkpoint, section)
     consumed = {part for recipe in packed.values() for part in recipe.parts} - packed.keys()
-    dtype = _NAMES.get(str(checkpoint.text_config.get("dtype") or checkpoint.text_config.get("torch_dtype")), "BF16")
+    name = _NAMES[dtype]
     tensors: dict[str, TensorInfo] = {}
     for info in checkpoint.tensors.values():
         owner = next(
@@ -102,8 +100,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
         )
         if owner is not None:
             shape = packed[owner].shape
-            nbytes = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
-            tensors[owner] = TensorInfo(owner, dtype, shape, info.shard, 0, nbytes)
+            tensors[owner] = TensorInfo(owner, name, shape, info.shard, 0, math.prod(shape) * dtype.itemsize)
         elif info.name not in consumed:
             tensors[info.name] = info
     unknown = [
@@ -242,15 +239,25 @@ def _check_shape(scale: TensorInfo, expected: tuple[int, ...], weight: TensorInf
 
 def _section(checkpoint: Checkpoint) -> Any:
     """What the configuration says of quantisation, if anything."""
-    sections = (part.get(key) for part in (checkpoint.config, checkpoint.text_config) for key in _SECTIONS)
+    sections = (part.get(key) for part in _parts(checkpoint.config) for key in _SECTIONS)
     return next((section for section in sections if section), None)
 
 
 def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {key: value for key, value in config.items() if key not in _SECTIONS}
-    if isinstance(nested := plain.get("text_config"), dict):
-        plain["text_config"] = {key: value for key, value in nested.items() if key not in _SECTIONS}
-    return plain
+    """Without what is said of quantisation, of the whole or of a part."""
+    return {
+        key: _plain_config(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _SECTIONS
+    }
+
+
+def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The configuration and those of its parts: language model, vision tower, …"""
+    yield config
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _parts(value)
 
 
 def _refuse(checkpoint: Checkpoint, method: str) -> NoReturn:

@@ -41,12 +41,6 @@ class Checkpoint:
     """Where shards come from that are not in the folder yet; None for a local folder."""
 
     @property
-    def text_config(self) -> dict[str, Any]:
-        """The language model's part of the configuration: all of it, unless the model has other parts too."""
-        nested = self.config.get("text_config")
-        return nested if isinstance(nested, dict) else self.config
-
-    @property
     def stored_plainly(self) -> bool:
         """Whether the files hold the bytes of the tensors as they are read."""
         return True

@@ -183,7 +183,8 @@ def sync_folder(path: Path) -> None:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's elements as they are stored."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().data  # one element may have any stride
 
 
 def _copy_range(source: BinaryIO, file: Hashed, start: int, nbytes: int) -> None:

@@ -18,6 +18,7 @@ from globe.bank.codes import entropy, popularity, spread_codes, support, update_
 from globe.bank.factors import Factors
 from globe.bank.linalg import norms
 from globe.bank.objective import InputMetric, Problem, expert_chunks, objective, project
+from globe.device import usable_device
 from globe.errors import GlobeError, SettingsError
 from globe.init.init_bank import AMStep, BankUpdate, am_step
 from globe.init.warm_start import WarmStart, warm_start
@@ -130,12 +131,13 @@ def fit_bank(
     are the ones behind it, which round to it. The same input and settings give the same bytes on the same machine.
     Experts that are all zero get factors that are: outcome `zero`. `experts` are neither changed nor, where they are on
     the fit's device in its precision, copied; varpro keeps four tensors of the bank's size beside them. Raises
-    `SettingsError` for settings that do not fit the shape and `GlobeError` for experts that are not finite.
+    `SettingsError` for settings that do not fit the shape or a device that is not here, and `GlobeError` for experts
+    that are not finite.
     """
     if experts.dim() != 3:
         raise SettingsError(f"experts must be (E, P, D); found shape {tuple(experts.shape)}")
     config.check_shape(*experts.shape)
-    weights = experts.detach().to(config.device, config.torch_dtype)
+    weights = experts.detach().to(usable_device(config.device), config.torch_dtype)
     sigma = _root_mean_square(weights)
     if sigma == 0:
         num_experts, rows, columns = experts.shape

@@ -18,6 +18,7 @@ from torch import Tensor
 from globe.bank.codes import entropy, popularity, support
 from globe.bank.factors import Factors
 from globe.bank.objective import Problem, project
+from globe.device import usable_device
 from globe.errors import GlobeError
 from globe.init.streamed_alignment import align_pass, sketch
 from globe.init.warm_start import START_DEVIATION, deviation
@@ -92,7 +93,8 @@ class _Stream:
 
     def __init__(self, parts: ExpertParts, config: FitConfig, state: State) -> None:
         self._parts, self._config, self._slices = parts, config, parts.slices()
-        self._tensors: State = {name: value.to(config.device, copy=True) for name, value in state.items()}
+        self._device = usable_device(config.device)
+        self._tensors: State = {name: value.to(self._device, copy=True) for name, value in state.items()}
         self.records = [
             StepRecord(int(row[0]), *map(float, row[1:])) for row in self._tensors.pop("records", torch.empty(0, 9))
         ]
@@ -107,7 +109,7 @@ class _Stream:
 
     def _read(self, index: int) -> Problem:
         found = self._parts.read(index)
-        weights = found.weights.to(self._config.device, self._config.torch_dtype)
+        weights = found.weights.to(self._device, self._config.torch_dtype)
         weights, _ = lift_faint(weights)
         metric = found.metric and found.metric.to(weights)
         return dataclasses.replace(found, weights=weights, metric=metric, lambda_a=self._config.lambda_a)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from globe.checkpoint.layout import FAMILIES, ExpertLayer, find_expert_layers, source_names
+from globe.checkpoint.layout import FAMILIES, ExpertLayer, LanguageModel, find_expert_layers, source_names
 from globe.checkpoint.reader import open_checkpoint
 from globe.errors import CheckpointError, UnsupportedModelError
 
+TINY = LanguageModel("tiny_moe")
 X = "model.layers.0.mlp.experts"
 Make = Callable[..., dict[str, Tensor]]
 Find = Callable[..., list[ExpertLayer]]
@@ -22,9 +23,9 @@ Find = Callable[..., list[ExpertLayer]]
 def find(write_checkpoint: Callable[..., Path]) -> Find:
     numbers = itertools.count()
 
-    def find(tensors: dict[str, Tensor], config: Any = None) -> list[ExpertLayer]:
+    def find(tensors: dict[str, Tensor], config: Any = None, model: LanguageModel = TINY) -> list[ExpertLayer]:
         folder = write_checkpoint({"model.safetensors": tensors}, config or {}, f"source{next(numbers)}")
-        return find_expert_layers(open_checkpoint(folder))
+        return find_expert_layers(open_checkpoint(folder), model)
 
     return find
 
@@ -78,11 +79,10 @@ def test_shared_experts_routers_and_dense_layers_are_not_experts(find: Find, exp
     assert [layer.index for layer in find(tensors)] == [0]
 
 
-@pytest.mark.parametrize("config", [{"num_hidden_layers": 1}, {"text_config": {"num_hidden_layers": 1}}])
-def test_prediction_heads_are_left_out(find: Find, expert_tensors: Make, config: dict[str, Any]) -> None:
+def test_prediction_heads_are_left_out(find: Find, expert_tensors: Make) -> None:
     tensors = expert_tensors("plain", X) | expert_tensors("plain", "mtp.layers.0.mlp.experts")
     tensors |= expert_tensors("plain", "model.layers.1.mlp.experts")
-    assert [layer.prefix for layer in find(tensors, config)] == [X]
+    assert [layer.prefix for layer in find(tensors, model=LanguageModel("tiny_moe", num_layers=1))] == [X]
 
 
 @pytest.mark.parametrize(
@@ -135,13 +135,10 @@ def test_missing_experts_are_named(find: Find, expert_tensors: Make) -> None:
         find({name: tensor for name, tensor in whole.items() if name != f"{X}.1.up_proj.weight"})
 
 
-@pytest.mark.parametrize(
-    ("expert", "message"), [(1, "expert 1 is missing; there are 2 experts numbered up to 2"), (2, "says 3")]
-)
-def test_missing_expert_numbers_are_found(find: Find, expert_tensors: Make, expert: int, message: str) -> None:
-    tensors = {name: tensor for name, tensor in expert_tensors("plain").items() if f".{expert}." not in name}
-    with pytest.raises(CheckpointError, match=message):
-        find(tensors, {"num_experts": 3})
+def test_a_missing_expert_number_is_found(find: Find, expert_tensors: Make) -> None:
+    tensors = {name: tensor for name, tensor in expert_tensors("plain").items() if ".1." not in name}
+    with pytest.raises(CheckpointError, match="expert 1 is missing; there are 2 experts numbered up to 2"):
+        find(tensors)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +172,7 @@ def test_shapes_tell_whether_fused_experts_are_transposed(find: Find) -> None:
 
 def test_gpt_oss_alternates_gate_and_up_and_keeps_its_biases(find: Find, expert_tensors: Make) -> None:
     biases = {f"{X}.gate_up_proj_bias": torch.zeros(3, 4), f"{X}.down_proj_bias": torch.zeros(3, 4)}
-    (layer,) = find(expert_tensors("fused") | biases, {"model_type": "gpt_oss"})
+    (layer,) = find(expert_tensors("fused") | biases, model=LanguageModel("gpt_oss"))
     assert layer.interleaved
     assert {name for family in FAMILIES for name in source_names(layer, family)} == set(expert_tensors("fused"))
 
@@ -187,7 +184,7 @@ def test_gates_without_a_down_projection_are_allowed_for_identity_experts_only(
     tensors = expert_tensors("plain")
     for projection, expert in itertools.product(("gate_proj", "up_proj"), range(num_unused)):
         tensors[f"{X}.{3 + expert}.{projection}.weight"] = torch.zeros(2, 4)
-    (layer,) = find(tensors, {"n_routed_experts": 3, "zero_expert_num": 2})
+    (layer,) = find(tensors, model=LanguageModel("longcat_flash", num_identity=2))
     assert (layer.num_experts, layer.num_unused) == (3, num_unused)
     assert {name for family in FAMILIES for name in source_names(layer, family)} == set(tensors)
     if num_unused:

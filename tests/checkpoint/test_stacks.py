@@ -20,11 +20,12 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from globe.checkpoint.layout import FAMILIES, Family, find_expert_layers, source_names
+from globe.checkpoint.layout import FAMILIES, Family, LanguageModel, find_expert_layers, source_names
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.checkpoint.stacks import check_finite, dense_tensor, read_family
 from globe.checkpoint.writer import save_tensors
 from globe.errors import CheckpointError
+from globe.loading import expert_layers
 from tests.rounding import assert_equal_but_for_rounding
 
 SIZES: dict[str, Any] = {
@@ -70,7 +71,7 @@ def families_of(experts: Any) -> dict[Family, Tensor]:
 
 def test_stacks_are_the_modules_parameters(saved: tuple[PreTrainedModel, Checkpoint]) -> None:
     model, checkpoint = saved
-    layers = find_expert_layers(checkpoint)
+    layers = expert_layers(checkpoint)
     assert [layer.index for layer in layers] == [0, 1]
     for layer in layers:
         expected = families_of(model.model.layers[layer.index].mlp.experts)
@@ -84,7 +85,7 @@ def test_stacks_are_the_modules_parameters(saved: tuple[PreTrainedModel, Checkpo
 
 def test_dense_tensors_are_the_source_s_own(saved: tuple[PreTrainedModel, Checkpoint]) -> None:
     _, checkpoint = saved
-    for layer in find_expert_layers(checkpoint):
+    for layer in expert_layers(checkpoint):
         stacks = {family: read_family(checkpoint, layer, family) for family in FAMILIES}
         for name in {name for family in FAMILIES for name in source_names(layer, family)}:
             made = dense_tensor(layer, name, stacks)
@@ -99,7 +100,7 @@ def test_rewritten_experts_load_and_act_as_the_original(
     """The whole way round, judged by logits: gate, up and down are not swapped in any layout."""
     model, checkpoint = saved
     tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
-    for layer in find_expert_layers(checkpoint):
+    for layer in expert_layers(checkpoint):
         stacks = {family: read_family(checkpoint, layer, family) for family in FAMILIES}
         for name in {name for family in FAMILIES for name in source_names(layer, family)}:
             tensors[name] = dense_tensor(layer, name, stacks)
@@ -124,7 +125,7 @@ def test_a_value_that_is_not_finite_is_refused_with_the_tensor_s_name(
 ) -> None:
     tensors = expert_tensors(layout, dtype=torch.bfloat16)
     folder = write_checkpoint({"model.safetensors": tensors})
-    (layer,) = find_expert_layers(open_checkpoint(folder))
+    (layer,) = find_expert_layers(open_checkpoint(folder), LanguageModel("tiny_moe"))
     name = source_names(layer, family)[-1]
     tensors[name].flatten()[0 if family == "gate" else -1] = value
     save_tensors(folder / "model.safetensors", tensors)
@@ -137,7 +138,7 @@ def test_an_unknown_name_is_a_key_error(
 ) -> None:
     for layout in ("plain", "fused"):
         folder = write_checkpoint({"model.safetensors": expert_tensors(layout)}, name=layout)
-        (layer,) = find_expert_layers(open_checkpoint(folder))
+        (layer,) = find_expert_layers(open_checkpoint(folder), LanguageModel("tiny_moe"))
         with pytest.raises(KeyError):
             dense_tensor(layer, "lm_head.weight", {})
 

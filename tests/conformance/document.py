@@ -13,10 +13,10 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import _default_apply_gate
 
-from globe.checkpoint.layout import FAMILIES, ExpertLayer, find_expert_layers, source_names
+from globe.checkpoint.layout import FAMILIES, ExpertLayer, source_names
 from globe.checkpoint.reader import open_checkpoint
-from globe.checkpoint.source import open_source
 from globe.errors import UnsupportedModelError
+from globe.loading import expert_layers, open_source
 from globe.model import ExpertsLayout, find_experts
 from tests.conformance.families import COMMON, COMPOSITES, SETTINGS
 from tests.conformance.quantise import FP8, INT4, MXFP4, change_config
@@ -120,7 +120,7 @@ def _row(family: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         for layout in ("saved", "fused"):
             write(Case(family, layout), Path(folder) / layout)
-            names = _names(find_expert_layers(open_checkpoint(Path(folder) / layout))[-1])
+            names = _names(expert_layers(open_checkpoint(Path(folder) / layout))[-1])
             stored += [names] if names not in stored else []
     experts = find_experts(tiny_model(family))[0]
     module = type(experts.module)
@@ -155,7 +155,7 @@ def _refused_families(folder: Path) -> list[str]:
         config = AutoConfig.for_model(family, **{**COMMON, **settings})
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / family)
         try:
-            find_expert_layers(open_source(folder / family))
+            expert_layers(open_source(folder / family))
         except UnsupportedModelError as error:
             rows.append(_refusal(f"`{family}`", error, folder / family))
     return rows

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from globe import CompressConfig, compress
-from globe.checkpoint.layout import FAMILIES, ExpertLayer, find_expert_layers, source_names
+from globe.checkpoint.layout import FAMILIES, ExpertLayer, source_names
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.export import export_dense
+from globe.loading import expert_layers
 from globe.model import RoutedExperts, find_experts
 from globe.model.experts import _globe_class
 from globe.model.names import is_factor
@@ -59,7 +60,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Built(
         case,
         source,
-        find_expert_layers(source),
+        expert_layers(source),
         model,
         load(folder / "exact", case.family),
         load(folder / "lossy", case.family),

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 from globe import CompressConfig, UnsupportedModelError, compress
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
-from globe.checkpoint.source import open_source
 from globe.errors import CheckpointError
 from globe.export import export_dense
+from globe.loading import open_source
 from tests.conformance.quantise import BLOCK, INT4, change_config, write_quantised, write_shards
 from tests.conformance.tiny import load, logits
 

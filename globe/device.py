@@ -1,0 +1,33 @@
+"""Where torch computes: the device that a setting stands for on this machine."""
+
+from __future__ import annotations
+
+import torch
+
+from globe.errors import SettingsError
+
+AUTO = "auto"
+
+
+def usable_device(device: str) -> str:
+    """The device itself, or for `auto` the GPU where there is one that works (cuda), else the CPU.
+
+    Raises `SettingsError` unless torch can compute on it here.
+    """
+    if device == AUTO:
+        return "cuda" if torch.cuda.is_available() and _fault("cuda") is None else "cpu"
+    fault = _fault(device)
+    if fault is not None:
+        raise SettingsError(
+            f"device {device!r} cannot be used here ({fault}); choose cpu, cuda or mps, or auto for the GPU, if any"
+        )
+    return device
+
+
+def _fault(device: str) -> str | None:
+    """Why torch cannot compute there."""
+    try:
+        place = torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        return str(error).splitlines()[0]
+    return "it holds no numbers" if place.type == "meta" else None
