@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
-from rich.text import Text
 from transformers.utils import logging
 
 from globe.arguments import registry
@@ -18,6 +16,7 @@ from globe.config import CompressConfig
 from globe.errors import GlobeError
 from globe.evaluate import EvaluateConfig
 from globe.sweep import SweepConfig
+from globe.terminal import Terminal, print_error, tame_logging
 from globe.track import Track
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")]
@@ -36,7 +35,7 @@ class Compress:
     track: Track = "none"
     """Experiment tracker."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         from globe.compress import compress
         from globe.progress import LiveProgress, Observer, PlainProgress
         from globe.show import show_report
@@ -65,7 +64,7 @@ class Sweep:
     """Local folder or Hub id; without one, the small model that ships with GloBE."""
     config: Annotated[SweepConfig, tyro.conf.arg(name="")] = SweepConfig()
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         from globe.sweep import sweep
         from globe.sweep_progress import LiveSweep, PlainSweep
         from globe.sweep_view import show_sweep
@@ -93,7 +92,7 @@ class Evaluate:
     """Bytes of composed experts that a compressed model may keep beside its factors: faster, with the same results."""
     config: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = EvaluateConfig()
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         from globe.show import show_evaluation
 
         show_evaluation(console, self.model, self.reference, self.prompt, self.config, self.compose_cache)
@@ -106,7 +105,7 @@ class LmEval:
     arguments: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Of lm-eval: --model hf --model_args pretrained=DIR --tasks NAME, for example."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         del console
         from globe.harness import run_lm_eval
 
@@ -122,11 +121,11 @@ class Export:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder to write."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         from globe.export import export_dense
 
         export_dense(self.model, self.output)
-        console.print(f"dense checkpoint in {self.output}; it needs no GloBE")
+        console.print(f"dense checkpoint in {self.output}; it needs no GloBE", soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +136,7 @@ class Inspect:
     """Local folder or Hub id, compressed or not."""
     config: Annotated[CompressConfig, tyro.conf.arg(name="")] = CompressConfig()
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         from globe.show import show_inspection
 
         show_inspection(console, self.model, self.config)
@@ -152,17 +151,17 @@ class ReportPage:
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """File to write; by default `report.html` in the folder."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         from globe.page import write_page
 
-        console.print(f"open {write_page(self.folder, self.output)} in a browser", soft_wrap=True, markup=False)
+        console.print(f"open {write_page(self.folder, self.output)} in a browser", soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Env:
     """Show versions, devices and optional packages, for a bug report."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         from globe.show import show_environment
 
         show_environment(console)
@@ -171,15 +170,14 @@ class Env:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for a `GlobeError`, 130 when interrupted."""
     given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
-    console = Console(highlight=False)
+    console = Terminal()
     logging.disable_progress_bar()
+    tame_logging()
     try:
         command = LmEval(tuple(given[1:])) if given[:1] == ["lm-eval"] else _parse(given)
         command.run(console)
     except GlobeError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            Text("error: ", "red"), str(error), sep="", markup=False
-        )
+        print_error(error)
         return 1
     except KeyboardInterrupt:
         return 130

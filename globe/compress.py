@@ -35,6 +35,7 @@ from globe.checkpoint.writer import (
 )
 from globe.config import CompressConfig
 from globe.empty_model import check_same_experts, empty_model
+from globe.errors import UntrustedCodeError
 from globe.evaluate import load
 from globe.experts import StoredFactors, read_stack, to_storage
 from globe.metric import LayerStatistics
@@ -87,6 +88,8 @@ def compress(
 def _compress(model: str | Path, output: Path, config: CompressConfig, watch: Observer) -> Report:
     checkpoint = open_source(resolve_model(model))
     job = Job(checkpoint, config)
+    for note in job.notes:
+        watch.note(note)
     partial = claim(output)
     job.resume_or_begin(partial, str(model))
     written = sum(path.stat().st_size for path in partial.glob("model-*.safetensors"))
@@ -115,10 +118,15 @@ class Job:
         check_same_experts(self.layers, find_experts(model))
         self.names = factor_names(model)
         self.uncalibrated_because: str | None = None
+        self.notes = list(checkpoint.side_files().left_out)
         self.calibration_text: CalibrationText | None = None
         if self.config.calibrate not in ("samples", "none"):
             name, most = self.config.calibrate, self.config.calibration_tokens
-            self.calibration_text = read_calibration_text(checkpoint.folder, name, most)
+            trusted = self.config.trust_remote_code
+            try:
+                self.calibration_text = read_calibration_text(checkpoint.folder, name, most, trusted)
+            except UntrustedCodeError as error:
+                self.notes.append(f"calibrated on samples of the model itself, not on {name}: {error}")
         self.statistics: dict[int, LayerStatistics] | None = None
         self.calibration: CalibrationReport | None = None
         self.prepare_seconds = 0.0
@@ -284,6 +292,7 @@ class Job:
             self.calibration,
             self.uncalibrated_because,
             self.uniform_because,
+            self.notes,
         )
         copy_side_files(self.checkpoint, partial)
         write_source_layout(partial, self.checkpoint)

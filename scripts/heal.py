@@ -29,12 +29,13 @@ from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
 from globe.checkpoint.writer import claim, copy_side_files, finish, save_tensors, write_index, write_json
 from globe.errors import OutputError, SettingsError
-from globe.evaluate import EvaluateConfig, load, load_tokenizer, token_windows
+from globe.evaluate import EvaluateConfig, load, read_windows
 from globe.model.autoload import write_autoload
 from globe.model.names import is_factor
 from globe.model.quantizer import GlobeQuantizer
-from globe.report import REPORT, Report
-from globe.shipped import read_text, resolve_model
+from globe.reference import source_reference
+from globe.report import REPORT
+from globe.shipped import resolve_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +98,9 @@ def heal(config: Heal) -> None:
     if any(partial.iterdir()):
         raise OutputError(f"{partial} is left from an interrupted run: remove it and run again")
     checkpoint = open_checkpoint(config.model)
-    source = resolve_model(config.teacher or Report.read(config.model).source)
+    source = _teacher(config)
     reading = EvaluateConfig(config.text, config.max_tokens, config.length)
-    windows, _ = token_windows(load_tokenizer(config.model), read_text(config.text), reading)
+    windows, _ = read_windows(checkpoint.folder, reading)
     # steps are smaller than what bfloat16 can tell apart
     student: Any = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     quantizer = getattr(student, "hf_quantizer", None)
@@ -131,6 +132,16 @@ def heal(config: Heal) -> None:
     write_with_factors(checkpoint, factors, partial)
     finish(partial, config.output)
     print(f"healed model in {config.output}")
+
+
+def _teacher(config: Heal) -> str | Path:
+    """The model named, or the one of the report, if it is at hand and the same as it was."""
+    if config.teacher is not None:
+        return resolve_model(config.teacher)
+    reference = source_reference(config.model)
+    if reference is None:
+        raise SettingsError(f"{config.model} has no {REPORT} that names its source: give --teacher")
+    return reference.model
 
 
 def relative_adam(tensors: Iterable[Tensor], step: float) -> torch.optim.Adam:

@@ -73,7 +73,7 @@ def copy_tensors(checkpoint: Checkpoint, shard: str, names: Collection[str], pat
 
 def copy_side_files(checkpoint: Checkpoint, folder: Path, leave_out: Collection[str] = ()) -> None:
     """Take over the checkpoint's side files unchanged, but for the names in `leave_out`; `OutputError` as above."""
-    for path in checkpoint.side_files():
+    for path in checkpoint.side_files().kept:
         if path.name not in leave_out:
             write_file(folder / path.relative_to(checkpoint.folder), path.read_bytes())
 
