@@ -105,13 +105,14 @@ def show_evaluation(
     table.add_row("perplexity", *(f"{result.perplexity:.3f}" for _, result in results.values()))
     table.add_row("bits per byte", *(f"{result.bits_per_byte:.4f}" for _, result in results.values()))
     if against is not None and ours.kl is not None and ours.agreement is not None:
-        table.caption = f"original: {against.model}" if against.is_original else None
         table.add_row(f"KL to {against.name} (nats per token)", "0", f"{ours.kl:.5f}")
         table.add_row("same next token", "100 %", f"{ours.agreement:.2%}")
     if (report := report_of(model)) is not None:
         for family, error in report.family_errors().items():
             table.add_row(f"relative error, {family}", *([""] * (len(results) - 1)), f"{error:.4f}")
     console.print(table)
+    if against is not None and against.is_original:
+        console.print(f"original: {against.model}", soft_wrap=True)
     if cache is not None:
         console.print(
             f"composed experts kept: {megabytes(cache.resident_bytes)} of {megabytes(cache.num_bytes)}, which served "

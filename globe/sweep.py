@@ -209,7 +209,8 @@ class Judge:
         return self._evaluate(self._original)
 
     def compressed(self, folder: Path) -> Evaluation:
-        return self._evaluate(load(folder, self._config.device), reference=self._original)
+        found = self._evaluate(load(folder, self._config.device), reference=self._original)
+        return dataclasses.replace(found, reference="the original")
 
     def _evaluate(self, model: Any, reference: Any = None) -> Evaluation:
         return evaluate_model(

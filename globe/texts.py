@@ -8,7 +8,6 @@ from __future__ import annotations
 import codecs
 import errno
 import gzip
-import io
 import json
 import re
 from collections.abc import Iterator
@@ -97,8 +96,7 @@ def read_text(source: str | Path, most: int | None = None) -> str:
         kind = "a folder" if path.is_dir() else "a device or a pipe" if path.exists() and not path.is_file() else None
         if kind is not None:
             raise SettingsError(f"text {str(source)!r} is {kind}: save the text to a file and give that")
-        with path.open("rb") as file:
-            text = _read(path, file, most)
+        text = _read(path, most)
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise SettingsError(
             f"text {str(source)!r} is not {error.encoding.upper()} ({error.reason}): convert it first, for example "
@@ -118,17 +116,17 @@ def read_text(source: str | Path, most: int | None = None) -> str:
     return text
 
 
-def _read(path: Path, file: IO[bytes], most: int | None) -> str:
-    beginning = file.read(64)
-    file.seek(0)
+def _read(path: Path, most: int | None) -> str:
+    with path.open("rb") as file:
+        beginning = file.read(64)
     kind = next((kind for magic, kind in _MAGIC if beginning.startswith(magic)), _SUFFIXES.get(path.suffix.lower()))
     if kind is not None:
         raise SettingsError(f"text {str(path)!r} is {kind}; {_READ}: save its text as one of these")
     encoding = next((encoding for mark, encoding in _MARKS if beginning.startswith(mark)), "utf-8")
-    reader = io.TextIOWrapper(file, encoding)
-    if path.suffix.lower() in _RECORDS:
-        return _joined(path, reader, most)
-    text = reader.read(-1 if most is None else most)
+    with path.open(encoding=encoding) as reader:
+        if path.suffix.lower() in _RECORDS:
+            return _joined(path, reader, most)
+        text = reader.read(-1 if most is None else most)
     if "\0" in text:
         raise SettingsError(f"text {str(path)!r} holds NUL: it is binary, or UTF-16 without its mark; {_READ}")
     if _holds_records(text):

@@ -80,7 +80,10 @@ def copy_side_files(checkpoint: Checkpoint, folder: Path, leave_out: Collection[
 
 def write_json(path: Path, obj: Any) -> None:
     """Write JSON, indented; a NaN or an infinity, which JSON cannot say, is a `ValueError`."""
-    write_file(path, (json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    content = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_file(
+        path, content.encode(errors="backslashreplace")
+    )  # bytes of a path that are not UTF-8: \udcXX, as in JSON
 
 
 def write_file(path: Path, content: bytes) -> None:

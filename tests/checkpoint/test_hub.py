@@ -114,7 +114,7 @@ def test_planning_downloads_no_shard_and_reading_only_the_one_it_needs(hub: Fake
     assert set(hub.downloads()) == {"config.json", "model.safetensors.index.json", "tokenizer.json", "LICENSE"}
     assert {name: tensor.shard for name, tensor in checkpoint.tensors.items()} == {"a": FIRST, "b": FIRST, "c": SECOND}
     assert checkpoint.config == {"model_type": "m"}
-    assert [path.name for path in checkpoint.side_files()] == ["LICENSE", "tokenizer.json"]
+    assert [path.name for path in checkpoint.side_files().kept] == ["LICENSE", "tokenizer.json"]
 
     assert torch.equal(checkpoint.read("a"), TENSORS[FIRST]["a"])
     assert torch.equal(checkpoint.read("b"), TENSORS[FIRST]["b"])
