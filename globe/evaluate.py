@@ -82,8 +82,8 @@ def token_windows(tokenizer: Any, text: str, config: EvaluateConfig) -> tuple[Te
     num_windows = min(len(ids) // config.length, max(1, config.max_tokens // (config.length - 1)))
     if num_windows < 1 and len(prefix) >= 16 * config.length:
         raise CheckpointError(
-            f"the tokenizer makes {len(ids)} tokens of a text of {len(prefix)} characters: its files are not whole, or "
-            "not this model's; copy them from where the model came from"
+            f"the tokenizer makes {len(ids)} tokens of a text of {len(prefix)} characters: unless those are all alike, "
+            "its files are not whole, or not this model's; copy them from where the model came from"
         )
     if num_windows < 1:
         raise SettingsError(f"the text has {len(ids)} tokens; one window needs {config.length}: give a longer text")

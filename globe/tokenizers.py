@@ -57,7 +57,9 @@ def check_same_tokenizer(ids: Sequence[int], others: Sequence[int], model: str, 
         return
     place = next((i for i, pair in enumerate(zip(ids, others, strict=False)) if pair[0] != pair[1]), None)
     where = (
-        f"token {place} is {ids[place]} and {others[place]}" if place is not None else f"{len(ids)} and {len(others)}"
+        f"token {place} is number {ids[place]} to one and {others[place]} to the other"
+        if place is not None
+        else f"{len(ids)} tokens and {len(others)}"
     )
     raise CheckpointError(
         f"{model} and {reference} cannot be compared: their tokenizers read the same text differently ({where}); "

@@ -105,7 +105,7 @@ def test_a_damaged_tokenizer_is_told(source: Path, content: str) -> None:
 def test_a_tokenizer_that_knows_nothing_of_a_text_is_blamed_and_not_the_text(source: Path, text: Path) -> None:
     (source / "vocab.json").write_text('{"x": 0}')
     (source / "merges.txt").write_text("#version: 0.2\n")
-    with pytest.raises(CheckpointError, match="tokens of a text of 528 characters: its files are not whole"):
+    with pytest.raises(CheckpointError, match="tokens of a text of 528 characters: unless"):
         evaluate(source, EvaluateConfig(text=str(text), length=32, max_tokens=1))
 
 

@@ -132,7 +132,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
 
 def _open_folder(folder: Path, repo: HubRepo | None) -> Checkpoint:
     config = _read_json(folder / CONFIG)
-    refuse_redirects(folder / CONFIG, config)
+    refuse_redirects(folder, config)
     if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():  # transformers' order of preference
         weight_map = _read_weight_map(folder)
         shards = tuple(sorted(set(weight_map.values())))

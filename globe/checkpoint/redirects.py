@@ -6,34 +6,43 @@ is loaded: what would be run is not what is compressed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from globe.checkpoint.side_files import CONFIG
 from globe.errors import CheckpointError
 
 _OTHER_FILES = {
     "transformers_weights": "other weights",
     "configuration_files": "another configuration",
 }
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 _ARCHITECTURES = ("backbone", "architecture")
 """Of timm's models, which it fetches where they have a scheme."""
 
 
-def refuse_redirects(place: Path, config: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` naming the entry of a config.json that redirects what is loaded or run.
+def refuse_redirects(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` naming the entry of a folder's config.json that redirects what is loaded or run.
 
-    `auto_map`, which names code beside the model, is left alone: GloBE never runs it. So are attention implementations
-    that are installed; those with a slash are kernels from the Hub.
+    Weights of a distributed training, which come before any others, do the same. `auto_map`, which names code beside
+    the model, is left alone: GloBE never runs it. So are attention implementations that are installed; those with a
+    slash are kernels from the Hub.
     """
     for path, key, value in _entries(config, ""):
         asks_for = _redirection(key, value)
         if asks_for is not None:
             raise CheckpointError(
-                f"{place}: {path} is {value!r}, which asks for {asks_for} that GloBE does not read; take the entry out "
-                "if the model is whole without it"
+                f"{folder / CONFIG}: {path} is {value!r}, which asks for {asks_for} that GloBE does not read; take the "
+                "entry out if the model is whole without it"
             )
+    if shard := next((path.name for path in folder.iterdir() if _DISTRIBUTED.fullmatch(path.name)), None):
+        raise CheckpointError(
+            f"{folder} holds the weights of a distributed training, such as {shard}, which transformers loads and "
+            "GloBE does not: load it in transformers and save_pretrained, or remove them if the other weights are whole"
+        )
 
 
 def _redirection(key: str, value: Any) -> str | None:

@@ -54,3 +54,10 @@ def test_what_is_installed_or_never_run_passes(write_checkpoint: WriteCheckpoint
     }
     folder = write_checkpoint({"model.safetensors": {"a": torch.ones(2)}}, config)
     assert open_checkpoint(folder).config == json.loads((folder / "config.json").read_text())
+
+
+def test_weights_that_come_before_the_others_are_refused(write_checkpoint: WriteCheckpoint) -> None:
+    folder = write_checkpoint({"model.safetensors": {"a": torch.ones(2)}}, {"model_type": "m"})
+    (folder / "shard-00001-model-00001-of-00002.safetensors").touch()
+    with pytest.raises(CheckpointError, match="weights of a distributed training"):
+        open_checkpoint(folder)
