@@ -122,9 +122,12 @@ class Export:
     """Folder to write."""
 
     def run(self, console: Terminal) -> None:
+        from globe.checkpoint.reader import open_checkpoint
         from globe.export import export_dense
 
         export_dense(self.model, self.output)
+        for note in open_checkpoint(self.model).side_files().left_out:
+            console.print(f"note: {note}", style="yellow", soft_wrap=True)
         console.print(f"dense checkpoint in {self.output}; it needs no GloBE", soft_wrap=True)
 
 

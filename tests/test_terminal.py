@@ -84,10 +84,12 @@ def test_every_command_takes_any_name(
     assert main(["inspect", str(source), *fast]) == 0
     assert main(["inspect", str(out)]) == 0
     assert main(["report", str(out)]) == 0
+    (out / "LICENSE").symlink_to("/etc/hostname")
     assert main(["export", str(out), "-o", str(tmp_path / f"{name} dense")]) == 0
     assert main(["evaluate", str(out)]) == 1  # without a tokenizer
     assert main(["sweep", str(tmp_path / f"{name} none\udcff"), "-o", str(out)]) == 1
     shown = capsys.readouterr()
+    assert "LICENSE is a link to /etc/hostname, outside the folder, and is left out" in shown.out
     for text in (shown.out, shown.err, (out / "report.html").read_text()):
         assert visible(name) in text or "&" in text
         assert not set("\x1b\a\u202e\udcff") & set(text)
