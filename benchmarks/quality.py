@@ -49,8 +49,9 @@ from globe import CompressConfig, EvaluateConfig, compress
 from globe.checkpoint.reader import open_checkpoint
 from globe.evaluate import evaluate_model, token_windows
 from globe.model.names import is_factor
-from globe.shipped import read_text, resolve_model
+from globe.shipped import resolve_model
 from globe.style import MARKERS, STYLE
+from globe.texts import read_text
 
 PERPLEXITY_RISE = 0.02
 """Largest rise of GloBE's perplexity at keep 0.75 that is claimed."""

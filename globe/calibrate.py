@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from globe.checkpoint.layout import FAMILIES, Family
 from globe.checkpoint.writer import save_tensors
 from globe.errors import CheckpointError
-from globe.evaluate import EvaluateConfig, load_tokenizer, token_windows
+from globe.evaluate import EvaluateConfig, read_windows
 from globe.loading import OUT_OF_MEMORY
 from globe.memory import explained_exhaustion
 from globe.metric import LayerStatistics
 from globe.model.expert_modules import ExpertsLayout, RoutedExperts, find_experts
 from globe.model.experts import usual_gate
-from globe.shipped import read_text
+from globe.tokenizers import check_vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,14 +129,14 @@ class CalibrationText:
         return hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
 
 
-def read_calibration_text(model: str | Path, name: str, max_tokens: int) -> CalibrationText:
+def read_calibration_text(folder: Path, name: str, max_tokens: int, trust_remote_code: bool = False) -> CalibrationText:
     """At most `max_tokens` tokens, but one window, from the beginning of a shipped split or a text file.
 
-    Raises `SettingsError` when the text is missing or shorter than a window, `CheckpointError` when the model has no
-    tokenizer.
+    Raises `SettingsError` when the text is missing, none or shorter than a window, `CheckpointError` when the model in
+    `folder` has no tokenizer, or one whose code would have to be run.
     """
-    config = EvaluateConfig(max_tokens=max_tokens)
-    windows, _ = token_windows(load_tokenizer(model), read_text(name), config)
+    config = EvaluateConfig(text=name, max_tokens=max_tokens, trust_remote_code=trust_remote_code)
+    windows, _ = read_windows(folder, config)
     return CalibrationText(name, windows[: max(1, max_tokens // config.length)])
 
 
@@ -145,8 +145,10 @@ def calibrate(model: Any, windows: Tensor, layers: Collection[int], batch: int =
     """Run a causal language model over token windows (N, length) and collect the statistics of `layers`.
 
     Beside the model, D² + 3·E·P numbers for each layer are kept, however long the text. Raises `UnsupportedModelError`
-    as `find_experts` does, and `CheckpointError` naming the layer whose statistics are not finite.
+    as `find_experts` does, and `CheckpointError` for tokens that the model does not know, and naming the layer whose
+    statistics are not finite.
     """
+    check_vocabulary(windows, model, "the model")
     with explained_exhaustion(f"calibrating on {model.device}", OUT_OF_MEMORY):
         sums = {experts.layer: _Sums(experts) for experts in find_experts(model) if experts.layer in layers}
         run_hooked(model, windows, sums, batch)

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
-from rich.text import Text
 from transformers.utils import logging
 
 from globe.arguments import registry
@@ -18,6 +16,7 @@ from globe.config import CompressConfig
 from globe.errors import GlobeError
 from globe.evaluate import EvaluateConfig
 from globe.sweep import SweepConfig
+from globe.terminal import Terminal, print_error, tame_logging
 from globe.track import Track
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")]
@@ -39,7 +38,7 @@ class Compress:
     """Replace an output that GloBE wrote earlier, when the new one is whole, and start an unfinished run with other
     settings anew."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         from globe.compress import compress
         from globe.progress import LiveProgress, Observer, PlainProgress
         from globe.show import show_report
@@ -70,7 +69,7 @@ class Sweep:
     overwrite: bool = False
     """Start a sweep with other settings anew; its finished points are lost."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         from globe.sweep import sweep
         from globe.sweep_progress import LiveSweep, PlainSweep
         from globe.sweep_view import show_sweep
@@ -100,7 +99,7 @@ class Evaluate:
     """Compare the files of a folder that GloBE wrote with its manifest first."""
     config: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = EvaluateConfig()
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         from globe.show import show_evaluation
 
         show_evaluation(
@@ -115,7 +114,7 @@ class LmEval:
     arguments: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Of lm-eval: --model hf --model_args pretrained=DIR --tasks NAME, for example."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         del console
         from globe.harness import run_lm_eval
 
@@ -135,11 +134,14 @@ class Export:
     verify: bool = True
     """Compare the model's files with its manifest first."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
+        from globe.checkpoint.reader import open_checkpoint
         from globe.export import export_dense
 
         export_dense(self.model, self.output, overwrite=self.overwrite, verify=self.verify)
-        console.print(f"dense checkpoint in {self.output}; it needs no GloBE")
+        for note in open_checkpoint(self.model).side_files().left_out:
+            console.print(f"note: {note}", style="yellow", soft_wrap=True)
+        console.print(f"dense checkpoint in {self.output}; it needs no GloBE", soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +151,7 @@ class Verify:
     folder: Folder
     """Folder that compress, export or sweep wrote."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         from globe.show import show_verification
 
         show_verification(console, self.folder)
@@ -163,7 +165,7 @@ class Inspect:
     """Local folder or Hub id, compressed or not."""
     config: Annotated[CompressConfig, tyro.conf.arg(name="")] = CompressConfig()
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         from globe.show import show_inspection
 
         show_inspection(console, self.model, self.config)
@@ -178,17 +180,17 @@ class ReportPage:
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """File to write; by default `report.html` in the folder."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         from globe.page import write_page
 
-        console.print(f"open {write_page(self.folder, self.output)} in a browser", soft_wrap=True, markup=False)
+        console.print(f"open {write_page(self.folder, self.output)} in a browser", soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Env:
     """Show versions, devices and optional packages, for a bug report."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         from globe.show import show_environment
 
         show_environment(console)
@@ -197,15 +199,14 @@ class Env:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for a `GlobeError`, 130 when interrupted."""
     given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
-    console = Console(highlight=False)
+    console = Terminal()
     logging.disable_progress_bar()
+    tame_logging()
     try:
         command = LmEval(tuple(given[1:])) if given[:1] == ["lm-eval"] else _parse(given)
         command.run(console)
     except GlobeError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            Text("error: ", "red"), str(error), sep="", markup=False
-        )
+        print_error(error)
         return 1
     except KeyboardInterrupt:
         return 130

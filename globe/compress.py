@@ -34,7 +34,7 @@ from globe.checkpoint.writer import (
 )
 from globe.config import CompressConfig
 from globe.empty_model import check_same_experts
-from globe.errors import CheckpointError, UnsupportedModelError
+from globe.errors import CheckpointError, UnsupportedModelError, UntrustedCodeError
 from globe.experts import StoredFactors, read_stack, to_storage
 from globe.loading import check_language_model, check_weights, empty_model, expert_layers, in_json, load, open_source
 from globe.memory import FITS_EXHAUSTED, explained_exhaustion
@@ -87,6 +87,8 @@ def compress(
     watch = Observers(observers)
     try:
         job = make_job(model, config)
+        for note in job.notes:
+            watch.note(note)
         watch.prepare("reading the source")
         run = job.run()
         source = job.checkpoint.folder if job.checkpoint.repo is None else None
@@ -131,6 +133,8 @@ class Job:
     """Every bank with the same share of the budget."""
     calibration_text: CalibrationText | None
     """Where one is given; the model's own samples are not known yet."""
+    notes: tuple[str, ...]
+    """What is done otherwise than one might expect."""
 
     def run(self) -> dict[str, Any]:
         """What the run is made of: only the same run goes on in an unfinished output."""
@@ -213,10 +217,13 @@ def make_job(model: str | Path, config: CompressConfig) -> Job:
     num_banks = sum(len(scope.banks) for scope in scopes)
     if config.calibrate != "none" or allocate.obstacle(checkpoint, config, num_banks) is None:
         check_language_model(checkpoint, empty)
-    text: CalibrationText | None = None
-    if config.calibrate not in ("samples", "none"):
-        text = read_calibration_text(checkpoint.folder, config.calibrate, config.calibration_tokens)
-    return Job(str(model), checkpoint, config, layers, factor_names(empty), tuple(scopes), text)
+    notes, text = checkpoint.side_files().left_out, None
+    if (name := config.calibrate) not in ("samples", "none"):
+        try:
+            text = read_calibration_text(checkpoint.folder, name, config.calibration_tokens, config.trust_remote_code)
+        except UntrustedCodeError as error:
+            notes = (*notes, f"calibrated on samples of the model itself, not on {name}: {error}")
+    return Job(str(model), checkpoint, config, layers, factor_names(empty), tuple(scopes), text, tuple(notes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -420,6 +427,7 @@ def assemble(job: Job, preparation: Preparation, folder: RunFolder) -> None:
         calibration.report,
         calibration.uncalibrated_because,
         preparation.uniform_because,
+        list(job.notes),
     )
     files |= copy_side_files(job.checkpoint, folder.path, leave_out=(MANIFEST,))
     files[SOURCE_LAYOUT] = write_source_layout(folder.path, job.checkpoint)

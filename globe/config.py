@@ -63,10 +63,12 @@ class CompressConfig:
     """Where each fit begins."""
     calibrate: str = "samples"
     """Text on which the model is run first, to weigh errors by what they do there: `samples` of its own, where it fits
-    into memory; a text file; `calibration`, the split that ships with GloBE, which a bare --calibrate means; or
-    `none`: the weights alone are looked at."""
+    into memory; a file, plain text or with a field `text` in each line of JSON; `calibration`, the split that ships
+    with GloBE, which a bare --calibrate means; or `none`: the weights alone are looked at."""
     calibration_tokens: int = 65536
     """Tokens of a given text at most."""
+    trust_remote_code: bool = False
+    """Run the code of a tokenizer that brings its own, to read the text."""
     steps: int = 500
     """Steps of each fit at most."""
     seed: int = 0

@@ -16,6 +16,10 @@ class CheckpointError(GlobeError, ValueError):
     """A checkpoint's files are missing, damaged, unsafe, or hold values that cannot be fitted."""
 
 
+class UntrustedCodeError(CheckpointError):
+    """A model's tokenizer is code of its own, and nobody said that it may be run."""
+
+
 class UnsupportedModelError(GlobeError, ValueError):
     """The model is not a mixture of experts, or of a kind that GloBE does not handle."""
 

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoTokenizer
 
 from globe.checkpoint.manifest import verify_model
+from globe.checkpoint.reader import open_checkpoint
 from globe.device import AUTO
-from globe.errors import SettingsError
-from globe.loading import explained, load, running
-from globe.shipped import read_text, resolve_model
+from globe.errors import CheckpointError, SettingsError
+from globe.loading import load, running
+from globe.reference import Reference, named_reference
+from globe.shipped import resolve_model
+from globe.texts import read_text
+from globe.tokenizers import check_same_tokenizer, check_vocabulary, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +28,8 @@ class EvaluateConfig:
     """What a model is evaluated on."""
 
     text: str = "heldout"
-    """Text to predict: a shipped split (heldout, calibration) or a file."""
+    """Text to predict: a shipped split (heldout, calibration) or a file, plain or with a field `text` in each line of
+    JSON."""
     max_tokens: int = 32768
     """Tokens predicted at most."""
     length: int = 256
@@ -34,11 +38,18 @@ class EvaluateConfig:
     """Windows in a forward pass."""
     device: str = AUTO
     """Where the models run: cpu, cuda, mps, or auto: the GPU where there is one."""
+    trust_remote_code: bool = False
+    """Run the code of a tokenizer that brings its own."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens", 1), ("length", 2), ("batch", 1)):
             if getattr(self, name) < least:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+    @property
+    def num_characters(self) -> int:
+        """Of the text that hold all tokens: no tokenizer in use makes them longer than 16 characters on average."""
+        return 16 * (self.max_tokens + self.length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +66,24 @@ class Evaluation:
     """Mean KL(reference ‖ model) per token, in nats; None without a reference."""
     agreement: float | None = None
     """Share of tokens on which both models' most likely next token is the same."""
+    reference: str | None = None
+    """What both are told against: `the original`, which was compressed, or another model by its name."""
 
 
 def token_windows(tokenizer: Any, text: str, config: EvaluateConfig) -> tuple[Tensor, float]:
     """Non-overlapping windows (N, length) of the text's tokens, and the bytes that one token stands for.
 
-    Raises `SettingsError` when the text is shorter than a window.
+    Raises `SettingsError` when the text is shorter than a window, `CheckpointError` when it is not and the tokenizer
+    makes next to nothing of it.
     """
-    needed = config.max_tokens + config.length
-    prefix = text[: needed * 16]  # no tokenizer in use makes tokens longer than 16 characters on average
+    prefix = text[: config.num_characters]
     ids: list[int] = tokenizer(prefix, add_special_tokens=False, verbose=False)["input_ids"]
     num_windows = min(len(ids) // config.length, max(1, config.max_tokens // (config.length - 1)))
+    if num_windows < 1 and len(prefix) >= 16 * config.length:
+        raise CheckpointError(
+            f"the tokenizer makes {len(ids)} tokens of a text of {len(prefix)} characters: unless those are all alike, "
+            "its files are not whole, or not this model's; copy them from where the model came from"
+        )
     if num_windows < 1:
         raise SettingsError(f"the text has {len(ids)} tokens; one window needs {config.length}: give a longer text")
     windows = torch.tensor(ids[: num_windows * config.length]).view(num_windows, config.length)
@@ -76,7 +94,13 @@ def token_windows(tokenizer: Any, text: str, config: EvaluateConfig) -> tuple[Te
 def evaluate_model(
     model: Any, windows: Tensor, bytes_per_token: float, *, batch: int = 8, reference: Any | None = None
 ) -> Evaluation:
-    """Evaluate causal language model `model` on token windows (N, length), against `reference` where given."""
+    """Evaluate causal language model `model` on token windows (N, length), against `reference` where given.
+
+    Raises `CheckpointError` for tokens that a model does not know and for vocabularies of different sizes.
+    """
+    for one, name in ((model, "the model"), (reference, "the reference")):
+        if one is not None:
+            check_vocabulary(windows, one, name)
     nats = divergence = agreed = 0.0
     num_tokens = windows.shape[0] * (windows.shape[1] - 1)
     for ids in windows.split(batch):
@@ -100,6 +124,11 @@ def _log_probabilities(
     """Next tokens (K,) and float32 log probabilities (K, vocabulary) of both models, one window at a time."""
     logits = _logits(model, ids)
     other = None if reference is None else _logits(reference, ids)
+    if other is not None and other.shape[-1] != logits.shape[-1]:
+        raise CheckpointError(
+            f"the model predicts one of {logits.shape[-1]} tokens and the reference one of {other.shape[-1]}: there is "
+            "no divergence between them; give the model that it was compressed from as the reference, or none"
+        )
     for row in range(ids.shape[0]):
         log_p = logits[row, :-1].float().cpu().log_softmax(-1)
         log_q = None if other is None else other[row, :-1].float().cpu().log_softmax(-1)
@@ -111,11 +140,17 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
         return model(input_ids=ids.to(model.device)).logits
 
 
-def load_tokenizer(model: str | Path) -> Any:
-    """The tokenizer of a model; raises `CheckpointError` with the cause when it has none."""
-    advice = "its files (tokenizer.json and the like) belong beside the weights"
-    with explained(f"the tokenizer of {model} cannot be loaded", advice):
-        return AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
+def read_windows(folder: Path, config: EvaluateConfig) -> tuple[Tensor, float]:
+    """The configured text as `token_windows` of the tokenizer in a model's folder."""
+    tokenizer = load_tokenizer(folder, config.trust_remote_code)
+    return token_windows(tokenizer, read_text(config.text, config.num_characters), config)
+
+
+def check_reference(reference: Reference, model: str | Path, windows: Tensor, config: EvaluateConfig) -> None:
+    """Raise `CheckpointError` unless a reference, of another origin than the model, reads the text like the model."""
+    if not reference.is_original:
+        others, _ = read_windows(open_checkpoint(reference.model).folder, config)
+        check_same_tokenizer(windows.flatten().tolist(), others.flatten().tolist(), str(model), reference.model)
 
 
 @torch.no_grad()
@@ -139,11 +174,18 @@ def evaluate(
 
     The files of a folder that GloBE wrote are compared with its manifest first, unless `verify` is off.
 
-    Raises `CheckpointError` for what cannot be loaded and `SettingsError` for a text that is missing or too short.
+    Raises `CheckpointError` for what cannot be loaded or compared and `SettingsError` for a text that is missing, too
+    short or none.
     """
     model = resolve_model(model)
-    if verify and Path(model).is_dir():
-        verify_model(Path(model))
-    windows, bytes_per_token = token_windows(load_tokenizer(model), read_text(config.text), config)
-    other = None if reference is None else load(resolve_model(reference), config.device)
-    return evaluate_model(load(model, config.device), windows, bytes_per_token, batch=config.batch, reference=other)
+    checkpoint = open_checkpoint(model)
+    if verify and checkpoint.repo is None:
+        verify_model(checkpoint.folder)
+    windows, bytes_per_token = read_windows(checkpoint.folder, config)
+    if reference is None:
+        return evaluate_model(load(model, config.device), windows, bytes_per_token, batch=config.batch)
+    against = named_reference(model, reference)
+    check_reference(against, model, windows, config)
+    other = load(against.model, config.device)
+    found = evaluate_model(load(model, config.device), windows, bytes_per_token, batch=config.batch, reference=other)
+    return dataclasses.replace(found, reference=against.name)

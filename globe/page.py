@@ -19,6 +19,7 @@ from globe.inventory import Bytes, Spectra, bytes_by_kind, read_spectra
 from globe.plan import compact
 from globe.progress import clock
 from globe.report import BankReport, Report, root_mean_square
+from globe.terminal import visible
 from globe.train.result import MEANING
 
 PAGE = "report.html"
@@ -62,9 +63,8 @@ def render(folder: Path) -> str:
             autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
         environment.filters.update(size=_size, clock=clock, compact=compact)
-        return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-            name=folder.resolve().name, **content
-        )
+        template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+        return visible(template.render(name=folder.resolve().name, **content))
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(
             f"the report of {folder} holds values of the wrong kind ({error}): write it again with globe compress"

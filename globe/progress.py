@@ -6,19 +6,23 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from globe.plan import BankPlan, Scope, compact
+from globe.terminal import Terminal
 from globe.train.result import StepRecord
 
 
 class Observer(Protocol):
-    """In this order: prepare…, start, then for each bank step…, bank; scope after its banks; stop at the end or on a
-    fault."""
+    """In this order: note…, prepare…, start, then for each bank step…, bank; scope after its banks; stop at the end or
+    on a fault."""
 
     def prepare(self, task: str) -> None:
         """What is done now, before the first bank; none where an earlier run has prepared."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something to know that changes nothing, before any work."""
         ...
 
     def start(self, scopes: Sequence[Scope], num_finished: int) -> None:
@@ -47,6 +51,10 @@ class Observers:
     def prepare(self, task: str) -> None:
         for observer in self._observers:
             observer.prepare(task)
+
+    def note(self, text: str) -> None:
+        for observer in self._observers:
+            observer.note(text)
 
     def start(self, scopes: Sequence[Scope], num_finished: int) -> None:
         for observer in self._observers:
@@ -102,12 +110,12 @@ def clock(seconds: float) -> str:
 class LiveProgress:
     """A live display: the present bank, its error, throughput and the time left."""
 
-    def __init__(self, console: Console, max_steps: int) -> None:
+    def __init__(self, console: Terminal, max_steps: int) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
+            TextColumn("{task.fields[state]}", markup=False),
             TimeElapsedColumn(),
             console=console,
         )
@@ -119,6 +127,9 @@ class LiveProgress:
             self._preparing = self._progress.add_task(task, total=None, state="")
             self._progress.start()
         self._progress.update(self._preparing, description=task)
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(f"note: {text}", style="yellow", soft_wrap=True)
 
     def start(self, scopes: Sequence[Scope], num_finished: int) -> None:
         if self._preparing is not None:
@@ -153,11 +164,14 @@ class LiveProgress:
 class PlainProgress:
     """One line for each bank, for logs and pipes."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Terminal) -> None:
         self._console = console
 
     def prepare(self, task: str) -> None:
         self._console.print(task)
+
+    def note(self, text: str) -> None:
+        self._console.print(f"note: {text}", style="yellow", soft_wrap=True)
 
     def start(self, scopes: Sequence[Scope], num_finished: int) -> None:
         self._pace = _Pace(scopes, num_finished)

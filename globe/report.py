@@ -100,6 +100,8 @@ class Report:
     """Why; None where it was calibrated."""
     uniform_because: str | None = None
     """Why every bank keeps the same share; None where the budget was allocated."""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """What was left out, or done in another way than the settings say, and why."""
 
     @property
     def kept(self) -> float:

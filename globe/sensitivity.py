@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from globe.checkpoint.layout import Family
+from globe.errors import CheckpointError
 from globe.loading import OUT_OF_MEMORY, text_tokens, window_length
 from globe.memory import explained_exhaustion
 from globe.model.expert_modules import ExpertsLayout, find_experts

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -18,26 +18,29 @@ from globe.checkpoint.manifest import verify_files, verify_model
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.compress import make_job, prepare
 from globe.config import CompressConfig
-from globe.errors import GlobeError
-from globe.evaluate import EvaluateConfig, Evaluation, evaluate_model, generate, load_tokenizer, token_windows
+from globe.errors import CheckpointError, GlobeError
+from globe.evaluate import EvaluateConfig, Evaluation, check_reference, evaluate_model, generate, token_windows
 from globe.loading import expert_layers, load, open_source
-from globe.model.quantization_config import QUANT_METHOD
 from globe.model.serving import set_compose_cache
 from globe.plan import Scope, compact
 from globe.progress import Observers, clock, describe
-from globe.report import REPORT, Report, peak_memory, versions
-from globe.shipped import read_text, resolve_model
+from globe.reference import Reference, is_compressed, named_reference, report_of, source_reference
+from globe.report import Report, peak_memory, versions
+from globe.shipped import resolve_model
+from globe.terminal import Terminal
+from globe.texts import read_text
+from globe.tokenizers import load_tokenizer
 
 
 def megabytes(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
 
 
-def show_report(console: Console, report: Report, output: Path) -> None:
+def show_report(console: Terminal, report: Report, output: Path) -> None:
     """The outcome of a compression."""
     errors = "  ".join(f"{family} {error:.4f}" for family, error in report.family_errors().items())
     ratio = report.compressed_bytes / report.original_bytes
-    console.print(f"\n[bold]{output}[/bold]")
+    console.print(f"\n{output}", style="bold", soft_wrap=True)
     console.print(f"relative error  {errors}  all {report.error:.4f}")
     console.print(f"experts kept    {report.kept:.4f} of the compressed families' parameters")
     console.print(
@@ -65,7 +68,9 @@ def show_report(console: Console, report: Report, output: Path) -> None:
             f"note            these fits met NaN or Inf and kept their best step: {'; '.join(broken)}", style="yellow"
         )
     _show_fallbacks(console, report.uncalibrated_because, report.uniform_because, report.config)
-    console.print(f"next            globe evaluate {output}")
+    for note in report.notes:
+        console.print(f"note            {note}", style="yellow", soft_wrap=True)
+    console.print(f"next            globe evaluate {shlex.quote(str(output))}", soft_wrap=True)
 
 
 def describe_report(layers: list[int], families: list[str]) -> str:
@@ -73,7 +78,7 @@ def describe_report(layers: list[int], families: list[str]) -> str:
 
 
 def show_evaluation(
-    console: Console,
+    console: Terminal,
     model: str,
     reference: str | None,
     prompt: str | None,
@@ -87,17 +92,20 @@ def show_evaluation(
     checkpoint = open_checkpoint(model)  # says of a folder that is none what loading it would not
     if verify and checkpoint.repo is None:
         verify_model(checkpoint.folder)
-    original = _reference(model, reference)
-    tokenizer = load_tokenizer(model)
-    windows, bytes_per_token = token_windows(tokenizer, read_text(config.text), config)
+    against = _reference(console, model, reference)
+    tokenizer = load_tokenizer(checkpoint.folder, config.trust_remote_code)
+    windows, bytes_per_token = token_windows(tokenizer, read_text(config.text, config.num_characters), config)
+    if against is not None:
+        check_reference(against, model, windows, config)
     compressed = load(model, config.device)
     cache = set_compose_cache(compressed, compose_cache) if compose_cache else None
-    other = None if original is None else load(original, config.device)
-    results: dict[str, tuple[str, Evaluation]] = {}
-    if other is not None and original is not None:
-        results["original"] = original, evaluate_model(other, windows, bytes_per_token, batch=config.batch)
+    other = None if against is None else load(against.model, config.device)
     ours = evaluate_model(compressed, windows, bytes_per_token, batch=config.batch, reference=other)
-    results["compressed" if _is_compressed(model) else "model"] = model, ours
+    results: dict[str, tuple[str, Evaluation]] = {}
+    if other is not None and against is not None:
+        theirs = evaluate_model(other, windows, bytes_per_token, batch=config.batch)
+        results["original" if against.is_original else against.model] = against.model, theirs
+    results["compressed" if is_compressed(model) else "model"] = model, ours
 
     place = "" if compressed.device.type == "cpu" else f" on {compressed.device}"
     table = Table(title=f"{ours.num_tokens} tokens of {config.text}{place}")
@@ -107,20 +115,22 @@ def show_evaluation(
     table.add_row("size on disk", *(megabytes(_size(path)) for path, _ in results.values()))
     table.add_row("perplexity", *(f"{result.perplexity:.3f}" for _, result in results.values()))
     table.add_row("bits per byte", *(f"{result.bits_per_byte:.4f}" for _, result in results.values()))
-    if ours.kl is not None and ours.agreement is not None:
-        table.add_row("KL to the original (nats per token)", "0", f"{ours.kl:.5f}")
+    if against is not None and ours.kl is not None and ours.agreement is not None:
+        table.add_row(f"KL to {against.name} (nats per token)", "0", f"{ours.kl:.5f}")
         table.add_row("same next token", "100 %", f"{ours.agreement:.2%}")
-    if (report := _report(model)) is not None:
+    if (report := report_of(model)) is not None:
         for family, error in report.family_errors().items():
             table.add_row(f"relative error, {family}", *([""] * (len(results) - 1)), f"{error:.4f}")
     console.print(table)
+    if against is not None and against.is_original:
+        console.print(f"original: {against.model}", soft_wrap=True)
     if cache is not None:
         console.print(
             f"composed experts kept: {megabytes(cache.resident_bytes)} of {megabytes(cache.num_bytes)}, which served "
             f"{cache.hit_rate:.1%} of what was needed"
         )
     if prompt is not None:
-        models = {"original": other, "compressed": compressed} if other is not None else {"model": compressed}
+        models = dict(zip(results, (other, compressed) if other is not None else (compressed,), strict=True))
         texts = Table(show_lines=True)
         for name in models:
             texts.add_column(name, ratio=1, overflow="fold")
@@ -128,25 +138,15 @@ def show_evaluation(
         console.print(texts)
 
 
-def _is_compressed(model: str) -> bool:
-    if not Path(model).is_dir():
-        return False
-    section = open_checkpoint(model).config.get("quantization_config")
-    return isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
-
-
-def _reference(model: str, reference: str | None) -> str | None:
-    """The model to compare with: the one asked for, or the source of a compressed model if it is a folder at hand."""
-    if reference is not None:
-        return None if reference == "none" else str(resolve_model(reference))
-    report = _report(model)
-    source = None if report is None else str(resolve_model(report.source))
-    return source if source is not None and Path(source).is_dir() else None
-
-
-def _report(model: str) -> Report | None:
-    """The report beside a compressed model; a copy that save_pretrained made has none."""
-    return Report.read(Path(model)) if _is_compressed(model) and (Path(model) / REPORT).is_file() else None
+def _reference(console: Terminal, model: str, asked: str | None) -> Reference | None:
+    """The model to compare with: the one asked for, or the source of a compressed model if it is at hand."""
+    if asked is not None:
+        return None if asked == "none" else named_reference(model, asked)
+    try:
+        return source_reference(model)
+    except CheckpointError as error:
+        console.print(f"note: compared with nothing: {error}", style="yellow", soft_wrap=True)
+        return None
 
 
 def _size(model: str) -> int:
@@ -154,10 +154,10 @@ def _size(model: str) -> int:
     return sum(tensor.nbytes for tensor in checkpoint.tensors.values())
 
 
-def show_inspection(console: Console, model: str, config: CompressConfig) -> None:
+def show_inspection(console: Terminal, model: str, config: CompressConfig) -> None:
     """A model's experts, and the plan of a compression with these settings."""
     folder = resolve_model(model)
-    if _is_compressed(str(folder)):
+    if is_compressed(str(folder)):
         _show_compressed(console, Report.read(Path(folder)))
         return
     checkpoint = open_source(folder)
@@ -172,6 +172,8 @@ def show_inspection(console: Console, model: str, config: CompressConfig) -> Non
         _show_fallbacks(console, because, preparation.uniform_because, dataclasses.asdict(config))
     elif config.allocation == "sensitivity":
         console.print("note: banks get their shares of the budget when the weights are here", style="yellow")
+    for note in job.notes:
+        console.print(f"note            {note}", style="yellow", soft_wrap=True)
     original, predicted = job.original_bytes(), job.predicted_bytes(scopes)
     console.print(f"whole model {megabytes(original)} -> {megabytes(predicted)} ({predicted / original:.1%})")
     first = layers[0]
@@ -186,7 +188,7 @@ def show_inspection(console: Console, model: str, config: CompressConfig) -> Non
 
 
 def _show_fallbacks(
-    console: Console, uncalibrated: str | None, uniform: str | None, settings: Mapping[str, object]
+    console: Terminal, uncalibrated: str | None, uniform: str | None, settings: Mapping[str, object]
 ) -> None:
     """Say it where a fit was not calibrated or its budget not allocated although the settings ask for that."""
     if uncalibrated is not None and settings.get("calibrate") != "none":
@@ -195,7 +197,7 @@ def _show_fallbacks(
         console.print(f"note            every bank keeps the same share: {uniform}", style="yellow", soft_wrap=True)
 
 
-def _show_experts(console: Console, checkpoint: Checkpoint, layers: list[ExpertLayer]) -> None:
+def _show_experts(console: Terminal, checkpoint: Checkpoint, layers: list[ExpertLayer]) -> None:
     first = layers[0]
     table = Table(title=f"{checkpoint.folder}: {checkpoint.config.get('model_type')}")
     for name in ("layers", "experts", "P (rows)", "D (columns)", "P/D", "dtype", "on disk"):
@@ -212,7 +214,7 @@ def _show_experts(console: Console, checkpoint: Checkpoint, layers: list[ExpertL
     console.print(table)
 
 
-def _show_plan(console: Console, scopes: Sequence[Scope]) -> None:
+def _show_plan(console: Terminal, scopes: Sequence[Scope]) -> None:
     table = Table(title="plan", caption="error: to expect of a fit to the weights alone")
     for name in ("bank", "matrices", "rank", "bases", "kept", "error"):
         table.add_column(name, justify="right")
@@ -228,7 +230,7 @@ def _show_plan(console: Console, scopes: Sequence[Scope]) -> None:
     console.print(table)
 
 
-def _show_compressed(console: Console, report: Report) -> None:
+def _show_compressed(console: Terminal, report: Report) -> None:
     table = Table(title=f"compressed from {report.source}")
     for name in ("bank", "rank", "bases", "error", "outcome"):
         table.add_column(name, justify="right")
@@ -247,23 +249,17 @@ def _show_compressed(console: Console, report: Report) -> None:
     )
 
 
-def show_verification(console: Console, folder: Path) -> None:
+def show_verification(console: Terminal, folder: Path) -> None:
     """What a folder's files are, compared with what was written; `CheckpointError` for any that differ."""
     found = verify_files(folder)
-    console.print(
-        f"{found.num_files} files, {megabytes(found.num_bytes)}: every byte is as run {found.run} wrote it",
-        soft_wrap=True,
-    )
+    size = megabytes(found.num_bytes)
+    console.print(f"{found.num_files} files, {size}: every byte is as run {found.run} wrote it", soft_wrap=True)
     if found.unlisted:
-        console.print(
-            f"put there later, and not checked: {', '.join(found.unlisted)}",
-            style="yellow",
-            soft_wrap=True,
-            markup=False,
-        )
+        names = ", ".join(found.unlisted)
+        console.print(f"put there later, and not checked: {names}", style="yellow", soft_wrap=True)
 
 
-def show_environment(console: Console) -> None:
+def show_environment(console: Terminal) -> None:
     """Versions, devices and optional packages."""
     table = Table(show_header=False)
     for name, version in versions().items():

@@ -24,14 +24,14 @@ from globe.compress import compress
 from globe.config import CompressConfig
 from globe.device import usable_device
 from globe.errors import CheckpointError, GlobeError, OutputError, SettingsError
-from globe.evaluate import EvaluateConfig, Evaluation, evaluate_model, load_tokenizer, token_windows
+from globe.evaluate import EvaluateConfig, Evaluation, evaluate_model, read_windows
 from globe.init.warm_start import WarmStartName
 from globe.loading import load
 from globe.progress import Observer
 from globe.records import RUN, Records
 from globe.report import Report, versions
 from globe.run_folder import PARTIAL, UNFINISHED, held
-from globe.shipped import read_text, resolve_model
+from globe.shipped import resolve_model
 
 AXES = ("keep", "scope", "layers", "activation", "codes", "warm_start")
 
@@ -62,8 +62,14 @@ class SweepConfig:
     """What every point is judged on."""
     save_models: bool = False
     """Keep the compressed models and not only their records."""
+    trust_remote_code: bool = False
+    """Run the code of a tokenizer that brings its own, to calibrate and to judge."""
 
     def __post_init__(self) -> None:
+        if self.trust_remote_code:
+            for name in ("common", "evaluate"):
+                trusting = dataclasses.replace(getattr(self, name), trust_remote_code=True)
+                object.__setattr__(self, name, trusting)
         for axis in AXES:
             values = getattr(self, axis)
             if not values or len(set(values)) < len(values):
@@ -216,14 +222,15 @@ class Judge:
     def __init__(self, model: str | Path, config: EvaluateConfig) -> None:
         resolved = resolve_model(model)
         self._config = config
-        self._windows, self._bytes_per_token = token_windows(load_tokenizer(resolved), read_text(config.text), config)
+        self._windows, self._bytes_per_token = read_windows(open_checkpoint(resolved).folder, config)
         self._original = load(resolved, config.device)
 
     def original(self) -> Evaluation:
         return self._evaluate(self._original)
 
     def compressed(self, folder: Path) -> Evaluation:
-        return self._evaluate(load(folder, self._config.device), reference=self._original)
+        found = self._evaluate(load(folder, self._config.device), reference=self._original)
+        return dataclasses.replace(found, reference="the original")
 
     def _evaluate(self, model: Any, reference: Any = None) -> Evaluation:
         return evaluate_model(

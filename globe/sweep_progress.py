@@ -5,20 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from globe.plan import BankPlan, Scope
 from globe.progress import Observer, clock, describe
 from globe.sweep import PointRecord, Setting
+from globe.terminal import Terminal, one_line
 from globe.train.result import StepRecord
 
 
 class PlainSweep:
     """One line for each point, with the time that the rest will take."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Terminal) -> None:
         self._console = console
 
     def start(self, points: Sequence[Mapping[str, Setting]], num_finished: int) -> None:
@@ -33,7 +32,9 @@ class PlainSweep:
         self._left, self._done = self._left - 1, self._done + 1
         left = clock(self._left * (time.monotonic() - self._began) / self._done)
         self._console.print(
-            f"{escape(description)}: {outcome(record)}  {record.seconds:.1f} s, {left} left", soft_wrap=True
+            f"{description}: {outcome(record)}  {record.seconds:.1f} s, {left} left",
+            style="none" if record.failure is None else "red",
+            soft_wrap=True,
         )
 
     def stop(self) -> None:
@@ -43,15 +44,15 @@ class PlainSweep:
 class LiveSweep(PlainSweep):
     """The same lines above a live display of the points, the present one's scopes and its fit."""
 
-    def __init__(self, console: Console, max_steps: int) -> None:
+    def __init__(self, console: Terminal, max_steps: int) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             console=console,
         )
-        super().__init__(self._progress.console)
+        super().__init__(console)
         self._max_steps = max_steps
 
     def start(self, points: Sequence[Mapping[str, Setting]], num_finished: int) -> None:
@@ -60,7 +61,7 @@ class LiveSweep(PlainSweep):
         self._progress.start()
 
     def point(self, description: str) -> Iterable[Observer]:
-        return (_PointProgress(self._progress, escape(description), self._max_steps),)
+        return (_PointProgress(self._progress, description, self._max_steps),)
 
     def record(self, description: str, record: PointRecord) -> None:
         super().record(description, record)
@@ -80,6 +81,9 @@ class _PointProgress:
 
     def prepare(self, task: str) -> None:
         self._progress.update(self._fit, description=task)
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(f"note: {text}", style="yellow", soft_wrap=True)
 
     def start(self, scopes: Sequence[Scope], num_finished: int) -> None:
         self._progress.update(self._scopes, total=len(scopes), completed=num_finished)
@@ -103,5 +107,5 @@ class _PointProgress:
 def outcome(record: PointRecord) -> str:
     """A point's result in a few words."""
     if record.failure is not None or record.evaluation is None:
-        return f"[red]failed[/]: {escape(record.failure or '')}"
+        return f"failed: {one_line(record.failure or '')}"
     return f"error {record.error:.4f}, KL {record.evaluation.kl:.5f}, perplexity {record.evaluation.perplexity:.3f}"

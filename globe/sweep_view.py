@@ -13,20 +13,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from globe.checkpoint.manifest import add_to_manifest
 from globe.checkpoint.writer import write_file
 from globe.show import megabytes
 from globe.style import MARKERS, STYLE
 from globe.sweep import AXES, PointRecord, Setting, SweepResult
+from globe.terminal import Terminal, one_line, visible
 
 TABLE, PICTURE = "sweep.csv", "sweep.png"
 
 
-def show_sweep(console: Console, result: SweepResult, output: Path) -> None:
+def show_sweep(console: Terminal, result: SweepResult, output: Path) -> None:
     """Print the table, and write table and picture into the sweep's folder."""
     console.print(sweep_table(result))
     add_to_manifest(output, TABLE, write_table(result, output / TABLE))
@@ -45,7 +45,7 @@ def sweep_table(result: SweepResult) -> Table:
         f"{axis.replace('_', ' ')} {value}" for axis, value in result.points[0].settings.items() if axis not in varying
     )
     table = Table(
-        title=escape(f"{result.source}: {shared}" if shared else result.source),
+        title=f"{result.source}: {shared}" if shared else result.source,
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -58,18 +58,18 @@ def sweep_table(result: SweepResult) -> Table:
     original = ["", "0", f"{result.original.perplexity:.3f}", megabytes(result.original_bytes), ""]
     table.add_row(*(["original", *blank] if varying else []), *original)
     for point in result.points:
-        settings = [escape(str(point.settings[axis])) for axis in varying]
+        settings = [str(point.settings[axis]) for axis in varying]
         table.add_row(*settings, *_cells(point))
-    failures = [point.failure for point in result.points if point.failure is not None]
+    failures = [one_line(point.failure) for point in result.points if point.failure is not None]
     if failures:
-        table.caption = escape("\n".join(dict.fromkeys(failures)))
+        table.caption = "\n".join(dict.fromkeys(failures))
         table.caption_justify = "left"
     return table
 
 
-def _cells(point: PointRecord) -> list[str]:
+def _cells(point: PointRecord) -> list[str | Text]:
     if point.evaluation is None:
-        return ["[red]failed[/]", "", "", "", f"{point.seconds:.1f}"]
+        return [Text("failed", "red"), "", "", "", f"{point.seconds:.1f}"]
     return [
         f"{point.error:.4f}",
         f"{point.evaluation.kl:.5f}",
@@ -172,7 +172,7 @@ def _name(axes: Sequence[Axes], result: SweepResult, points: Sequence[PointRecor
         else:
             limit(0, None)
     judged = f"{result.source}, judged on {result.original.num_tokens} tokens of {result.config.evaluate.text}"
-    axes[0].figure.suptitle(judged, x=0.01, horizontalalignment="left", fontsize=11)
+    axes[0].figure.suptitle(visible(judged), x=0.01, horizontalalignment="left", fontsize=11, parse_math=False)
 
 
 def _divergences(points: Sequence[PointRecord]) -> list[float]:

@@ -27,6 +27,9 @@ class Tracker:
     def prepare(self, task: str) -> None:
         pass
 
+    def note(self, text: str) -> None:
+        pass
+
     def start(self, scopes: Sequence[Scope], num_finished: int) -> None:
         pass
 

@@ -30,15 +30,16 @@ from globe.checkpoint.manifest import MANIFEST
 from globe.checkpoint.reader import CONFIG, INDEX, Checkpoint, open_checkpoint
 from globe.checkpoint.writer import copy_side_files, save_tensors, write_index, write_json
 from globe.errors import SettingsError
-from globe.evaluate import EvaluateConfig, load_tokenizer, token_windows
+from globe.evaluate import EvaluateConfig, read_windows
 from globe.loading import load
 from globe.model.autoload import AUTOLOAD, write_autoload
 from globe.model.factor_check import RUN_METADATA
 from globe.model.names import is_factor
 from globe.model.quantizer import GlobeQuantizer
-from globe.report import REPORT, Report
+from globe.reference import source_reference
+from globe.report import REPORT
 from globe.run_folder import open_run
-from globe.shipped import read_text, resolve_model
+from globe.shipped import resolve_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +110,9 @@ def heal(config: Heal) -> None:
 
 def train(config: Heal) -> dict[str, Tensor]:
     """The healed factors, by name."""
-    source = resolve_model(config.teacher or Report.read(config.model).source)
+    source = _teacher(config)
     reading = EvaluateConfig(config.text, config.max_tokens, config.length)
-    windows, _ = token_windows(load_tokenizer(config.model), read_text(config.text), reading)
+    windows, _ = read_windows(config.model, reading)
     # steps are smaller than what bfloat16 can tell apart
     student: Any = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     quantizer = getattr(student, "hf_quantizer", None)
@@ -141,6 +142,16 @@ def train(config: Heal) -> dict[str, Tensor]:
         data = Windows(windows)
         Distillation(student, arguments, train_dataset=data, teacher=teacher, optimizers=optimizers).train()
     return factors
+
+
+def _teacher(config: Heal) -> str | Path:
+    """The model named, or the one of the report, if it is at hand and the same as it was."""
+    if config.teacher is not None:
+        return resolve_model(config.teacher)
+    reference = source_reference(config.model)
+    if reference is None:
+        raise SettingsError(f"{config.model} has no {REPORT} that names its source: give --teacher")
+    return reference.model
 
 
 def relative_adam(tensors: Iterable[Tensor], step: float) -> torch.optim.Adam:

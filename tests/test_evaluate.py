@@ -8,7 +8,8 @@ import torch
 
 from globe import EvaluateConfig, SettingsError, evaluate
 from globe.evaluate import evaluate_model, token_windows
-from globe.shipped import MODEL, read_text
+from globe.shipped import MODEL
+from globe.texts import read_text
 from tests.model.compressed import tiny_model
 
 

@@ -284,3 +284,10 @@ def test_a_report_of_a_later_version_is_read(folder: Path, tmp_path: Path) -> No
     copy = rewritten(folder, tmp_path, change)
     assert Report.read(copy) == Report.read(folder)
     assert all(isinstance(bank, BankReport) for bank in Report.read(copy).banks)
+
+
+def test_names_from_elsewhere_have_no_power_over_a_terminal_or_the_direction_of_writing(
+    folder: Path, tmp_path: Path
+) -> None:
+    page = render(rewritten(folder, tmp_path, lambda content: content.update(source="[/x]\x1b[2J\u202e\ud800<b>")))
+    assert r"[/x]\x1b[2J\u202e\ud800&lt;b&gt;" in page

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.model.compressed import tiny_model
 
@@ -24,3 +25,11 @@ def write_source(
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "tokenizer_config.json").write_text('{"model_max_length": 64}')
     return model
+
+
+def write_tokenizer(folder: Path, letters: str) -> None:
+    """A tokenizer that gives each letter its place in `letters`; what is not among them is the first of them."""
+    vocabulary = {letter: place for place, letter in enumerate(letters)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=letters[0]))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # pyright: ignore[reportAttributeAccessIssue]
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=letters[0]).save_pretrained(folder)

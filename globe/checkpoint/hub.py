@@ -20,10 +20,8 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 
+from globe.checkpoint.side_files import SMALL_FILES, missing_code
 from globe.errors import CheckpointError
-
-SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*", "LICENCE*", "NOTICE*")
-"""Patterns of everything that is fetched at once and may be carried over to an output."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +46,16 @@ class HubRepo:
 
 
 def open_repo(repo_id: str, revision: str | None) -> tuple[HubRepo, Path]:
-    """The commit that `revision` (by default the main branch) names now, and the folder of its small files."""
+    """The commit that `revision` (by default the main branch) names now, and the folder of its small files.
+
+    The code of the tokenizer is among them, where it has its own; it is not run.
+    """
     with _explained(repo_id, revision or "the main branch"):
         folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(SMALL_FILES)))
+        absent = list[str]()
+        while (missing := missing_code(folder)) != absent:  # what is fetched may import more
+            snapshot_download(repo_id, revision=folder.name, allow_patterns=missing)
+            absent = missing
     return HubRepo(repo_id, folder.name), folder
 
 

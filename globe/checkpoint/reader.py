@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import hashlib
 import itertools
 import json
@@ -16,13 +15,13 @@ from torch import Tensor
 
 from globe.checkpoint.digest import settled_sha256
 from globe.checkpoint.header import TensorInfo, check_entries, read_header
-from globe.checkpoint.hub import SMALL_FILES, HubRepo, open_repo
+from globe.checkpoint.hub import HubRepo, open_repo
+from globe.checkpoint.redirects import refuse_redirects
+from globe.checkpoint.side_files import CONFIG, SideFiles, find_side_files, outside
 from globe.errors import CheckpointError, SettingsError
 
-CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_TEMPLATES = "additional_chat_templates"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +99,9 @@ class Checkpoint:
                     ) from error
         return digest.hexdigest()
 
-    def side_files(self) -> list[Path]:
-        """What an output takes over unchanged: tokenizer, generation settings, chat templates, licence, model card.
-
-        Neither weights nor their index, nor config.json, which the output writes itself, nor any code.
-        """
-        files = [*self.folder.iterdir(), *(self.folder / _TEMPLATES).glob("*.jinja")]
-        return sorted(path for path in files if path.is_file() and _is_side_file(path.name))
+    def side_files(self) -> SideFiles:
+        """What an output takes over unchanged, and what is left out."""
+        return find_side_files(self.folder)
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
@@ -135,6 +130,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
 
 def _open_folder(folder: Path, repo: HubRepo | None) -> Checkpoint:
     config = _read_json(folder / CONFIG)
+    refuse_redirects(folder, config)
     if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():  # transformers' order of preference
         weight_map = _read_weight_map(folder)
         shards = tuple(sorted(set(weight_map.values())))
@@ -204,12 +200,7 @@ def _check_present(folder: Path, shards: tuple[str, ...]) -> None:
 
 def _contained(folder: Path, shard: str) -> Path:
     """The shard's path; `CheckpointError` if links lead out of the folder to other than the blobs of a Hub cache."""
-    path, root = (folder / shard).resolve(), folder.resolve()
-    allowed = [root]
-    if root.parent.name == "snapshots":  # <cache>/<repository>/snapshots/<commit>
-        repository = root.parent.parent
-        allowed += [repository / "blobs", repository.parent / "blobs"]
-    if not any(path.is_relative_to(place) for place in allowed):
+    if (path := outside(folder, shard)) is not None:
         raise CheckpointError(f"{folder / shard} is a link to {path}, outside the folder: it is not followed")
     return folder / shard
 
@@ -222,15 +213,6 @@ def _check_index(indexed: set[str], found: list[TensorInfo], shard: str) -> None
         raise CheckpointError(
             f"{shard} holds {len(unlisted)} tensors that {INDEX} does not place there: {_some(unlisted)}"
         )
-
-
-def _is_side_file(name: str) -> bool:
-    return (
-        name != CONFIG
-        and not name.startswith(".")
-        and not name.endswith(".index.json")
-        and any(fnmatch.fnmatchcase(name, pattern) for pattern in SMALL_FILES)
-    )
 
 
 def _some(names: list[str]) -> str:

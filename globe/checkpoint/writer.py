@@ -100,7 +100,7 @@ def copy_side_files(checkpoint: Checkpoint, folder: Path, leave_out: Collection[
     Returns the SHA-256 of each by its name in the folder.
     """
     written: dict[str, str] = {}
-    for path in checkpoint.side_files():
+    for path in checkpoint.side_files().kept:
         if path.name not in leave_out:
             name = path.relative_to(checkpoint.folder)
             make_folder((folder / name).parent)
@@ -110,7 +110,10 @@ def copy_side_files(checkpoint: Checkpoint, folder: Path, leave_out: Collection[
 
 def write_json(path: Path, obj: Any) -> str:
     """Write JSON, indented; a NaN or an infinity, which JSON cannot say, is a `ValueError`."""
-    return write_file(path, (json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    content = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return write_file(
+        path, content.encode(errors="backslashreplace")
+    )  # of paths that are not UTF-8: \udcXX, as in JSON
 
 
 def write_file(path: Path, content: bytes) -> str:

@@ -114,12 +114,24 @@ def test_planning_downloads_no_shard_and_reading_only_the_one_it_needs(hub: Fake
     assert set(hub.downloads()) == {"config.json", "model.safetensors.index.json", "tokenizer.json", "LICENSE"}
     assert {name: tensor.shard for name, tensor in checkpoint.tensors.items()} == {"a": FIRST, "b": FIRST, "c": SECOND}
     assert checkpoint.config == {"model_type": "m"}
-    assert [path.name for path in checkpoint.side_files()] == ["LICENSE", "tokenizer.json"]
+    assert [path.name for path in checkpoint.side_files().kept] == ["LICENSE", "tokenizer.json"]
 
     assert torch.equal(checkpoint.read("a"), TENSORS[FIRST]["a"])
     assert torch.equal(checkpoint.read("b"), TENSORS[FIRST]["b"])
     assert hub.downloads().count(FIRST) == 1
     assert SECOND not in hub.downloads()
+
+
+def test_the_code_of_a_tokenizer_is_fetched_with_what_it_imports_and_no_other(hub: FakeHub) -> None:
+    auto_map = {"AutoTokenizer": ["tok.Tok", "absent.Fast"], "AutoModel": "modeling_x.X"}
+    (hub.folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
+    (hub.folder / "tok.py").write_text("from .words import split\nfrom .gone import x\n")
+    (hub.folder / "words.py").write_text("import .letters\n")
+    (hub.folder / "letters.py").write_text("x = 1\n")
+    side_files = open_checkpoint("owner/name").side_files()
+    assert [name for name in hub.downloads() if name.endswith(".py")] == ["tok.py", "words.py", "letters.py"]
+    assert [path.name for path in side_files.kept if path.suffix == ".py"] == ["letters.py", "tok.py", "words.py"]
+    assert [told.split(",")[0] for told in side_files.left_out] == ["absent.py", "gone.py"]
 
 
 def test_the_fingerprint_does_not_depend_on_what_is_downloaded(hub: FakeHub) -> None:

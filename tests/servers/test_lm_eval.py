@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from globe import export_dense
-from globe.shipped import read_text
+from globe.texts import read_text
 from tests.servers.exports import shipped
 
 TASK = """

@@ -16,7 +16,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from globe import CompressConfig, compress
-from globe.shipped import MODEL, read_text
+from globe.shipped import MODEL
+from globe.texts import read_text
 from tests.model import compressed
 
 ROOT = Path(__file__).parents[2]
