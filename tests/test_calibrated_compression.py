@@ -116,13 +116,14 @@ def test_a_calibrated_run_is_resumed_without_another_pass(tmp_path: Path, monkey
 
 
 def test_experts_never_reached_are_reported(tmp_path: Path) -> None:
-    report = compress("shipped", tmp_path / "out", QUICK)
+    report = compress("shipped", tmp_path / "out", dataclasses.replace(QUICK, allocation="uniform"))
     assert report.calibration is not None
     assert report.calibration.num_tokens == 512
     assert report.calibration.num_experts == 32
     assert 5 in report.calibration.unreached["1"]
     assert report.calibration.num_unreached >= 1
-    assert compress("shipped", tmp_path / "plain", dataclasses.replace(QUICK, calibrate="none")).calibration is None
+    alone = dataclasses.replace(QUICK, calibrate="none", allocation="uniform")
+    assert compress("shipped", tmp_path / "plain", alone).calibration is None
 
 
 def test_a_text_without_a_window_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -149,9 +150,9 @@ def test_by_default_the_model_is_calibrated_on_samples_of_its_own(tmp_path: Path
 
 
 def test_other_seeds_give_other_samples(tmp_path: Path) -> None:
+    settings = dataclasses.replace(QUICK, calibrate="samples", allocation="uniform")
     first, second = (
-        compress("shipped", tmp_path / f"{seed}", dataclasses.replace(QUICK, calibrate="samples", seed=seed))
-        for seed in (0, 1)
+        compress("shipped", tmp_path / f"{seed}", dataclasses.replace(settings, seed=seed)) for seed in (0, 1)
     )
     assert first.calibration is not None
     assert second.calibration is not None
