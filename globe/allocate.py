@@ -25,7 +25,7 @@ from globe.config import CompressConfig
 from globe.errors import SettingsError
 from globe.experts import read_stack
 from globe.knapsack import choose
-from globe.plan import BankPlan, Scope, choose_shape
+from globe.plan import BankPlan, Scope, choose_shape, lowest_keep
 from globe.sensitivity import NUM_WINDOWS, load_for_gradients, measure_sensitivities, random_windows
 from globe.train.fit_banks import fit_bank
 
@@ -101,7 +101,8 @@ def measure_curve(weights: Tensor, bank: BankPlan, config: CompressConfig) -> Er
     """Error against size of a bank, by two short fits to its experts (E, P, D)."""
     original = bank.original_parameters
     share = bank.stored_parameters / original
-    rank, num_bases = choose_shape(bank.num_matrices, bank.rows, bank.columns, SMALLER * share)
+    shape = (bank.num_matrices, bank.rows, bank.columns)
+    rank, num_bases = choose_shape(*shape, max(SMALLER * share, lowest_keep(*shape)))
     smaller = dataclasses.replace(bank, rank=rank, num_bases=num_bases)
     level, other = (_short_fit(weights, option, config) for option in (bank, smaller))
     distance = share - smaller.stored_parameters / original

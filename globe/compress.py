@@ -284,6 +284,7 @@ class Job:
             self.calibration,
             self.uncalibrated_because,
             self.uniform_because,
+            list(self.checkpoint.notes),
         )
         copy_side_files(self.checkpoint, partial)
         write_source_layout(partial, self.checkpoint)

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import globe.model  # noqa: F401  (registers the native format)
 from globe.errors import CheckpointError, SettingsError
 from globe.shipped import read_text, resolve_model
-from globe.train.config import check_device
+from globe.train.config import check_device, check_device_word
+from globe.typed import fit_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +36,8 @@ class EvaluateConfig:
     """Where the models run: cpu, cuda or mps."""
 
     def __post_init__(self) -> None:
-        for name, least in (("max_tokens", 1), ("length", 2), ("batch", 1)):
-            if getattr(self, name) < least:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        fit_settings(self, SettingsError, max_tokens=1, length=2, batch=1)
+        check_device_word(self.device)
         check_device(self.device)
 
 

@@ -16,7 +16,7 @@ from globe.checkpoint.writer import claim, copy_side_files, finish, require_spac
 from globe.empty_model import model_names
 from globe.errors import CheckpointError, OutputError
 from globe.experts import restore
-from globe.model.quantization_config import QUANT_METHOD, GlobeQuantizationConfig
+from globe.model.quantization_config import read_section
 from globe.report import REPORT
 from globe.shipped import resolve_model
 from globe.source_layout import SOURCE_LAYOUT, read_source_layout
@@ -55,12 +55,9 @@ class DenseView:
     """A compressed checkpoint seen as its dense source."""
 
     def __init__(self, compressed: Checkpoint) -> None:
-        section = compressed.config.get("quantization_config") or {}
-        if section.get("quant_method") != QUANT_METHOD:
-            raise CheckpointError(f"{compressed.folder} is not compressed by GloBE; there is nothing to export")
+        self._config = read_section(compressed)
         self.compressed = compressed
         self.source = read_source_layout(compressed)
-        self._config = GlobeQuantizationConfig(**section)
         self._names = model_names(self.source)
         self._layers = {layer.index: layer for layer in find_expert_layers(self.source)}
         self._owner = {

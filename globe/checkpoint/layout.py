@@ -136,7 +136,7 @@ def _names(prefix: str, projection: str, num_experts: int | None) -> list[str]:
 
 
 def _layer(index: int, prefix: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> ExpertLayer:
-    traits = _TRAITS.get(config.get("model_type", ""), _Traits())
+    traits = _TRAITS.get(config.get("model_type") or "", _Traits())
     biases = {f"{prefix}.{bias}" for bias in traits.biases}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in biases}
     fused = [names for names in (_FUSED, _GRANITE) if any(f"{prefix}.{name}" in tensors for name in names)]

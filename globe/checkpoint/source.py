@@ -19,7 +19,7 @@ def open_source(model: str | Path) -> Checkpoint:
     Raises as `open_checkpoint` does, and `UnsupportedModelError` naming a quantisation that is not understood.
     """
     checkpoint = dequantized(open_checkpoint(model))
-    native = _ALIASES.get(checkpoint.config.get("model_type", ""))
+    native = _ALIASES.get(checkpoint.config.get("model_type") or "")
     if native is None:
         return checkpoint
     config = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
-from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, rename_source_key
 
+from globe.checkpoint.header import read_header
 from globe.errors import CheckpointError
 from globe.model.names import is_factor
 
@@ -55,10 +56,11 @@ def _factors_in_files(
     state_dict = model.state_dict()
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for key in filter(is_factor, tensors.keys()):
-                name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state_dict)
-                found[name] = tuple(tensors.get_slice(key).get_shape())
+        path = Path(file)
+        for tensor in read_header(path, path.name):
+            if is_factor(tensor.name):
+                name, _ = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, state_dict)
+                found[name] = tensor.shape
     return found
 
 

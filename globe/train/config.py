@@ -7,13 +7,16 @@ from typing import Literal
 
 import torch
 
-from globe.bank.activations import Activation, check_activation
-from globe.bank.codes import CodeMap, check_codes
+from globe.bank.activations import Activation
+from globe.bank.codes import CodeMap
 from globe.bank.rounding import BITS
 from globe.errors import SettingsError
 from globe.init.warm_start import WarmStartName
+from globe.typed import fit_settings, shown
 
 Solver = Literal["varpro", "am"]
+
+_LEAST = dict.fromkeys(("learning_rate", "tolerance", "window", "lambda_a", "lambda_b"), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,18 +69,13 @@ class FitConfig:
     """Precision of the fit."""
 
     def __post_init__(self) -> None:
-        check_activation(self.activation)
-        check_codes(self.codes)
-        for name in ("rank", "num_bases", "max_steps", "align_steps", "patience"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.solver not in ("varpro", "am"):
-            raise SettingsError(f"solver {self.solver!r} is unknown; choose varpro or am")
+        fit_settings(self, SettingsError, rank=1, num_bases=1, max_steps=1, align_steps=1, patience=1, **_LEAST)
         if self.bank_bits is not None and (self.solver != "varpro" or self.bank_bits not in BITS):
             raise SettingsError(
                 f"bank_bits {self.bank_bits} with solver {self.solver}: a bank is rounded inside a fit by varpro only, "
                 f"to one of {', '.join(map(str, BITS))} bits"
             )
+        check_device_word(self.device)
         check_device(self.device)
         if self.support is not None and not 1 <= self.support <= self.num_bases:
             raise SettingsError(
@@ -113,6 +111,13 @@ class FitConfig:
     @property
     def torch_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == "float64" else torch.float32
+
+
+def check_device_word(device: str) -> None:
+    """Raise `SettingsError` for what is no kind of device that GloBE runs on, wherever that is."""
+    if device.partition(":")[0] not in ("auto", "cpu", "cuda", "mps"):
+        hint = "; a GPU of Nvidia or AMD is cuda, Apple's mps" if device.lower() == "gpu" else ""
+        raise SettingsError(f"device {shown(device)} is unknown; choose cpu, cuda or mps, or cuda:1 and so on{hint}")
 
 
 def check_device(device: str) -> None:
