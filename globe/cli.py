@@ -6,15 +6,15 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 from rich.console import Console
-from rich.text import Text
 from transformers.utils import logging
 
 from globe.arguments import registry
 from globe.config import CompressConfig
+from globe.ending import FAILED, PipeConsole, close_quietly, describe, stoppable, tell, tell_bug, tell_stopped
 from globe.errors import GlobeError
 from globe.evaluate import EvaluateConfig
 from globe.sweep import SweepConfig
@@ -35,6 +35,7 @@ class Compress:
     config: Annotated[CompressConfig, tyro.conf.arg(name="")] = CompressConfig()
     track: Track = "none"
     """Experiment tracker."""
+    go_on: ClassVar[str] = "the same command goes on after the last finished scope"
 
     def run(self, console: Console) -> None:
         from globe.compress import compress
@@ -46,12 +47,7 @@ class Compress:
         observers: list[Observer] = [live]
         if self.track != "none":
             observers.append(make_tracker(self.track, self.config, self.output.with_name(f"{self.output.name}.track")))
-        try:
-            report = compress(self.model, self.output, self.config, observers)
-        except KeyboardInterrupt:
-            console.print("interrupted; the same command goes on after the last finished scope", style="yellow")
-            raise
-        show_report(console, report, self.output)
+        show_report(console, compress(self.model, self.output, self.config, observers), self.output)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +60,7 @@ class Sweep:
     model: Model = "shipped"
     """Local folder or Hub id; without one, the small model that ships with GloBE."""
     config: Annotated[SweepConfig, tyro.conf.arg(name="")] = SweepConfig()
+    go_on: ClassVar[str] = "the same command goes on after the last finished point"
 
     def run(self, console: Console) -> None:
         from globe.sweep import sweep
@@ -71,12 +68,7 @@ class Sweep:
         from globe.sweep_view import show_sweep
 
         watch = LiveSweep(console, self.config.common.steps) if console.is_terminal else PlainSweep(console)
-        try:
-            result = sweep(self.model, self.output, self.config, watch)
-        except KeyboardInterrupt:
-            console.print("interrupted; the same command goes on after the last finished point", style="yellow")
-            raise
-        show_sweep(console, result, self.output)
+        show_sweep(console, sweep(self.model, self.output, self.config, watch), self.output)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,20 +161,34 @@ class Env:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 for a `GlobeError`, 130 when interrupted."""
+    """Run the command line; returns the exit status.
+
+    0, 1 for a `GlobeError` or what the file system refuses, 70 for a fault of GloBE's own, 130 when interrupted (143 by
+    SIGTERM, 129 by SIGHUP), 141 when nobody reads what is printed; wrong arguments leave with 2.
+    """
     given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
-    console = Console(highlight=False)
     logging.disable_progress_bar()
+    command, go_on = None, ""
     try:
-        command = LmEval(tuple(given[1:])) if given[:1] == ["lm-eval"] else _parse(given)
-        command.run(console)
+        with stoppable():
+            command = LmEval(tuple(given[1:])) if given[:1] == ["lm-eval"] else _parse(given)
+            go_on = getattr(command, "go_on", "")
+            command.run(PipeConsole(highlight=False))
+            sys.stdout.flush()
     except GlobeError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            Text("error: ", "red"), str(error), sep="", markup=False
-        )
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        tell("error", str(error))
+        return FAILED
+    except BrokenPipeError:
+        return close_quietly()
+    except OSError as error:
+        tell("error", describe(error))
+        return FAILED
+    except KeyboardInterrupt as stop:
+        return tell_stopped(stop, go_on)
+    except Exception as error:  # the one place for what nobody foresaw
+        if isinstance(command, LmEval):  # whose faults are not GloBE's to explain
+            raise
+        return tell_bug(error, given, go_on)
     return 0
 
 

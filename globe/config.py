@@ -100,7 +100,7 @@ class CompressConfig:
         if self.bits is not None and not 0 < self.bits < _SOURCE_BITS:
             raise SettingsError(
                 f"bits is {self.bits:g}; stored bits per original weight must be above 0 and below {_SOURCE_BITS}, "
-                "which a weight has itself; for factors in floating point give keep, for 8 bits an entry factor_dtype int8"
+                "which a weight has itself; for factors in floating point give keep, in 8 bits each factor_dtype int8"
             )
         if self.bank_bits is not None and self.solver != "varpro":
             raise SettingsError(

@@ -146,9 +146,9 @@ def test_an_interrupted_run_says_how_to_go_on(
     write_source(tmp_path / "source")
     with monkeypatch.context() as patch:
         patch.setattr(compress_module, "fit_bank", interrupt)
-        status, out, _ = run(capsys, "compress", tmp_path / "source", "-o", tmp_path / "out", "--steps", 2)
+        status, _, err = run(capsys, "compress", tmp_path / "source", "-o", tmp_path / "out", "--steps", 2)
     assert status == 130
-    assert "the same command goes on" in out
+    assert "interrupted: the same command goes on" in err
     assert run(capsys, "compress", tmp_path / "source", "-o", tmp_path / "out", "--steps", 2)[0] == 0
 
 

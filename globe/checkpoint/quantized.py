@@ -243,8 +243,8 @@ def _names_of(stored: str) -> tuple[str, str, str]:
 def _check_scale(scale: TensorInfo, shape: tuple[int, ...], weight: TensorInfo, dtypes: Collection[str]) -> None:
     if scale.shape != shape or scale.dtype not in dtypes:
         raise CheckpointError(
-            f"{scale.name} is {scale.dtype} of shape {scale.shape}; for {weight.name} of shape {weight.shape} it should "
-            f"be {' or '.join(dtypes)} of shape {shape}: {_ADVICE}"
+            f"{scale.name} is {scale.dtype} of shape {scale.shape}; for {weight.name} of shape {weight.shape} it "
+            f"should be {' or '.join(dtypes)} of shape {shape}: {_ADVICE}"
         )
 
 
