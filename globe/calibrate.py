@@ -164,9 +164,9 @@ def run_hooked(model: Any, windows: Tensor, hooks: Mapping[int, Callable[..., No
             handle.remove()
 
 
-def save_statistics(path: Path, layers: Mapping[int, LayerStatistics]) -> None:
-    """Write the statistics to a safetensors file; `OutputError` when the disk is full."""
-    save_tensors(
+def save_statistics(path: Path, layers: Mapping[int, LayerStatistics]) -> str:
+    """Write the statistics to a safetensors file; returns its SHA-256. Raises `OutputError` when the disk is full."""
+    return save_tensors(
         path,
         {
             f"{layer}.{name}": tensor

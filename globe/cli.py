@@ -1,4 +1,4 @@
-"""The command line: compress, sweep, evaluate, lm-eval, export, inspect, report, env."""
+"""The command line: compress, sweep, evaluate, lm-eval, export, verify, inspect, report, env."""
 
 from __future__ import annotations
 
@@ -35,6 +35,9 @@ class Compress:
     config: Annotated[CompressConfig, tyro.conf.arg(name="")] = CompressConfig()
     track: Track = "none"
     """Experiment tracker."""
+    overwrite: bool = False
+    """Replace an output that GloBE wrote earlier, when the new one is whole, and start an unfinished run with other
+    settings anew."""
     go_on: ClassVar[str] = "the same command goes on after the last finished scope"
 
     def run(self, console: Console) -> None:
@@ -47,7 +50,8 @@ class Compress:
         observers: list[Observer] = [live]
         if self.track != "none":
             observers.append(make_tracker(self.track, self.config, self.output.with_name(f"{self.output.name}.track")))
-        show_report(console, compress(self.model, self.output, self.config, observers), self.output)
+        report = compress(self.model, self.output, self.config, observers, overwrite=self.overwrite)
+        show_report(console, report, self.output)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,8 @@ class Sweep:
     model: Model = "shipped"
     """Local folder or Hub id; without one, the small model that ships with GloBE."""
     config: Annotated[SweepConfig, tyro.conf.arg(name="")] = SweepConfig()
+    overwrite: bool = False
+    """Start a sweep with other settings anew; its finished points are lost."""
     go_on: ClassVar[str] = "the same command goes on after the last finished point"
 
     def run(self, console: Console) -> None:
@@ -68,7 +74,8 @@ class Sweep:
         from globe.sweep_view import show_sweep
 
         watch = LiveSweep(console, self.config.common.steps) if console.is_terminal else PlainSweep(console)
-        show_sweep(console, sweep(self.model, self.output, self.config, watch), self.output)
+        result = sweep(self.model, self.output, self.config, watch, overwrite=self.overwrite)
+        show_sweep(console, result, self.output)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +90,16 @@ class Evaluate:
     """Also continue this text with both models, sampled with the same seed."""
     compose_cache: int = 0
     """Bytes of composed experts that a compressed model may keep beside its factors: faster, with the same results."""
+    verify: bool = True
+    """Compare the files of a folder that GloBE wrote with its manifest first."""
     config: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = EvaluateConfig()
 
     def run(self, console: Console) -> None:
         from globe.show import show_evaluation
 
-        show_evaluation(console, self.model, self.reference, self.prompt, self.config, self.compose_cache)
+        show_evaluation(
+            console, self.model, self.reference, self.prompt, self.config, self.compose_cache, verify=self.verify
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +123,30 @@ class Export:
     model: Folder
     """Folder of a compressed model."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder to write."""
+    """Folder to write. An export that was killed starts over when the same command is given again."""
+    overwrite: bool = False
+    """Replace an output that GloBE wrote earlier, when the new one is whole."""
+    verify: bool = True
+    """Compare the model's files with its manifest first."""
 
     def run(self, console: Console) -> None:
         from globe.export import export_dense
 
-        export_dense(self.model, self.output)
+        export_dense(self.model, self.output, overwrite=self.overwrite, verify=self.verify)
         console.print(f"dense checkpoint in {self.output}; it needs no GloBE")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Prove that every byte of a folder is as GloBE's commands wrote it."""
+
+    folder: Folder
+    """Folder that compress, export or sweep wrote."""
+
+    def run(self, console: Console) -> None:
+        from globe.show import show_verification
+
+        show_verification(console, self.folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +227,7 @@ def _parse(arguments: Sequence[str]) -> Any:
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[LmEval, tyro.conf.subcommand("lm-eval")]
         | Annotated[Export, tyro.conf.subcommand("export")]
+        | Annotated[Verify, tyro.conf.subcommand("verify")]
         | Annotated[Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[ReportPage, tyro.conf.subcommand("report")]
         | Annotated[Env, tyro.conf.subcommand("env")],

@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import globe.model  # noqa: F401  (registers the native format)
+from globe.checkpoint.manifest import verify_model
 from globe.errors import CheckpointError, SettingsError
 from globe.shipped import read_text, resolve_model
 from globe.train.config import check_device, check_device_word
@@ -142,12 +143,18 @@ def evaluate(
     model: str | Path,
     config: EvaluateConfig = EvaluateConfig(),
     reference: str | Path | None = None,
+    *,
+    verify: bool = True,
 ) -> Evaluation:
     """Quality of a model (`shipped`, a folder or a Hub id) on the configured text, against `reference` where given.
+
+    The files of a folder that GloBE wrote are compared with its manifest first, unless `verify` is off.
 
     Raises `CheckpointError` for what cannot be loaded and `SettingsError` for a text that is missing or too short.
     """
     model = resolve_model(model)
+    if verify and Path(model).is_dir():
+        verify_model(Path(model))
     windows, bytes_per_token = token_windows(load_tokenizer(model), read_text(config.text), config)
     other = None if reference is None else load(resolve_model(reference), config.device)
     return evaluate_model(load(model, config.device), windows, bytes_per_token, batch=config.batch, reference=other)

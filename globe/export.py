@@ -8,56 +8,78 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from globe.bank.rounding import stored_shape
 from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.layout import FAMILIES, Family, find_expert_layers, source_names
-from globe.checkpoint.reader import CONFIG, SINGLE, Checkpoint, open_checkpoint
-from globe.checkpoint.stacks import dense_tensor
-from globe.checkpoint.writer import claim, copy_side_files, finish, require_space, save_tensors, write_index, write_json
+from globe.checkpoint.manifest import MANIFEST, verify_model
+from globe.checkpoint.reader import CONFIG, INDEX, SINGLE, Checkpoint, open_checkpoint
+from globe.checkpoint.stacks import check_finite, dense_tensor
+from globe.checkpoint.writer import copy_side_files, make_folder, require_space, save_tensors, write_index, write_json
 from globe.empty_model import model_names
-from globe.errors import CheckpointError, OutputError
+from globe.errors import CheckpointError
 from globe.experts import restore
-from globe.model.quantization_config import read_section
+from globe.model.factor_check import check_run
+from globe.model.quantization_config import QUANT_METHOD, GlobeQuantizationConfig
 from globe.report import REPORT
+from globe.run_folder import RunFolder, open_run
 from globe.shipped import resolve_model
 from globe.source_layout import SOURCE_LAYOUT, read_source_layout
 
 
-def export_dense(model: str | Path, output: str | Path) -> Path:
+def export_dense(model: str | Path, output: str | Path, *, overwrite: bool = False, verify: bool = True) -> Path:
     """Compose the experts of a compressed model and write them as the source had them; returns `output`.
 
     Names, dtypes, shapes and shards are the source's, untouched tensors bit for bit, and `quantization_config` is gone:
     the result needs no GloBE. Its experts are composed in float32 and rounded once to the source's dtype, as the
-    compressed model composes them when it is loaded in that dtype. One shard is in memory at a time.
+    compressed model composes them when it is loaded in that dtype. One shard is in memory at a time. The model's files
+    are verified first, where they have a manifest, unless `verify` is off; an export that was interrupted starts over.
+    With `overwrite`, an output that GloBE wrote earlier is replaced when the new one is whole.
 
     Raises `CheckpointError` if the model is not compressed or damaged, `OutputError` if the output exists or does not
     fit the disk.
     """
-    output = Path(output)
     compressed = open_checkpoint(resolve_model(model))
     dense = DenseView(compressed)
-    partial = claim(output)
-    if any(partial.iterdir()):
-        raise OutputError(f"{partial} is left from an interrupted export: remove it and run again")
-    require_space(partial, sum(tensor.nbytes for tensor in dense.source.tensors.values()))
-    for shard in dense.source.shards:
-        save_tensors(partial / shard, {t.name: dense.tensor(t.name) for t in dense.source.shard_tensors(shard)})
-    if dense.source.shards != (SINGLE,):
-        weight_map = {tensor.name: tensor.shard for tensor in dense.source.tensors.values()}
-        write_index(partial, weight_map, sum(tensor.nbytes for tensor in dense.source.tensors.values()))
-    copy_side_files(compressed, partial, leave_out=(REPORT, SOURCE_LAYOUT))
-    write_json(partial / CONFIG, dense.source.config)
-    open_checkpoint(partial)
-    finish(partial, output)
-    return output
+    if verify:
+        verify_model(compressed.folder)
+    run = {"command": "export", "source": str(model), "fingerprint": compressed.fingerprint()}
+    with open_run(Path(output), run, overwrite=overwrite, source=compressed.folder) as folder:
+        if not folder.whole():
+            _write(dense, folder)
+        folder.publish()
+    return folder.output
+
+
+def _write(dense: DenseView, folder: RunFolder) -> None:
+    """All files of the export."""
+    source, compressed, path = dense.source, dense.compressed, folder.path
+    num_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
+    require_space(path, num_bytes)
+    files: dict[str, str] = {}
+    for shard in source.shards:
+        make_folder((path / shard).parent)
+        tensors = {tensor.name: dense.tensor(tensor.name) for tensor in source.shard_tensors(shard)}
+        files[shard] = save_tensors(path / shard, tensors)
+    if source.shards != (SINGLE,):
+        weight_map = {tensor.name: tensor.shard for tensor in source.tensors.values()}
+        files[INDEX] = write_index(path, weight_map, num_bytes)
+    files |= copy_side_files(compressed, path, leave_out=(REPORT, SOURCE_LAYOUT, MANIFEST))
+    files[CONFIG] = write_json(path / CONFIG, source.config)
+    open_checkpoint(path)
+    folder.complete(files)
 
 
 class DenseView:
     """A compressed checkpoint seen as its dense source."""
 
     def __init__(self, compressed: Checkpoint) -> None:
-        self._config = read_section(compressed)
+        section = compressed.config.get("quantization_config") or {}
+        if section.get("quant_method") != QUANT_METHOD:
+            raise CheckpointError(f"{compressed.folder} is not compressed by GloBE; there is nothing to export")
         self.compressed = compressed
         self.source = read_source_layout(compressed)
+        self._config = GlobeQuantizationConfig(**section)
+        check_run([compressed.folder / shard for shard in compressed.shards], self._config.run)
         self._names = model_names(self.source)
         self._layers = {layer.index: layer for layer in find_expert_layers(self.source)}
         self._owner = {
@@ -88,12 +110,27 @@ class DenseView:
         return dense_tensor(layer, name, {family: self._family(index, family) for family in held})
 
     def _compose_family(self, index: int, family: Family) -> Tensor:
-        bank = self._banks.get((index, family))
+        bank, layer, names = self._banks.get((index, family)), self._layers[index], self._names
+        E, P, D = layer.num_experts, layer.intermediate_size, layer.hidden_size
         if bank is None:
-            return self.compressed.read(self._names.dense(index, family))
-        read = self.compressed.read
-        factors = (read(self._names.adapters(index, family)), read(self._names.codes(index, family)))
-        shape = bank.num_bases, bank.rank, self._layers[index].hidden_size
+            return self._factor(names.dense(index, family), (E, P, D), None)
+        R, M, precision = bank.rank, bank.num_bases, bank.precision
+        adapters = self._factor(names.adapters(index, family), (E, P, R), precision.adapters)
+        codes = self._factor(names.codes(index, family), (E, M), precision.codes)
+        bases = self._factor(names.bases(bank), (M, R, D), precision.bases)
         with torch.no_grad():
-            stack = restore(*factors, read(self._names.bases(bank)), self._config.activation, shape, bank.precision)
-        return stack.to(TORCH_DTYPES[self._layers[index].dtype])
+            stack = restore(adapters, codes, bases, self._config.activation, (M, R, D), precision)
+        return stack.to(TORCH_DTYPES[layer.dtype])
+
+    def _factor(self, name: str, shape: tuple[int, ...], bits: int | None) -> Tensor:
+        """A stored factor; `CheckpointError` unless it is what config.json says, and finite."""
+        factor = self.compressed.read(name)
+        expected = stored_shape(shape, bits)
+        if factor.shape != expected or factor.is_floating_point() != (bits is None):
+            raise CheckpointError(
+                f"{name} is {factor.dtype} of shape {tuple(factor.shape)}; config.json describes {expected}"
+                f"{'' if bits is None else f' bytes of {bits} bits'}: fetch the checkpoint again"
+            )
+        if bits is None:
+            check_finite(factor, name)
+        return factor

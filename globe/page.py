@@ -11,14 +11,17 @@ import jinja2
 
 from globe.charts import Chart, Curve, Points, curve_chart, strip_chart, summary_curve
 from globe.checkpoint.layout import FAMILIES
+from globe.checkpoint.manifest import add_to_manifest
 from globe.checkpoint.reader import open_checkpoint
-from globe.errors import CheckpointError, GlobeError, OutputError
+from globe.checkpoint.writer import write_file
+from globe.errors import CheckpointError, GlobeError
 from globe.inventory import Bytes, Spectra, bytes_by_kind, read_spectra
 from globe.plan import compact
 from globe.progress import clock
 from globe.report import BankReport, Report, root_mean_square
 from globe.train.result import MEANING
 
+PAGE = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 _MAX_CURVES = 6
 _ROWS = 16
@@ -41,12 +44,10 @@ def write_page(folder: str | Path, output: str | Path | None = None) -> Path:
     Raises `CheckpointError` if the folder has no readable report, `OutputError` if the page cannot be written.
     """
     folder = Path(folder)
-    path = folder / "report.html" if output is None else Path(output)
-    page = render(folder)
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error}") from error
+    path = folder / PAGE if output is None else Path(output)
+    sha256 = write_file(path, render(folder).encode())
+    if path.parent.resolve() == folder.resolve():
+        add_to_manifest(folder, path.name, sha256)
     return path
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,17 +15,17 @@ from rich.table import Table
 from rich.text import Text
 
 from globe.checkpoint.layout import ExpertLayer, find_expert_layers
-from globe.checkpoint.quantized import quant_method
+from globe.checkpoint.manifest import verify_files, verify_model
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.checkpoint.source import open_source
-from globe.compress import Job
+from globe.compress import make_job, prepare
 from globe.config import CompressConfig
 from globe.errors import GlobeError
 from globe.evaluate import EvaluateConfig, Evaluation, evaluate_model, generate, load, load_tokenizer, token_windows
 from globe.model.quantization_config import QUANT_METHOD
 from globe.model.serving import set_compose_cache
 from globe.plan import Scope, compact
-from globe.progress import clock, describe
+from globe.progress import Observers, clock, describe
 from globe.report import REPORT, Report, peak_memory, versions
 from globe.shipped import read_text, resolve_model
 
@@ -49,7 +50,7 @@ def show_report(console: Console, report: Report, output: Path) -> None:
             f"calibrated      on {calibration.num_tokens} tokens of {calibration.text}; {calibration.num_unreached} of "
             f"{calibration.num_experts} experts were not reached and weigh as their layer's mean"
         )
-    fallbacks = sum(bank.metrics["num_fallbacks"] for bank in report.banks)
+    fallbacks = sum(bank.metrics.get("num_fallbacks", 0) for bank in report.banks)
     if fallbacks:
         console.print(
             f"note            {fallbacks} adapter solves needed more than a Cholesky factorisation", style="yellow"
@@ -60,7 +61,6 @@ def show_report(console: Console, report: Report, output: Path) -> None:
             f"note            these fits met NaN or Inf and kept their best step: {'; '.join(broken)}", style="yellow"
         )
     _show_fallbacks(console, report.uncalibrated_because, report.uniform_because, report.config)
-    _show_notes(console, report.notes)
     console.print(f"next            globe evaluate {output}")
 
 
@@ -75,10 +75,14 @@ def show_evaluation(
     prompt: str | None,
     config: EvaluateConfig,
     compose_cache: int = 0,
+    *,
+    verify: bool = True,
 ) -> None:
     """Perplexity and size of a model, beside its reference where there is one, and the text that both write."""
     model = str(resolve_model(model))
-    open_checkpoint(model)  # says of a folder that is none what loading it would not
+    checkpoint = open_checkpoint(model)  # says of a folder that is none what loading it would not
+    if verify and checkpoint.repo is None:
+        verify_model(checkpoint.folder)
     original = _reference(model, reference)
     tokenizer = load_tokenizer(model)
     windows, bytes_per_token = token_windows(tokenizer, read_text(config.text), config)
@@ -122,7 +126,8 @@ def show_evaluation(
 def _is_compressed(model: str) -> bool:
     if not Path(model).is_dir():
         return False
-    return quant_method(open_checkpoint(model)) == QUANT_METHOD
+    section: dict[str, Any] = open_checkpoint(model).config.get("quantization_config") or {}
+    return section.get("quant_method") == QUANT_METHOD
 
 
 def _reference(model: str, reference: str | None) -> str | None:
@@ -152,17 +157,17 @@ def show_inspection(console: Console, model: str, config: CompressConfig) -> Non
         return
     checkpoint = open_source(folder)
     layers = find_expert_layers(checkpoint)
-    job = Job(checkpoint, config)
+    job = make_job(model, config)
     _show_experts(console, checkpoint, layers)
-    _show_notes(console, checkpoint.notes)
-    if checkpoint.repo is None:
-        job.calibrate()
-        job.allocate()
-    _show_plan(console, job.scopes)
-    if checkpoint.repo is not None and config.allocation == "sensitivity":
+    preparation = None if checkpoint.repo is not None else prepare(job, Observers(()))
+    scopes = job.scopes if preparation is None else preparation.scopes
+    _show_plan(console, scopes)
+    if preparation is not None:
+        because = preparation.calibration.uncalibrated_because
+        _show_fallbacks(console, because, preparation.uniform_because, dataclasses.asdict(config))
+    elif config.allocation == "sensitivity":
         console.print("note: banks get their shares of the budget when the weights are here", style="yellow")
-    _show_fallbacks(console, job.uncalibrated_because, job.uniform_because, dataclasses.asdict(config))
-    original, predicted = job.original_bytes(), job.predicted_bytes()
+    original, predicted = job.original_bytes(), job.predicted_bytes(scopes)
     console.print(f"whole model {megabytes(original)} -> {megabytes(predicted)} ({predicted / original:.1%})")
     first = layers[0]
     ratio = first.intermediate_size / first.hidden_size
@@ -185,12 +190,6 @@ def _show_fallbacks(
         console.print(f"note            every bank keeps the same share: {uniform}", style="yellow", soft_wrap=True)
 
 
-def _show_notes(console: Console, notes: Iterable[str]) -> None:
-    """What was passed over in the model's files."""
-    for note in notes:
-        console.print(f"note            {note}", style="yellow", soft_wrap=True, markup=False)
-
-
 def _show_experts(console: Console, checkpoint: Checkpoint, layers: list[ExpertLayer]) -> None:
     first = layers[0]
     table = Table(title=f"{checkpoint.folder}: {checkpoint.config.get('model_type')}")
@@ -208,7 +207,7 @@ def _show_experts(console: Console, checkpoint: Checkpoint, layers: list[ExpertL
     console.print(table)
 
 
-def _show_plan(console: Console, scopes: list[Scope]) -> None:
+def _show_plan(console: Console, scopes: Sequence[Scope]) -> None:
     table = Table(title="plan", caption="error: to expect of a fit to the weights alone")
     for name in ("bank", "matrices", "rank", "bases", "kept", "error"):
         table.add_column(name, justify="right")
@@ -241,6 +240,22 @@ def _show_compressed(console: Console, report: Report) -> None:
         f"kept {report.kept:.4f} of the compressed families; whole model {megabytes(report.original_bytes)} -> "
         f"{megabytes(report.compressed_bytes)}"
     )
+
+
+def show_verification(console: Console, folder: Path) -> None:
+    """What a folder's files are, compared with what was written; `CheckpointError` for any that differ."""
+    found = verify_files(folder)
+    console.print(
+        f"{found.num_files} files, {megabytes(found.num_bytes)}: every byte is as run {found.run} wrote it",
+        soft_wrap=True,
+    )
+    if found.unlisted:
+        console.print(
+            f"put there later, and not checked: {', '.join(found.unlisted)}",
+            style="yellow",
+            soft_wrap=True,
+            markup=False,
+        )
 
 
 def show_environment(console: Console) -> None:

@@ -17,13 +17,13 @@ SOURCE_LAYOUT = "globe_source.json"
 _AGAIN = "copy it from the folder that globe compress wrote"
 
 
-def write_source_layout(folder: Path, source: Checkpoint) -> None:
-    """Record name, dtype and shape of every tensor of the source, by shard and in order."""
+def write_source_layout(folder: Path, source: Checkpoint) -> str:
+    """Record name, dtype and shape of every tensor of the source, by shard and in order; returns the file's SHA-256."""
     shards = {
         shard: [[tensor.name, tensor.dtype, list(tensor.shape)] for tensor in source.shard_tensors(shard)]
         for shard in source.shards
     }
-    write_json(folder / SOURCE_LAYOUT, {"shards": shards})
+    return write_json(folder / SOURCE_LAYOUT, {"shards": shards})
 
 
 def read_source_layout(compressed: Checkpoint) -> Checkpoint:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from globe.bank.factors import Factors
@@ -15,7 +17,7 @@ from globe.bank.objective import Problem
 from globe.bank.rounding import Precision
 from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.reader import Checkpoint
-from globe.checkpoint.writer import save_tensors
+from globe.checkpoint.writer import save_tensors, tensor_bytes
 from globe.experts import ExpertStack, StoredFactors, read_stack, to_storage
 from globe.metric import LayerStatistics
 from globe.plan import BankPlan
@@ -23,6 +25,7 @@ from globe.train.config import FitConfig
 from globe.train.result import FitResult, StepRecord
 from globe.train.stream import ExpertParts, State, fit_parts
 
+_DIGEST = "sha256"
 SAVE_SECONDS = 300.0
 """Between two saves of the state of a fit, at least."""
 
@@ -64,7 +67,7 @@ class StreamedExperts:
         def save(now: State) -> None:
             nonlocal saved
             if time.monotonic() - saved >= SAVE_SECONDS:
-                save_tensors(state, now)
+                save_tensors(state, now, {_DIGEST: _digest(now)})
                 saved = time.monotonic()
 
         return fit_parts(self.parts(), config, on_step, state=load_file(state) if state.exists() else None, save=save)
@@ -74,3 +77,22 @@ class StreamedExperts:
         for number, place in enumerate(self.parts().slices()):
             own = dataclasses.replace(factors, codes=factors.codes[place])
             yield to_storage(self.stack(number), own, dtype, precision)
+
+
+def is_intact(state: Path) -> bool:
+    """Whether a saved state is as it was saved."""
+    try:
+        with safe_open(state, framework="pt") as file:
+            expected = (file.metadata() or {}).get(_DIGEST)
+        return expected == _digest(load_file(state))
+    except (OSError, SafetensorError):
+        return False
+
+
+def _digest(tensors: State) -> str:
+    """SHA-256 of names, dtypes, shapes and contents."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()

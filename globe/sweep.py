@@ -5,32 +5,35 @@ A point is finished when its record is on disk; a killed sweep goes on after the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-import json
-import re
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from globe.bank.activations import Activation
 from globe.bank.codes import CodeMap
+from globe.checkpoint.digest import file_sha256
+from globe.checkpoint.manifest import MANIFEST, Manifest, verify_files, write_manifest
 from globe.checkpoint.reader import open_checkpoint
-from globe.checkpoint.writer import write_json
+from globe.checkpoint.writer import make_folder
 from globe.compress import compress
 from globe.config import CompressConfig
-from globe.errors import GlobeError, OutputError, SettingsError
+from globe.errors import CheckpointError, GlobeError, OutputError, SettingsError
 from globe.evaluate import EvaluateConfig, Evaluation, evaluate_model, load, load_tokenizer, token_windows
 from globe.init.warm_start import WarmStartName
 from globe.progress import Observer
-from globe.report import REPORT, Report, versions
-from globe.run_record import resume_or_begin
+from globe.records import RUN, Records
+from globe.report import Report, versions
+from globe.run_folder import PARTIAL, UNFINISHED, held
 from globe.shipped import read_text, resolve_model
-from globe.typed import fit_settings, shown
 
 AXES = ("keep", "scope", "layers", "activation", "codes", "warm_start")
+
+_ORIGINAL, _POINTS, _MODELS = "original", "points", "models"
 
 Setting = float | str
 
@@ -59,7 +62,6 @@ class SweepConfig:
     """Keep the compressed models and not only their records."""
 
     def __post_init__(self) -> None:
-        fit_settings(self, SettingsError)
         for axis in AXES:
             values = getattr(self, axis)
             if not values or len(set(values)) < len(values):
@@ -70,8 +72,6 @@ class SweepConfig:
             raise SettingsError("a sweep chooses rank and bases by keep: leave out rank_ratio and basis_ratio")
         for choice in self.layers:
             parse_layers(choice)
-        for keep, scope in itertools.product(self.keep, self.scope):
-            CompressConfig(keep=keep, scope=scope)
 
     def points(self) -> list[dict[str, Setting]]:
         """The settings of every point along the axes; the last axis varies fastest."""
@@ -94,11 +94,10 @@ def parse_layers(choice: str) -> tuple[int, ...] | None:
     """`all` is None; `0-3,7` is (0, 1, 2, 3, 7). Raises `SettingsError` for anything else."""
     if choice == "all":
         return None
-    if not re.fullmatch(r"\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)*", choice, re.ASCII):
-        raise SettingsError(f"layers {shown(choice)} is not understood; write all, 12, 0-3 or 0-3,7")
-    runs = [[int(end) for end in run.split("-")] for run in choice.split(",")]
-    if backwards := next((run for run in runs if run[0] > run[-1]), None):
-        raise SettingsError(f"layers {backwards[0]}-{backwards[1]} runs backwards; write {backwards[1]}-{backwards[0]}")
+    try:
+        runs = [[int(end) for end in run.split("-", 1)] for run in choice.split(",")]
+    except ValueError as error:
+        raise SettingsError(f"layers {choice!r} is not understood; write all, 12, 0-3 or 0-3,7") from error
     return tuple(sorted({index for run in runs for index in range(run[0], run[-1] + 1)}))
 
 
@@ -156,38 +155,46 @@ class SweepObserver(Protocol):
 
 
 def sweep(
-    model: str | Path, output: str | Path, config: SweepConfig = SweepConfig(), watch: SweepObserver | None = None
+    model: str | Path,
+    output: str | Path,
+    config: SweepConfig = SweepConfig(),
+    watch: SweepObserver | None = None,
+    *,
+    overwrite: bool = False,
 ) -> SweepResult:
     """Compress `model` at every point of the grid, judge each against the original, and record it in `output`.
 
-    A sweep on the folder of a killed or finished one only does the points that have no record yet. A point that
-    cannot be compressed or judged is recorded as failed, with the message, and the sweep goes on; remove its record to
-    try it again.
+    A sweep on the folder of a killed or finished one only does the points that have no record yet, or whose record was
+    damaged since. A point that cannot be compressed or judged is recorded as failed, with the message, and the sweep
+    goes on; remove its record to try it again. With `overwrite`, a sweep with other settings is started anew.
 
     Raises, all of them `GlobeError`: `SettingsError` for a folder with a sweep of other settings, or a text that is
-    too short; `CheckpointError` if the original cannot be loaded; `OutputError` if the folder holds other things or
-    the disk is full.
+    too short; `CheckpointError` if the original cannot be loaded; `OutputError` if the folder holds other things,
+    another process is at it, or the disk is full.
     """
     run = Run(model, Path(output), config)
-    points = config.points()
-    waiting = [number for number in range(len(points)) if not run.record_path(number).exists()]
-    if watch is not None:
-        watch.start(points, len(points) - len(waiting))
-    try:
-        judge = Judge(model, config.evaluate) if waiting or not run.original_path.exists() else None
-        if judge is not None and not run.original_path.exists():
-            write_json(run.original_path, dataclasses.asdict(judge.original()))
-        for number in waiting:
-            assert judge is not None
-            description = describe_point(points[number], config)
-            record = run.point(number, points[number], judge, () if watch is None else watch.point(description))
-            write_json(run.record_path(number), dataclasses.asdict(record))
-            if watch is not None:
-                watch.record(description, record)
-    finally:
+    with run.begun(overwrite=overwrite):
+        points = config.points()
+        waiting = [number for number in range(len(points)) if run.read(number) is None]
+        original = run.original()
         if watch is not None:
-            watch.stop()
-    return run.result(len(points))
+            watch.start(points, len(points) - len(waiting))
+        try:
+            judge = Judge(model, config.evaluate) if waiting or original is None else None
+            if original is None:
+                assert judge is not None
+                run.write_original(judge.original())
+            for number in waiting:
+                assert judge is not None
+                description = describe_point(points[number], config)
+                record = run.point(number, points[number], judge, () if watch is None else watch.point(description))
+                run.write(number, record)
+                if watch is not None:
+                    watch.record(description, record)
+        finally:
+            if watch is not None:
+                watch.stop()
+        return run.finish(len(points))
 
 
 def describe_point(point: dict[str, Setting], config: SweepConfig) -> str:
@@ -221,38 +228,58 @@ class Run:
     """The output folder: `run.json`, `original.json`, a record for each point, and models while they are needed."""
 
     def __init__(self, model: str | Path, output: Path, config: SweepConfig) -> None:
-        self._model, self._output, self._config = model, output, config
+        self._model, self._output, self._config = model, output.expanduser().resolve(), config
         checkpoint = open_checkpoint(resolve_model(model))
         self._original_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{output} cannot be written ({error}): choose another folder") from error
-        resume_or_begin(
-            output,
-            {
-                "source": str(model),
-                "fingerprint": checkpoint.fingerprint(),
-                "globe_version": versions()["globe"],
-                "config": dataclasses.asdict(config),
-            },
-        )
+        run = {
+            "command": "sweep",
+            "source": str(model),
+            "fingerprint": checkpoint.fingerprint(),
+            "globe_version": versions()["globe"],
+            "config": dataclasses.asdict(config),
+        }
+        self._records = Records(self._output, run)
 
-    @property
-    def original_path(self) -> Path:
-        return self._output / "original.json"
+    @contextlib.contextmanager
+    def begun(self, *, overwrite: bool) -> Iterator[None]:
+        """Hold the folder, which has no other sweep's records then."""
+        ours = [_POINTS, _MODELS, UNFINISHED, MANIFEST, f"{RUN}.json", f"{_ORIGINAL}.json"]
+        output = self._output
+        if output.is_dir() and any(output.iterdir()) and not any((output / name).exists() for name in ours):
+            raise OutputError(f"{output} holds files that are not of a sweep: choose another output")
+        make_folder(output / UNFINISHED)
+        with held(output / UNFINISHED, output):
+            if not self._records.begin(f"{_POINTS}/*", overwrite=overwrite):
+                for path in (output / _POINTS, output / _MODELS):
+                    shutil.rmtree(path, ignore_errors=True)
+                for name in (_ORIGINAL, MANIFEST.removesuffix(".json")):
+                    self._records.remove(name)
+                self._records.write(RUN, self._records.run)
+            yield
+            shutil.rmtree(output / UNFINISHED)
 
-    def record_path(self, number: int) -> Path:
-        return self._output / "points" / f"{number:05d}.json"
+    def read(self, number: int) -> PointRecord | None:
+        """A point's record, if there is one."""
+        record = self._records.read(f"{_POINTS}/{number:05d}")
+        return None if record is None else PointRecord.from_json(record)
+
+    def write(self, number: int, record: PointRecord) -> None:
+        self._records.write(f"{_POINTS}/{number:05d}", dataclasses.asdict(record))
+
+    def original(self) -> Evaluation | None:
+        """How the original was judged, if it was."""
+        record = self._records.read(_ORIGINAL)
+        return None if record is None else Evaluation(**record)
+
+    def write_original(self, evaluation: Evaluation) -> None:
+        self._records.write(_ORIGINAL, dataclasses.asdict(evaluation))
 
     def point(self, number: int, point: dict[str, Setting], judge: Judge, observers: Iterable[Observer]) -> PointRecord:
         """Compress and judge one point; a compression that was interrupted is gone on with."""
-        folder = self._output / "models" / f"{number:05d}"
+        folder = self._output / _MODELS / f"{number:05d}"
         began = time.monotonic()
         try:
-            compression = self._config.at(point)
-            finished = (folder / REPORT).is_file()
-            report = Report.read(folder) if finished else compress(self._model, folder, compression, observers)
+            report = self._compressed(folder, self._config.at(point), observers)
             fitted = time.monotonic()
             evaluation = judge.compressed(folder)
         except OutputError:
@@ -273,15 +300,29 @@ class Run:
             evaluation,
         )
 
-    def result(self, num_points: int) -> SweepResult:
-        """All records."""
-        records = [json.loads(self.record_path(number).read_text()) for number in range(num_points)]
-        original = Evaluation(**json.loads(self.original_path.read_text()))
-        points = [PointRecord.from_json(record) for record in records]
+    def finish(self, num_points: int) -> SweepResult:
+        """All records, listed in the folder's manifest."""
+        records, original = [self.read(number) for number in range(num_points)], self.original()
+        points = [record for record in records if record is not None]
+        assert original is not None
+        assert len(points) == num_points
+        names = [f"{RUN}.json", f"{_ORIGINAL}.json", *(f"{_POINTS}/{number:05d}.json" for number in range(num_points))]
+        files = {name: file_sha256(self._output / name) for name in names}
+        write_manifest(self._output, Manifest(self._records.identity, files))
         return SweepResult(self._config, str(self._model), self._original_bytes, original, points)
 
+    def _compressed(self, folder: Path, config: CompressConfig, observers: Iterable[Observer]) -> Report:
+        """The report of the point's model, which is compressed unless it is there and as it was written."""
+        if (folder / MANIFEST).is_file():
+            try:
+                verify_files(folder)
+                return Report.read(folder)
+            except CheckpointError:
+                self._remove(folder)
+        return compress(self._model, folder, config, observers, overwrite=True)
+
     def _remove(self, folder: Path) -> None:
-        for path in (folder, folder.with_name(f"{folder.name}.partial")):
+        for path in (folder, folder.with_name(f"{folder.name}{PARTIAL}")):
             shutil.rmtree(path, ignore_errors=True)
         if folder.parent.is_dir() and not any(folder.parent.iterdir()):
             folder.parent.rmdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from globe.checkpoint.manifest import add_to_manifest
+from globe.checkpoint.writer import write_file
 from globe.show import megabytes
 from globe.style import MARKERS, STYLE
 from globe.sweep import AXES, PointRecord, Setting, SweepResult
@@ -26,10 +29,10 @@ TABLE, PICTURE = "sweep.csv", "sweep.png"
 def show_sweep(console: Console, result: SweepResult, output: Path) -> None:
     """Print the table, and write table and picture into the sweep's folder."""
     console.print(sweep_table(result))
-    write_table(result, output / TABLE)
+    add_to_manifest(output, TABLE, write_table(result, output / TABLE))
     failed = sum(point.failure is not None for point in result.points)
     if failed < len(result.points):
-        draw_sweep(result, output / PICTURE)
+        add_to_manifest(output, PICTURE, draw_sweep(result, output / PICTURE))
         console.print(f"the same with all figures in {output / TABLE}, drawn in {output / PICTURE}", soft_wrap=True)
     if failed:
         console.print(f"{failed} of {len(result.points)} points failed", style="yellow")
@@ -76,8 +79,8 @@ def _cells(point: PointRecord) -> list[str]:
     ]
 
 
-def write_table(result: SweepResult, path: Path) -> None:
-    """All settings and figures of every point as CSV, the original first."""
+def write_table(result: SweepResult, path: Path) -> str:
+    """All settings and figures of every point as CSV, the original first; returns the file's SHA-256."""
     rows = [_row({}, result.original_bytes, result.original)]
     rows += [
         {
@@ -91,10 +94,11 @@ def write_table(result: SweepResult, path: Path) -> None:
         for point in result.points
     ]
     names = dict.fromkeys(name for row in rows[::-1] for name in row)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(names))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(names))
+    writer.writeheader()
+    writer.writerows(rows)
+    return write_file(path, text.getvalue().encode())
 
 
 def _row(settings: Mapping[str, Setting], nbytes: int | None, evaluation: Any) -> dict[str, Any]:
@@ -106,13 +110,15 @@ def _row(settings: Mapping[str, Setting], nbytes: int | None, evaluation: Any) -
     }
 
 
-def draw_sweep(result: SweepResult, path: Path) -> None:
+def draw_sweep(result: SweepResult, path: Path) -> str:
     """KL to the original and relative error of every finished point: against the bytes where keep varies, a curve for
-    each choice of the other axes; side by side where it does not."""
+    each choice of the other axes; side by side where it does not. Returns the SHA-256 of the PNG file."""
     points = [point for point in result.points if point.failure is None]
     with mpl.rc_context(STYLE):
         draw = _draw_curves if "keep" in result.config.varying() else _draw_rows
-        draw(points, result).savefig(path)
+        picture = io.BytesIO()
+        draw(points, result).savefig(picture, format="png")
+    return write_file(path, picture.getvalue())
 
 
 def _draw_curves(points: Sequence[PointRecord], result: SweepResult) -> Figure:

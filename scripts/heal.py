@@ -26,14 +26,17 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from globe.checkpoint.header import TORCH_DTYPES
-from globe.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
-from globe.checkpoint.writer import claim, copy_side_files, finish, save_tensors, write_index, write_json
-from globe.errors import OutputError, SettingsError
+from globe.checkpoint.manifest import MANIFEST
+from globe.checkpoint.reader import CONFIG, INDEX, Checkpoint, open_checkpoint
+from globe.checkpoint.writer import copy_side_files, save_tensors, write_index, write_json
+from globe.errors import SettingsError
 from globe.evaluate import EvaluateConfig, load, load_tokenizer, token_windows
-from globe.model.autoload import write_autoload
+from globe.model.autoload import AUTOLOAD, write_autoload
+from globe.model.factor_check import RUN_METADATA
 from globe.model.names import is_factor
 from globe.model.quantizer import GlobeQuantizer
 from globe.report import REPORT, Report
+from globe.run_folder import open_run
 from globe.shipped import read_text, resolve_model
 
 
@@ -93,10 +96,18 @@ class Distillation(Trainer):
 
 def heal(config: Heal) -> None:
     """Raises `GlobeError` for a model that is not compressed, or whose factors are in few bits, before any training."""
-    partial = claim(config.output)
-    if any(partial.iterdir()):
-        raise OutputError(f"{partial} is left from an interrupted run: remove it and run again")
     checkpoint = open_checkpoint(config.model)
+    settings = {name: str(value) for name, value in dataclasses.asdict(config).items() if name != "output"}
+    run = {"command": "heal", **settings, "fingerprint": checkpoint.fingerprint()}
+    with open_run(config.output, run) as folder:
+        if not folder.whole():
+            folder.complete(write_with_factors(checkpoint, train(config), folder.path, folder.records.identity))
+        folder.publish()
+    print(f"healed model in {config.output}")
+
+
+def train(config: Heal) -> dict[str, Tensor]:
+    """The healed factors, by name."""
     source = resolve_model(config.teacher or Report.read(config.model).source)
     reading = EvaluateConfig(config.text, config.max_tokens, config.length)
     windows, _ = token_windows(load_tokenizer(config.model), read_text(config.text), reading)
@@ -128,9 +139,7 @@ def heal(config: Heal) -> None:
         optimizers = relative_adam(factors.values(), config.learning_rate), None  # Trainer makes the schedule
         data = Windows(windows)
         Distillation(student, arguments, train_dataset=data, teacher=teacher, optimizers=optimizers).train()
-    write_with_factors(checkpoint, factors, partial)
-    finish(partial, config.output)
-    print(f"healed model in {config.output}")
+    return factors
 
 
 def relative_adam(tensors: Iterable[Tensor], step: float) -> torch.optim.Adam:
@@ -138,18 +147,23 @@ def relative_adam(tensors: Iterable[Tensor], step: float) -> torch.optim.Adam:
     return torch.optim.Adam([{"params": [t], "lr": step * float(t.detach().square().mean().sqrt())} for t in tensors])
 
 
-def write_with_factors(checkpoint: Checkpoint, factors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a compressed checkpoint again, with these factors, by name, for its own."""
+def write_with_factors(checkpoint: Checkpoint, factors: Mapping[str, Tensor], folder: Path, run: str) -> dict[str, str]:
+    """Write a compressed checkpoint again, with these factors, by name, for its own; returns the files' SHA-256."""
+    files: dict[str, str] = {}
     for shard in checkpoint.shards:
         stored = {tensor.name: tensor for tensor in checkpoint.shard_tensors(shard)}
         tensors = dict(checkpoint.read_many(stored.keys() - factors.keys()))
         healed = {name: factors[name].to(TORCH_DTYPES[stored[name].dtype]) for name in stored.keys() & factors.keys()}
-        save_tensors(folder / shard, {name: (tensors | healed)[name] for name in stored})
+        content = {name: (tensors | healed)[name] for name in stored}
+        files[shard] = save_tensors(folder / shard, content, {RUN_METADATA: run})
     weight_map = {tensor.name: tensor.shard for tensor in checkpoint.tensors.values()}
-    write_index(folder, weight_map, sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
-    copy_side_files(checkpoint, folder, leave_out=(REPORT,))  # its errors are those of the fit
-    write_json(folder / CONFIG, checkpoint.config)
-    write_autoload(folder)
+    files[INDEX] = write_index(folder, weight_map, sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
+    # the report's errors are those of the fit
+    files |= copy_side_files(checkpoint, folder, leave_out=(REPORT, MANIFEST))
+    section = {**checkpoint.config["quantization_config"], "run": run}
+    files[CONFIG] = write_json(folder / CONFIG, {**checkpoint.config, "quantization_config": section})
+    files[AUTOLOAD] = write_autoload(folder)
+    return files
 
 
 if __name__ == "__main__":

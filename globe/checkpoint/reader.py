@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from globe.checkpoint.bounds import check_counts
+from globe.checkpoint.digest import settled_sha256
 from globe.checkpoint.files import check_contained, read_json, readable
 from globe.checkpoint.header import TensorInfo, check_entries, read_header
 from globe.checkpoint.hub import SMALL_FILES, HubRepo, open_repo
@@ -30,7 +31,6 @@ _CONVERT_GGUF = "load it in transformers with gguf_file=NAME and save_pretrained
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
 _TEMPLATES = "additional_chat_templates"
-_SAMPLE_BLOCKS, _SAMPLE_BYTES = 64, 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 that changes when the checkpoint does: of the configuration, the headers and the content's identity.
 
-        The identity is the commit on the Hub, and for local files a sample of blocks, so that it stays cheap: a
-        folder whose weights were trained on under the same names has another fingerprint.
+        The identity is the commit on the Hub. Of local files it is every byte, which are read once in a process and
+        again only where a file's size or time has changed.
         """
         described = [self.config, [dataclasses.astuple(tensor) for tensor in self.tensors.values()]]
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
@@ -108,8 +108,12 @@ class Checkpoint:
             digest.update(self.repo.commit.encode())
         else:
             for shard in self.shards:
-                for block in _sample(self.folder / shard):
-                    digest.update(block)
+                try:
+                    digest.update(settled_sha256(self.folder / shard).encode())
+                except OSError as error:
+                    raise CheckpointError(
+                        f"{shard} cannot be read any more: {error}; was it changed or removed?"
+                    ) from error
         return digest.hexdigest()
 
     def side_files(self) -> list[Path]:
@@ -321,14 +325,6 @@ def _is_side_file(name: str) -> bool:
         and not name.endswith(".index.json")
         and any(fnmatch.fnmatchcase(name, pattern) for pattern in SMALL_FILES)
     )
-
-
-def _sample(path: Path) -> Iterator[bytes]:
-    step = max(path.stat().st_size // _SAMPLE_BLOCKS, _SAMPLE_BYTES)
-    with path.open("rb") as file:
-        for start in range(0, path.stat().st_size, step):
-            file.seek(start)
-            yield file.read(_SAMPLE_BYTES)
 
 
 def _some(names: list[str]) -> str:

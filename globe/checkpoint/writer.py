@@ -1,11 +1,16 @@
-"""Files that are either whole or absent: each is written beside its name, synced and moved there."""
+"""Files that are either whole or absent: each is written beside its name, synced and moved there.
+
+Every function that writes a file returns the SHA-256 of what was meant to be written, for the folder's manifest.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -21,11 +26,27 @@ from globe.errors import CheckpointError, OutputError
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _METADATA = {"format": "pt"}
 _CHUNK = 1 << 24
-_TEMPORARY = ".tmp"
+TEMPORARY = ".tmp"
+"""Ending of a file that is being written; what has it after a kill is of no use."""
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+class Hashed:
+    """A file open for writing, and the SHA-256 of what was written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._sha256 = file, hashlib.sha256()
+
+    def write(self, content: bytes | memoryview) -> None:
+        self._sha256.update(content)
+        self._file.write(content)
+
+    @property
+    def sha256(self) -> str:
+        return self._sha256.hexdigest()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write a safetensors file; `metadata` is added to {"format": "pt"}.
 
     Raises `OutputError` when the disk is full; nothing is left under the name then.
@@ -34,13 +55,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         TensorInfo(name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), path.name, 0, tensor.nbytes)
         for name, tensor in tensors.items()
     )
-    with _replacing(path, sum(info.nbytes for info in infos)) as file:
+    with replacing(path, sum(info.nbytes for info in infos)) as file:
         file.write(build_header(infos, {**_METADATA, **(metadata or {})}))
         for info in infos:
-            file.write(_bytes(tensors[info.name]))
+            file.write(tensor_bytes(tensors[info.name]))
+    return file.sha256
 
 
-def copy_tensors(checkpoint: Checkpoint, shard: str, names: Collection[str], path: Path) -> None:
+def copy_tensors(checkpoint: Checkpoint, shard: str, names: Collection[str], path: Path) -> str:
     """Write the named tensors of a shard to a file of their own, bit for bit, with a chunk at a time in memory.
 
     All of the shard's tensors: the file itself is copied. Of a dequantised checkpoint, what its tensors stand for is
@@ -53,48 +75,65 @@ def copy_tensors(checkpoint: Checkpoint, shard: str, names: Collection[str], pat
         lacking = sorted(set(names) - {tensor.name for tensor in kept})
         raise CheckpointError(f"{shard} holds no tensor {lacking[0]!r}")
     if not checkpoint.stored_plainly:
-        with _replacing(path, sum(tensor.nbytes for tensor in kept)) as file:
+        with replacing(path, sum(tensor.nbytes for tensor in kept)) as file:
             file.write(build_header(kept, _METADATA))
             for _, tensor in checkpoint.read_many(info.name for info in kept):
-                file.write(_bytes(tensor))
-        return
+                file.write(tensor_bytes(tensor))
+        return file.sha256
     with (
         checkpoint.shard_path(shard).open("rb") as source,
-        _replacing(path, sum(tensor.nbytes for tensor in kept)) as file,
+        replacing(path, sum(tensor.nbytes for tensor in kept)) as file,
     ):
         start = data_start(source, shard)
         if len(kept) == len(held):
             _copy_range(source, file, 0, start + sum(tensor.nbytes for tensor in held))
-            return
-        file.write(build_header(kept, _METADATA))
-        for tensor in kept:
-            _copy_range(source, file, start + tensor.offset, tensor.nbytes)
+        else:
+            file.write(build_header(kept, _METADATA))
+            for tensor in kept:
+                _copy_range(source, file, start + tensor.offset, tensor.nbytes)
+    return file.sha256
 
 
-def copy_side_files(checkpoint: Checkpoint, folder: Path, leave_out: Collection[str] = ()) -> None:
-    """Take over the checkpoint's side files unchanged, but for the names in `leave_out`; `OutputError` as above."""
+def copy_side_files(checkpoint: Checkpoint, folder: Path, leave_out: Collection[str] = ()) -> dict[str, str]:
+    """Take over the checkpoint's side files unchanged, but for the names in `leave_out`; `OutputError` as above.
+
+    Returns the SHA-256 of each by its name in the folder.
+    """
+    written: dict[str, str] = {}
     for path in checkpoint.side_files():
         if path.name not in leave_out:
-            write_file(folder / path.relative_to(checkpoint.folder), path.read_bytes())
+            name = path.relative_to(checkpoint.folder)
+            make_folder((folder / name).parent)
+            written[name.as_posix()] = write_file(folder / name, path.read_bytes())
+    return written
 
 
-def write_json(path: Path, obj: Any) -> None:
+def write_json(path: Path, obj: Any) -> str:
     """Write JSON, indented; a NaN or an infinity, which JSON cannot say, is a `ValueError`."""
-    write_file(path, (json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    return write_file(path, (json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> str:
     """Write a small file; `OutputError` as above."""
-    with _replacing(path, len(content)) as file:
+    with replacing(path, len(content)) as file:
         file.write(content)
+    return file.sha256
 
 
-def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> str:
     """Write the index of a sharded checkpoint: which file holds each tensor, and their bytes in all."""
-    write_json(
+    return write_json(
         folder / INDEX,
         {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))},
     )
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder, and those above it, unless they are there; `OutputError` if that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({error}): choose another folder") from error
 
 
 def require_space(path: Path, nbytes: int) -> None:
@@ -104,52 +143,24 @@ def require_space(path: Path, nbytes: int) -> None:
         raise OutputError(f"{path} needs {_readable(nbytes)}, {_readable(free)} are free: make room or write elsewhere")
 
 
-def claim(output: Path) -> Path:
-    """The folder to build `output` in: beside it, named `<output>.partial`, with what an interrupted run left in it.
-
-    Raises `OutputError` if `output` exists and is not an empty folder, or cannot be made.
-    """
-    _check_vacant(output)
-    partial = output.with_name(f"{output.name}.partial")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{output} cannot be written ({error}): choose another folder") from error
-    return partial
-
-
-def finish(partial: Path, output: Path) -> None:
-    """Give the finished folder its name; `OutputError` if something else took the name meanwhile."""
-    for leftover in partial.rglob(f"*{_TEMPORARY}"):  # of a write that was killed
-        leftover.unlink()
-    _check_vacant(output)
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
-
-
-def _check_vacant(output: Path) -> None:
-    if output.is_dir():
-        if any(output.iterdir()):
-            raise OutputError(f"output folder {output} exists and is not empty: choose another name or remove it")
-    elif output.exists():
-        raise OutputError(f"output {output} exists and is a file: choose another name")
-
-
 @contextlib.contextmanager
-def _replacing(path: Path, nbytes: int) -> Iterator[BinaryIO]:
-    temporary = path.with_name(path.name + _TEMPORARY)
+def replacing(path: Path, nbytes: int = 0) -> Iterator[Hashed]:
+    """A file to write to, of about `nbytes`, that gets its name, in place of what had it, when it is whole and synced.
+
+    Raises `OutputError` when the disk is full or the file cannot be written; nothing changes under the name then.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
+        with temporary.open("xb") as file:
+            yield Hashed(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync_folder(path.parent)
     except BaseException as error:  # Ctrl-C too leaves nothing behind
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if not isinstance(error, OSError):
+        if not isinstance(error, OSError) or isinstance(error, OutputError):
             raise
         if error.errno in _FULL:
             raise OutputError(
@@ -159,11 +170,23 @@ def _replacing(path: Path, nbytes: int) -> Iterator[BinaryIO]:
         raise OutputError(f"{path} cannot be written: {error}") from error
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def sync_folder(path: Path) -> None:
+    """Have the names in a folder survive a loss of power, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's elements as they are stored."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _copy_range(source: BinaryIO, file: BinaryIO, start: int, nbytes: int) -> None:
+def _copy_range(source: BinaryIO, file: Hashed, start: int, nbytes: int) -> None:
     source.seek(start)
     while nbytes:
         chunk = source.read(min(_CHUNK, nbytes))

@@ -21,9 +21,9 @@ AUTO_MAP: Mapping[str, str] = {"AutoConfig": "globe_autoload.GlobeAutoConfig"}
 _SOURCE = Path(__file__).parents[1] / "data" / AUTOLOAD
 
 
-def write_autoload(folder: Path) -> None:
-    """Put the file into a checkpoint whose config.json has the `AUTO_MAP`."""
-    write_file(folder / AUTOLOAD, _SOURCE.read_bytes())
+def write_autoload(folder: Path) -> str:
+    """Put the file into a checkpoint whose config.json has the `AUTO_MAP`; returns its SHA-256."""
+    return write_file(folder / AUTOLOAD, _SOURCE.read_bytes())
 
 
 def save_with_autoload(model: PreTrainedModel) -> None:

@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+<<<<<<< HEAD
+=======
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+>>>>>>> main
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, rename_source_key
 
@@ -12,7 +18,21 @@ from globe.checkpoint.header import read_header
 from globe.errors import CheckpointError
 from globe.model.names import is_factor
 
+RUN_METADATA = "globe_run"
+"""In the metadata of a file with factors: the run that made them."""
 _NAMED = 8
+
+
+def check_run(files: Iterable[str | Path], run: str | None) -> None:
+    """Raise `CheckpointError` unless all safetensors files with factors say that they are of the `run`."""
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            found = (tensors.metadata() or {}).get(RUN_METADATA)
+            if run is not None and found != run and any(map(is_factor, tensors.keys())):
+                raise CheckpointError(
+                    f"{file} is of another compression (run {found}) than its config.json (run {run}): "
+                    "fetch the checkpoint again or repeat the compression"
+                )
 
 
 def check_factors_in_files(
@@ -46,6 +66,21 @@ def check_factors_loaded(model: PreTrainedModel) -> None:
         if is_factor(name) and not getattr(parameter, "_is_hf_initialized", False)
     }
     _refuse("lacks", missing, "the state dict is incomplete")
+
+
+def check_finite_factors(model: nn.Module) -> None:
+    """Raise `CheckpointError` naming the factors that hold NaN or Inf; those that are offloaded are not looked at."""
+    broken = {
+        name
+        for name, parameter in model.named_parameters()
+        if is_factor(name) and not parameter.is_meta and parameter.is_floating_point() and not is_finite(parameter)
+    }
+    _refuse("has NaN or Inf in", broken, "its files are damaged")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor is free of NaN and infinities, without a mask of its size."""
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
 
 
 def _factors_in_files(

@@ -26,6 +26,7 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
         activation: φ of every bank: identity, silu or tanh.
         format_version: of the checkpoint; anything but 1 is refused.
         globe_version: what wrote the checkpoint.
+        run: identity of the compression, which every file with factors repeats; None: not known, and not checked.
         extra: what else the section holds; it is kept and written back.
 
     Raises `CheckpointError` or `SettingsError`, both `GlobeError`s, if the section cannot be understood.
@@ -38,6 +39,7 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
         activation: str = "tanh",
         format_version: int = FORMAT_VERSION,
         globe_version: str | None = None,
+        run: str | None = None,
         **extra: Any,
     ) -> None:
         extra.pop("quant_method", None)
@@ -54,6 +56,7 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # pyright: ignore[reportAttributeAccessIssue] - an enum of the built-in ones
         self.format_version = format_version
         self.globe_version = globe_version
+        self.run = run
         self.activation = activation
         self.banks = tuple(bank if isinstance(bank, BankSpec) else BankSpec.from_dict(bank) for bank in banks)
         self.extra = extra
@@ -66,6 +69,7 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
             "quant_method": self.quant_method,
             "format_version": self.format_version,
             "globe_version": self.globe_version,
+            "run": self.run,
             "activation": self.activation,
             "banks": [bank.to_dict() for bank in self.banks],
         }

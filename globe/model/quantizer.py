@@ -17,6 +17,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from transformers.quantizers.base import HfQuantizer
 
 from globe.bank.rounding import Precision
+from globe.checkpoint.manifest import MANIFEST
 from globe.errors import CheckpointError, SettingsError
 from globe.model.autoload import save_with_autoload, save_without_autoload, write_autoload
 from globe.model.bank_module import Bank, BankUse
@@ -24,7 +25,13 @@ from globe.model.bank_spec import BankSpec
 from globe.model.dequantize import restore_dense
 from globe.model.expert_modules import RoutedExperts, factor_names, find_experts
 from globe.model.experts import GlobeExperts, factorise
-from globe.model.factor_check import check_factors_in_files, check_factors_loaded
+from globe.model.factor_check import (
+    RUN_METADATA,
+    check_factors_in_files,
+    check_factors_loaded,
+    check_finite_factors,
+    check_run,
+)
 from globe.model.names import BANKS, DENSE_PARAMETER, is_factor, tripwire_tensor
 from globe.model.quantization_config import GlobeQuantizationConfig
 
@@ -105,6 +112,7 @@ class GlobeQuantizer(HfQuantizer):
     ) -> list[WeightTransform]:
         """Called last before weights load: all that can be checked is known."""
         if self._files:
+            check_run(self._files, self.quantization_config.run)
             check_factors_in_files(model, self._files, weight_conversions)
         # The family's rule that splits gate_up_proj on saving must not meet the tripwire. On saving, rules are tried
         # from the last to the first, and only those that matched on loading.
@@ -115,6 +123,7 @@ class GlobeQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         if not self._files:
             check_factors_loaded(model)
+        check_finite_factors(model)
         return model
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
@@ -135,7 +144,10 @@ class GlobeQuantizer(HfQuantizer):
         """What `save_pretrained` writes: the model's tensors and the tripwire, and the autoload file beside them."""
         if self.save_directory is not None and not getattr(model, "_hf_peft_config_loaded", False):
             write_autoload(self.save_directory)
-        return {**model.state_dict(), self._tripwire: tripwire_tensor(model.dtype)}, {}
+            (self.save_directory / MANIFEST).unlink(missing_ok=True)  # of what the folder held before
+        run = self.quantization_config.run
+        metadata = {} if run is None else {RUN_METADATA: run}
+        return {**model.state_dict(), self._tripwire: tripwire_tensor(model.dtype)}, metadata
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         restore_dense(model)

@@ -140,7 +140,7 @@ class _Stream:
             bank.first, bank.second, bank.count = now["bases.first"], now["bases.second"], number - 1
         bases = rounded_bank(bank.value, config.bank_bits if number >= ROUND_FROM * config.max_steps else None)
         gradient = torch.zeros_like(bases) if move else None
-        total = 0.0
+        total, num_fallbacks = 0.0, int(now.get("num_fallbacks", 0))
         for index, own in enumerate(self._slices):
             codes = Accelerated(now["codes"][own], float(spread[0]))
             found = project(
@@ -153,6 +153,7 @@ class _Stream:
                 grad_bases=gradient,
             )
             total += found.objective
+            num_fallbacks += found.num_fallbacks
             if found.grad_codes is not None:
                 codes.first, codes.second = now["codes.first"][own], now["codes.second"][own]
                 codes.count = number - 1
@@ -164,7 +165,7 @@ class _Stream:
             raise GlobeError(
                 f"the streamed fit diverged on pass {number}: lower learning_rate ({config.learning_rate:g})"
             )
-        now |= {"bases.first": bank.first, "bases.second": bank.second}
+        now |= {"bases.first": bank.first, "bases.second": bank.second, "num_fallbacks": torch.tensor(num_fallbacks)}
         error, mixed = math.sqrt(total), now["codes"]
         support_, entropy_ = float(support(mixed).double().median()), float(entropy(mixed).mean())
         self.records.append(StepRecord(number, error, error, 1.0, 1.0, config.temperature, support_, entropy_, length))
@@ -176,6 +177,8 @@ class _Stream:
             "trajectory": [record.raw_error for record in self.records],
             "warm_start": {"alignment_error": float(now["alignment"][-1])},
             "popularity": [float(share) for share in popularity(now["codes"])],
+            "num_fallbacks": int(now["num_fallbacks"]),
+            "num_restarts": 0,
         }
         factors = Factors(adapters, now["codes"], now["bases"], config.activation)
         return FitResult(factors, "max_steps", tuple(self.records), metrics)
