@@ -413,6 +413,7 @@ def assemble(job: Job, preparation: Preparation, folder: RunFolder) -> None:
         calibration.report,
         calibration.uncalibrated_because,
         preparation.uniform_because,
+        list(job.checkpoint.notes),
     )
     files |= copy_side_files(job.checkpoint, folder.path, leave_out=(MANIFEST,))
     files[SOURCE_LAYOUT] = write_source_layout(folder.path, job.checkpoint)

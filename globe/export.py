@@ -19,7 +19,7 @@ from globe.empty_model import model_names
 from globe.errors import CheckpointError
 from globe.experts import restore
 from globe.model.factor_check import check_run
-from globe.model.quantization_config import QUANT_METHOD, GlobeQuantizationConfig
+from globe.model.quantization_config import read_section
 from globe.report import REPORT
 from globe.run_folder import RunFolder, open_run
 from globe.shipped import resolve_model
@@ -73,12 +73,9 @@ class DenseView:
     """A compressed checkpoint seen as its dense source."""
 
     def __init__(self, compressed: Checkpoint) -> None:
-        section = compressed.config.get("quantization_config") or {}
-        if section.get("quant_method") != QUANT_METHOD:
-            raise CheckpointError(f"{compressed.folder} is not compressed by GloBE; there is nothing to export")
+        self._config = read_section(compressed)
         self.compressed = compressed
         self.source = read_source_layout(compressed)
-        self._config = GlobeQuantizationConfig(**section)
         check_run([compressed.folder / shard for shard in compressed.shards], self._config.run)
         self._names = model_names(self.source)
         self._layers = {layer.index: layer for layer in find_expert_layers(self.source)}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from globe.checkpoint.layout import ExpertLayer, find_expert_layers
 from globe.checkpoint.manifest import verify_files, verify_model
+from globe.checkpoint.quantized import quant_method
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.checkpoint.source import open_source
 from globe.compress import make_job, prepare
@@ -61,6 +61,7 @@ def show_report(console: Console, report: Report, output: Path) -> None:
             f"note            these fits met NaN or Inf and kept their best step: {'; '.join(broken)}", style="yellow"
         )
     _show_fallbacks(console, report.uncalibrated_because, report.uniform_because, report.config)
+    _show_notes(console, report.notes)
     console.print(f"next            globe evaluate {output}")
 
 
@@ -126,8 +127,7 @@ def show_evaluation(
 def _is_compressed(model: str) -> bool:
     if not Path(model).is_dir():
         return False
-    section: dict[str, Any] = open_checkpoint(model).config.get("quantization_config") or {}
-    return section.get("quant_method") == QUANT_METHOD
+    return quant_method(open_checkpoint(model)) == QUANT_METHOD
 
 
 def _reference(model: str, reference: str | None) -> str | None:
@@ -159,6 +159,7 @@ def show_inspection(console: Console, model: str, config: CompressConfig) -> Non
     layers = find_expert_layers(checkpoint)
     job = make_job(model, config)
     _show_experts(console, checkpoint, layers)
+    _show_notes(console, checkpoint.notes)
     preparation = None if checkpoint.repo is not None else prepare(job, Observers(()))
     scopes = job.scopes if preparation is None else preparation.scopes
     _show_plan(console, scopes)
@@ -188,6 +189,12 @@ def _show_fallbacks(
         console.print(f"note            fitted to the weights alone: {uncalibrated}", style="yellow", soft_wrap=True)
     if uniform is not None and settings.get("allocation") == "sensitivity":
         console.print(f"note            every bank keeps the same share: {uniform}", style="yellow", soft_wrap=True)
+
+
+def _show_notes(console: Console, notes: Iterable[str]) -> None:
+    """What was passed over in the model's files."""
+    for note in notes:
+        console.print(f"note            {note}", style="yellow", soft_wrap=True, markup=False)
 
 
 def _show_experts(console: Console, checkpoint: Checkpoint, layers: list[ExpertLayer]) -> None:

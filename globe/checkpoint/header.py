@@ -67,18 +67,27 @@ class TensorInfo:
 
 def read_header(path: Path, shard: str) -> list[TensorInfo]:
     """The tensors of a file in the order of their bytes; `CheckpointError` unless header and file agree exactly."""
-    size = regular_size(path)
-    with readable(path), path.open("rb") as file:
-        start = data_start(file, shard)
-        if start > size:
-            raise CheckpointError(f"{shard}: the header should end at byte {start} of a file of {size} bytes; {_AGAIN}")
-        raw = file.read(start - 8)
-    entries = _parse(raw, shard)
+    entries, start, size = _open(path, shard)
     tensors = check_entries(entries, shard)
     held, named = size - start, sum(tensor.nbytes for tensor in tensors)
     if held != named:
         raise CheckpointError(f"{shard}: the header describes {named} bytes of data, the file holds {held}; {_AGAIN}")
     return tensors
+
+
+def read_metadata(path: Path, shard: str) -> dict[str, str]:
+    """The texts that a file's header holds beside its tensors; raises as `read_header`."""
+    return _open(path, shard)[0].get("__metadata__") or {}
+
+
+def _open(path: Path, shard: str) -> tuple[dict[str, Any], int, int]:
+    """A file's parsed header, where its data starts, and its size."""
+    size = regular_size(path)
+    with readable(path), path.open("rb") as file:
+        start = data_start(file, shard)
+        if start > size:
+            raise CheckpointError(f"{shard}: the header should end at byte {start} of a file of {size} bytes; {_AGAIN}")
+        return _parse(file.read(start - 8), shard), start, size
 
 
 def data_start(file: BinaryIO, shard: str) -> int:

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-<<<<<<< HEAD
-=======
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
->>>>>>> main
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, rename_source_key
 
-from globe.checkpoint.header import read_header
+from globe.checkpoint.header import read_header, read_metadata
 from globe.errors import CheckpointError
 from globe.model.names import is_factor
+from globe.typed import shown
 
 RUN_METADATA = "globe_run"
 """In the metadata of a file with factors: the run that made them."""
@@ -26,13 +23,13 @@ _NAMED = 8
 def check_run(files: Iterable[str | Path], run: str | None) -> None:
     """Raise `CheckpointError` unless all safetensors files with factors say that they are of the `run`."""
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            found = (tensors.metadata() or {}).get(RUN_METADATA)
-            if run is not None and found != run and any(map(is_factor, tensors.keys())):
-                raise CheckpointError(
-                    f"{file} is of another compression (run {found}) than its config.json (run {run}): "
-                    "fetch the checkpoint again or repeat the compression"
-                )
+        path = Path(file)
+        found = read_metadata(path, path.name).get(RUN_METADATA)
+        if run is not None and found != run and any(is_factor(tensor.name) for tensor in read_header(path, path.name)):
+            raise CheckpointError(
+                f"{file} is of another compression (run {shown(found)}) than its config.json (run {run}): "
+                "fetch the checkpoint again or repeat the compression"
+            )
 
 
 def check_factors_in_files(

@@ -51,8 +51,9 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
         check_activation(activation)
         if not isinstance(banks, (list, tuple)):
             raise CheckpointError(f"quantization_config's banks must be a list; found {shown(banks)}")
-        if globe_version is not None and not isinstance(globe_version, str):
-            raise CheckpointError(f"quantization_config's globe_version must be text; found {shown(globe_version)}")
+        for name, value in (("globe_version", globe_version), ("run", run)):
+            if value is not None and not isinstance(value, str):
+                raise CheckpointError(f"quantization_config's {name} must be text; found {shown(value)}")
         self.quant_method = QUANT_METHOD  # pyright: ignore[reportAttributeAccessIssue] - an enum of the built-in ones
         self.format_version = format_version
         self.globe_version = globe_version
