@@ -275,7 +275,7 @@ def test_a_nan_in_a_weight_is_named(source: Path, tmp_path: Path) -> None:
     [
         ({"layers": (7,)}, "layers 7 hold no routed experts"),
         ({"keep": 0.001}, r"keep 0.001 is out of reach .* choose from 0\.\d+ to below 1"),
-        ({"keep": 1.5}, "out of reach"),
+        ({"keep": 1.5}, "above 0 and below 1"),
         ({"max_experts": 5}, "raise it to at least 18"),
         ({"stream": True, "solver": "am"}, "streamed with the solver varpro"),
     ],

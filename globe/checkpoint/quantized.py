@@ -244,7 +244,8 @@ def _check_scale(scale: TensorInfo, shape: tuple[int, ...], weight: TensorInfo, 
     if scale.shape != shape or scale.dtype not in dtypes:
         raise CheckpointError(
             f"{scale.name} is {scale.dtype} of shape {scale.shape}; for {weight.name} of shape {weight.shape} it "
-            f"should be {' or '.join(dtypes)} of shape {shape}: {_ADVICE}"
+            f"should be {' or '.join(dtypes)} of shape {shape}: download the checkpoint again, or use the "
+            "unquantised release"
         )
 
 
