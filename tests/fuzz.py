@@ -3,9 +3,9 @@
     python -m tests.fuzz --mutations 20000 --seed 0
 
 A mutation passes if the command ends well or in one paragraph (a `GlobeError`, or what the file system says). It
-counts against GloBE if the command ends in a fault of its own, is killed, takes more than two seconds of processor
-time, or more than a gigabyte of memory beyond what it takes to start. Each runs in a fork of this process, with everything
-imported and nothing shared. The exit status is 1 if any counts; a case is run again, loudly, by its number:
+counts against GloBE if the command ends in a fault of its own, is killed, or takes more than two seconds of processor
+time or a gigabyte of memory beyond what it takes to start. Each runs in a fork of this process, all imported and
+nothing shared. The exit status is 1 if any counts; a case is run again, loudly, by its number:
 
     python -m tests.fuzz --seed 0 --only 123
 """
