@@ -17,7 +17,7 @@ from globe.errors import GlobeError
 T = TypeVar("T")
 
 LARGEST_INT = 2**63 - 1
-_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+_NAMES = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", type(None): "null"}
 _FEW = reprlib.Repr()
 _FEW.maxstring = _FEW.maxother = 60
 
@@ -61,7 +61,7 @@ def fit_settings(settings: Any, error: type[GlobeError], **least: float) -> None
         try:
             fitted = _fit(kind, value, lenient=True)
         except _MisfitError as misfit:
-            if get_origin(kind) is Literal and isinstance(value, str):
+            if _choices(kind) and isinstance(value, str):
                 raise error(f"{name} {shown(value)} is unknown; choose {_described(kind)}") from None
             raise error(f"{name}{misfit.path} is {shown(misfit.value)}; it must be {misfit.expected}") from None
         if name in least and fitted is not None and fitted < least[name]:
@@ -161,7 +161,7 @@ def _fit_scalar(kind: Any, value: Any, lenient: bool) -> Any:
     if not isinstance(value, kind) or (kind is int and abs(value) > LARGEST_INT):
         raise _MisfitError(value, _described(kind))
     if lenient and kind is float and not math.isfinite(value):
-        raise _MisfitError(value, "a finite number")
+        raise _MisfitError(value, _described(kind))
     return value
 
 
@@ -176,11 +176,19 @@ def _plain(kind: Any, value: Any) -> Any:
     return int(value) if kind is int and isinstance(value, float) and value.is_integer() else value
 
 
+def _choices(kind: Any) -> list[str]:
+    """The words that a kind allows, where it allows no more than words (and null)."""
+    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    options = [option for option in options if option is not type(None)]
+    literal = all(get_origin(option) is Literal for option in options)
+    return [str(word) for option in options for word in get_args(option)] if literal else []
+
+
 def _described(kind: Any) -> str:
     """What a kind asks for, in words."""
     origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        *others, last = map(str, arguments)
+    if choices := _choices(kind):
+        *others, last = choices
         return f"{', '.join(others)} or {last}" if others else last
     if origin is Union or origin is types.UnionType:
         return " or ".join(_described(option) for option in arguments)

@@ -41,8 +41,8 @@ def test_what_has_one_reading_is_read_so(given: dict[str, Any], name: str, meant
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"keep": "0.6"}, "keep is '0.6'; it must be a number or null"),
-        ({"keep": float("nan")}, "keep is nan; it must be a finite number"),
+        ({"keep": "0.6"}, "keep is '0.6'; it must be a finite number or null"),
+        ({"keep": float("nan")}, "keep is nan; it must be a finite number or null"),
         ({"keep": 2}, r"keep is 2; it must be above 0 and below 1 \(2 % is 0.02\)"),
         ({"keep": -0.5}, "keep is -0.5"),
         ({"keep": True}, "keep is True"),
