@@ -20,7 +20,7 @@ from globe import allocate, runnable
 from globe.calibrate import CalibrationText, calibrate, load_statistics, read_calibration_text, save_statistics
 from globe.checkpoint.digest import file_sha256
 from globe.checkpoint.header import TORCH_DTYPES
-from globe.checkpoint.layout import ExpertLayer, Family, find_expert_layers, source_names
+from globe.checkpoint.layout import ExpertLayer, Family, dtype_notes, find_expert_layers, source_names
 from globe.checkpoint.manifest import MANIFEST
 from globe.checkpoint.reader import CONFIG, INDEX, Checkpoint, open_checkpoint
 from globe.checkpoint.source import open_source
@@ -413,7 +413,7 @@ def assemble(job: Job, preparation: Preparation, folder: RunFolder) -> None:
         calibration.report,
         calibration.uncalibrated_because,
         preparation.uniform_because,
-        list(job.checkpoint.notes),
+        [*job.checkpoint.notes, *dtype_notes(job.layers.values())],
     )
     files |= copy_side_files(job.checkpoint, folder.path, leave_out=(MANIFEST,))
     files[SOURCE_LAYOUT] = write_source_layout(folder.path, job.checkpoint)

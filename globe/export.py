@@ -104,7 +104,8 @@ class DenseView:
         index, _ = self._owner[name]
         layer = self._layers[index]
         held: list[Family] = [family for family in FAMILIES if name in source_names(layer, family)]
-        return dense_tensor(layer, name, {family: self._family(index, family) for family in held})
+        tensor = dense_tensor(layer, name, {family: self._family(index, family) for family in held})
+        return tensor.to(TORCH_DTYPES[self.source.tensors[name].dtype])  # a layer may have several
 
     def _compose_family(self, index: int, family: Family) -> Tensor:
         bank, layer, names = self._banks.get((index, family)), self._layers[index], self._names

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from globe.checkpoint.layout import ExpertLayer, find_expert_layers
+from globe.checkpoint.layout import ExpertLayer, dtype_notes, find_expert_layers
 from globe.checkpoint.manifest import verify_files, verify_model
 from globe.checkpoint.quantized import quant_method
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
@@ -159,7 +159,7 @@ def show_inspection(console: Console, model: str, config: CompressConfig) -> Non
     layers = find_expert_layers(checkpoint)
     job = make_job(model, config)
     _show_experts(console, checkpoint, layers)
-    _show_notes(console, checkpoint.notes)
+    _show_notes(console, [*checkpoint.notes, *dtype_notes(layers)])
     preparation = None if checkpoint.repo is not None else prepare(job, Observers(()))
     scopes = job.scopes if preparation is None else preparation.scopes
     _show_plan(console, scopes)
