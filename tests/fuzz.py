@@ -17,6 +17,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import importlib
 import io
@@ -31,11 +32,22 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+from safetensors import SafetensorError
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from globe import cli
+from globe.streamed import StreamedExperts
+from tests.conformance.quantise import write_quantised
+from tests.tiny_sources import write_source
+
+compress = importlib.import_module("globe.compress")  # its name is the function in globe
 MOST_SECONDS, MOST_BYTES, DEADLINE = 2.0, 1_000_000_000, 30.0
 SOURCE, SMALL, TEXT = "source", "small", "text.txt"
 BARE = ("--steps", "1", "--calibrate", "none", "--allocation", "uniform")
@@ -94,64 +106,58 @@ class Case:
     told: str
 
 
-def build(folder: Path) -> list[Subject]:
-    """Write the subjects: sources in every layout and quantisation, outputs, and runs that were interrupted."""
-    import torch
-
-    from globe import CompressConfig, compress
-    from tests.conformance.quantise import write_quantised
-    from tests.tiny_sources import write_source
-
-    torch.set_num_threads(1)
-    os.chdir(folder)
-    subjects: list[Subject] = []
-    (folder / "text").mkdir()
-    text = "the quick brown fox jumps over the lazy dog. " * 40
-    (folder / "text" / TEXT).write_text(text)
-
-    def source(name: str, write: Callable[[Path], object]) -> Path:
-        place = folder / name
-        place.mkdir()
-        shutil.copy(folder / "text" / TEXT, place / TEXT)
-        write(place / SOURCE)
-        _write_tokenizer(place / SOURCE, text)
-        os.chdir(place)
-        return place
-
+def build_sources(folder: Path) -> Iterator[Subject]:
+    """Sources in every layout and quantisation."""
     commands = ((12, INSPECT), (4, COMPRESS), (2, ("evaluate", SOURCE, *JUDGE)),
                 (1, ("compress", SOURCE, "-o", "out", *FIT, *CALIBRATED)))  # fmt: skip
     for layout in ("per_expert", "fused"):
-        place = source(f"{layout} source", lambda path, layout=layout: write_source(path, layout=layout))
-        subjects.append(Subject(place, SOURCE, commands, 4))
+        place = _source(folder / f"{layout} source", functools.partial(write_source, layout=layout))
+        yield Subject(place, SOURCE, commands, 4)
     for method in ("fp8", "mxfp4", "int4"):
-        place = source(f"{method} source", lambda path, method=method: write_quantised(method, path))
-        subjects.append(Subject(place, SOURCE, ((12, INSPECT), (3, COMPRESS)), 4))
+        place = _source(folder / f"{method} source", functools.partial(write_quantised, method))
+        yield Subject(place, SOURCE, ((12, INSPECT), (3, COMPRESS)), 4)
 
+
+def build_outputs(folder: Path) -> Iterator[Subject]:
+    """Compressed models, with the manifest that proves them and without it."""
     read = ((2, ("inspect", SMALL)), (2, ("report", SMALL)), (3, ("export", SMALL, "-o", "dense")), (1, LOAD),
             (1, ("evaluate", SMALL, *JUDGE, "--reference", "none")), (1, ("verify", SMALL)))  # fmt: skip
-    for name, settings in (("layers", {}), ("model in int4", {"scope": "model", "factor_dtype": "int4"})):
-        place = source(name, write_source)
-        compress(SOURCE, SMALL, CompressConfig(keep=0.7, steps=2, calibrate="none", allocation="uniform", **settings))
+    for name, settings in (("layers", ()), ("model in int4", ("--scope", "model", "--factor-dtype", "int4"))):
+        place = _source(folder / name, write_source)
+        assert _run(("compress", SOURCE, "-o", SMALL, "--keep", "0.7", *BARE, *settings)) == 0
         shutil.rmtree(place / SOURCE)
-        subjects.append(Subject(place, SMALL, read, 4, unproved=True))
-        subjects.append(Subject(place, SMALL, read, 2))
+        yield Subject(place, SMALL, read, 4, unproved=True)
+        yield Subject(place, SMALL, read, 2)
 
-    for name, finished, settings in (("unfinished", 1, ("--scope", "1")), ("unfinished stream", 0, ("--stream",))):
-        place = source(name, write_source)
+
+def build_unfinished(folder: Path) -> Iterator[Subject]:
+    """Runs that were interrupted."""
+    for name, finished, settings in (("unfinished", 1, ()), ("unfinished stream", 0, ("--stream",))):
         command = ("compress", SOURCE, "-o", "out", *FIT, *CALIBRATED, *settings)
+        place = _source(folder / name, write_source)
         _interrupted(command, finished)
-        subjects.append(Subject(place, "out.partial", ((1, command),), 2))
-    place = source("unfinished sweep", write_source)
+        yield Subject(place, "out.partial", ((1, command),), 2)
+    place = _source(folder / "unfinished sweep", write_source)
     _interrupted(SWEEP, 4)
-    subjects.append(Subject(place, "grid", ((1, SWEEP),), 1))
-    return subjects
+    yield Subject(place, "grid", ((1, SWEEP),), 1)
+
+
+BUILDERS = (build_sources, build_outputs, build_unfinished)
+
+
+def _source(place: Path, write: Callable[[Path], object]) -> Path:
+    """A source with a tokenizer, and a text beside it, in a folder that becomes the working directory."""
+    text = "the quick brown fox jumps over the lazy dog. " * 40
+    place.mkdir()
+    (place / TEXT).write_text(text)
+    write(place / SOURCE)
+    _write_tokenizer(place / SOURCE, text)
+    os.chdir(place)
+    return place
 
 
 def _write_tokenizer(folder: Path, text: str) -> None:
     """A token for each character."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     letters = ["<unk>", *sorted(set(text))]
     tokenizer = Tokenizer(
         models.WordLevel({letter: number for number, letter in enumerate(letters)}, unk_token="<unk>")
@@ -162,9 +168,6 @@ def _write_tokenizer(folder: Path, text: str) -> None:
 
 def _interrupted(command: Sequence[str], finished: int) -> None:
     """Run a command until so many of its scopes are finished."""
-    from globe.cli import main
-
-    compress = importlib.import_module("globe.compress")  # its name is the function in globe
     calls = iter(range(finished))
 
     def count(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -175,10 +178,11 @@ def _interrupted(command: Sequence[str], finished: int) -> None:
 
         return fit
 
-    with mock.patch.object(compress, "fit_bank", count(compress.fit_bank)):
-        stored = compress.StreamedExperts.store
-        with mock.patch.object(compress.StreamedExperts, "store", count(stored)):
-            assert main(list(command)) == 130
+    with (
+        mock.patch.object(compress, "fit_bank", count(compress.fit_bank)),
+        mock.patch.object(StreamedExperts, "store", count(StreamedExperts.store)),
+    ):
+        assert _run(command) == 130
 
 
 def mutate(path: Path, rng: random.Random) -> str:
@@ -343,14 +347,13 @@ def _weight(path: Path, command: Sequence[str]) -> float:
     return 0.2 if path.name in ("generation_config.json", "globe_autoload.py", "modeling.py") else 1.0
 
 
+_parse = functools.cache(cli._parse)
+
+
 def _run(command: Sequence[str]) -> int:
     if command[0] != "load":
-        from globe.cli import main
-
-        return main(list(command))
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
+        with mock.patch.object(cli, "_parse", return_value=_parse(tuple(command))):  # half of the time, otherwise
+            return cli.main(list(command))
     try:
         AutoModelForCausalLM.from_pretrained(command[1])
     except (OSError, ValueError, SafetensorError) as error:  # GloBE's own are among them; the others are transformers'
@@ -398,12 +401,19 @@ def _become(work: Callable[[], int], folder: Path, told: Path) -> None:
         os._exit(status)
 
 
-def fuzz(mutations: int, seed: int, folder: Path, show: Callable[[Case], None], only: int | None = None) -> None:
-    """Run so many cases, and show each."""
+def fuzz(
+    folder: Path,
+    numbers: Iterable[int],
+    seed: int,
+    show: Callable[[Case], None],
+    builders: Iterable[Callable[[Path], Iterator[Subject]]] = BUILDERS,
+) -> None:
+    """Run the cases of these numbers, and show each; `folder` is where everything is written."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)  # others would not be there in a fork
     nowhere = io.StringIO()
     with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        subjects = build(folder)
+        subjects = [subject for builder in builders for subject in builder(folder)]
         for subject in subjects:  # each command runs to its end, and what is imported late is imported here
             for _, command in subject.commands:
                 shutil.copytree(subject.folder, folder / "whole")
@@ -413,7 +423,7 @@ def fuzz(mutations: int, seed: int, folder: Path, show: Callable[[Case], None], 
                 shutil.rmtree(folder / "whole")
     gc.freeze()  # or every fork copies what its collector touches
     baseline = forked(lambda: 0, folder, folder / "told")[2]
-    for number in range(mutations) if only is None else [only]:
+    for number in numbers:
         show(run_case(subjects, number, seed, folder, baseline))
 
 
@@ -444,7 +454,9 @@ def main() -> int:
             print(f"{sum(counts.values())} mutations in {time.monotonic() - began:.0f} s: {dict(counts)}", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        fuzz(options.mutations, options.seed, Path(folder), show, options.only)
+        numbers = range(options.mutations) if options.only is None else [options.only]
+        fuzz(Path(folder), numbers, options.seed, show)
+        os.chdir("/")
     for key, cases in sorted(faults.items(), key=lambda entry: -len(entry[1])):
         print(f"{len(cases):5d} {key}  [{', '.join(str(case.number) for case in cases[:4])}]")
     print(
