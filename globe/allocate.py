@@ -11,7 +11,6 @@ compression leaves out is not noise, and p was measured (docs/log.md).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from globe.experts import read_stack
 from globe.knapsack import choose
 from globe.loading import load
 from globe.memory import FITS_EXHAUSTED, explained_exhaustion
-from globe.plan import BankPlan, Scope, choose_shape
+from globe.plan import BankPlan, Scope, choose_shape, lowest_keep
 from globe.runnable import Place, find_place
 from globe.sensitivity import NUM_WINDOWS, measure_sensitivities, random_windows
 from globe.train.fit_banks import fit_bank
@@ -107,10 +106,9 @@ def _menu(bank: BankPlan, keep: float) -> list[BankPlan]:
 def measure_curve(weights: Tensor, bank: BankPlan, config: CompressConfig) -> ErrorCurve:
     """Error against size of a bank, by two short fits to its experts (E, P, D); flat where none smaller can be had."""
     original = bank.original_parameters
-    share, smaller = bank.stored_parameters / original, bank
-    with contextlib.suppress(SettingsError):  # too little for a single basis
-        rank, num_bases = choose_shape(bank.num_matrices, bank.rows, bank.columns, SMALLER * share)
-        smaller = dataclasses.replace(bank, rank=rank, num_bases=num_bases)
+    share, shape = bank.stored_parameters / original, (bank.num_matrices, bank.rows, bank.columns)
+    rank, num_bases = choose_shape(*shape, max(SMALLER * share, lowest_keep(*shape)))
+    smaller = dataclasses.replace(bank, rank=rank, num_bases=num_bases)
     level, other = (_short_fit(weights, option, config) for option in (bank, smaller))
     distance = share - smaller.stored_parameters / original
     slope = math.log(other / level) / distance if distance > 0 and level > 0 and other > 0 else 0.0

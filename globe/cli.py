@@ -6,17 +6,18 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 from transformers.utils import logging
 
 from globe.arguments import registry
 from globe.config import CompressConfig
+from globe.ending import FAILED, close_quietly, describe, stoppable, tell, tell_bug, tell_stopped
 from globe.errors import GlobeError
 from globe.evaluate import EvaluateConfig
 from globe.sweep import SweepConfig
-from globe.terminal import Terminal, print_error, tame_logging
+from globe.terminal import Terminal, tame_logging
 from globe.track import Track
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")]
@@ -37,6 +38,7 @@ class Compress:
     overwrite: bool = False
     """Replace an output that GloBE wrote earlier, when the new one is whole, and start an unfinished run with other
     settings anew."""
+    go_on: ClassVar[str] = "the same command goes on after the last finished scope"
 
     def run(self, console: Terminal) -> None:
         from globe.compress import compress
@@ -48,11 +50,7 @@ class Compress:
         observers: list[Observer] = [live]
         if self.track != "none":
             observers.append(make_tracker(self.track, self.config, self.output.with_name(f"{self.output.name}.track")))
-        try:
-            report = compress(self.model, self.output, self.config, observers, overwrite=self.overwrite)
-        except KeyboardInterrupt:
-            console.print("interrupted; the same command goes on after the last finished scope", style="yellow")
-            raise
+        report = compress(self.model, self.output, self.config, observers, overwrite=self.overwrite)
         show_report(console, report, self.output)
 
 
@@ -68,6 +66,7 @@ class Sweep:
     config: Annotated[SweepConfig, tyro.conf.arg(name="")] = SweepConfig()
     overwrite: bool = False
     """Start a sweep with other settings anew; its finished points are lost."""
+    go_on: ClassVar[str] = "the same command goes on after the last finished point"
 
     def run(self, console: Terminal) -> None:
         from globe.sweep import sweep
@@ -75,11 +74,7 @@ class Sweep:
         from globe.sweep_view import show_sweep
 
         watch = LiveSweep(console, self.config.common.steps) if console.is_terminal else PlainSweep(console)
-        try:
-            result = sweep(self.model, self.output, self.config, watch, overwrite=self.overwrite)
-        except KeyboardInterrupt:
-            console.print("interrupted; the same command goes on after the last finished point", style="yellow")
-            raise
+        result = sweep(self.model, self.output, self.config, watch, overwrite=self.overwrite)
         show_sweep(console, result, self.output)
 
 
@@ -197,19 +192,35 @@ class Env:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 for a `GlobeError`, 130 when interrupted."""
+    """Run the command line; returns the exit status.
+
+    0, 1 for a `GlobeError` or what the file system refuses, 70 for a fault of GloBE's own, 130 when interrupted (143 by
+    SIGTERM, 129 by SIGHUP), 141 when nobody reads what is printed; wrong arguments leave with 2.
+    """
     given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
-    console = Terminal()
     logging.disable_progress_bar()
     tame_logging()
+    command, go_on = None, ""
     try:
-        command = LmEval(tuple(given[1:])) if given[:1] == ["lm-eval"] else _parse(given)
-        command.run(console)
+        with stoppable():
+            command = LmEval(tuple(given[1:])) if given[:1] == ["lm-eval"] else _parse(given)
+            go_on = getattr(command, "go_on", "")
+            command.run(Terminal())
+            sys.stdout.flush()
     except GlobeError as error:
-        print_error(error)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        tell("error", str(error))
+        return FAILED
+    except BrokenPipeError:
+        return close_quietly()
+    except OSError as error:
+        tell("error", describe(error))
+        return FAILED
+    except KeyboardInterrupt as stop:
+        return tell_stopped(stop, go_on)
+    except Exception as error:  # the one place for what nobody foresaw
+        if isinstance(command, LmEval):  # whose faults are not GloBE's to explain
+            raise
+        return tell_bug(error, given, go_on)
     return 0
 
 

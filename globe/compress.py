@@ -20,7 +20,7 @@ from globe import allocate
 from globe.calibrate import CalibrationText, calibrate, load_statistics, read_calibration_text, save_statistics
 from globe.checkpoint.digest import file_sha256
 from globe.checkpoint.header import TORCH_DTYPES
-from globe.checkpoint.layout import ExpertLayer, Family, source_names
+from globe.checkpoint.layout import ExpertLayer, Family, dtype_notes, source_names
 from globe.checkpoint.manifest import MANIFEST
 from globe.checkpoint.reader import CONFIG, INDEX, Checkpoint, open_checkpoint
 from globe.checkpoint.stacks import read_family
@@ -217,12 +217,12 @@ def make_job(model: str | Path, config: CompressConfig) -> Job:
     num_banks = sum(len(scope.banks) for scope in scopes)
     if config.calibrate != "none" or allocate.obstacle(checkpoint, config, num_banks) is None:
         check_language_model(checkpoint, empty)
-    notes, text = checkpoint.side_files().left_out, None
+    notes, text = [*checkpoint.notes, *dtype_notes(layers.values()), *checkpoint.side_files().left_out], None
     if (name := config.calibrate) not in ("samples", "none"):
         try:
             text = read_calibration_text(checkpoint.folder, name, config.calibration_tokens, config.trust_remote_code)
         except UntrustedCodeError as error:
-            notes = (*notes, f"calibrated on samples of the model itself, not on {name}: {error}")
+            notes.append(f"calibrated on samples of the model itself, not on {name}: {error}")
     return Job(str(model), checkpoint, config, layers, factor_names(empty), tuple(scopes), text, tuple(notes))
 
 

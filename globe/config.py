@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Literal
 
 from globe.bank.activations import Activation
@@ -13,9 +14,13 @@ from globe.device import AUTO, usable_device
 from globe.errors import SettingsError
 from globe.init.warm_start import WarmStartName
 from globe.train.config import FitConfig, Solver
+from globe.typed import fit_settings, shown
 
 FloatDtype = Literal["source", "float32", "bfloat16", "float16"]
 PackedDtype = Literal["int8", "int5", "int4", "int3", "int2"]
+
+_SOURCE_BITS = 16
+"""Of a weight in the precision that models are released in."""
 
 _PRECISION_OF_BUDGET = ((7.0, 8, 8), (4.6, 5, 5), (2.8, 4, 5), (2.2, 4, 4), (1.8, 3, 4), (0.0, 3, 3))
 """From so many bits per weight on, the bits of bank and adapters that lose least; measured, see docs/log.md."""
@@ -82,6 +87,7 @@ class CompressConfig:
     """Bits of the bank alone; None: as `factor_dtype`."""
 
     def __post_init__(self) -> None:
+        fit_settings(self, SettingsError, support=1, max_experts=1, steps=1, calibration_tokens=1)
         ratios = (self.rank_ratio, self.basis_ratio)
         if (self.rank_ratio is None) != (self.basis_ratio is None):
             raise SettingsError("rank_ratio and basis_ratio go together; give both, or keep alone")
@@ -89,8 +95,16 @@ class CompressConfig:
             raise SettingsError("give one of keep, bits, or rank_ratio with basis_ratio")
         if self.bits is not None and (self.factor_dtype != "source" or self.bank_dtype is not None):
             raise SettingsError("bits chooses the factors' dtype; give keep with factor_dtype to choose it yourself")
-        if self.bits is not None and not self.bits > 0:
-            raise SettingsError(f"bits is {self.bits:g}; it must be above 0")
+        if self.keep is not None and not 0 < self.keep < 1:
+            raise SettingsError(
+                f"keep is {self.keep:g}; it must be above 0 and below 1"
+                + (f" ({self.keep:g} % is {self.keep / 100:g})" if 1 < self.keep < 100 else "")
+            )
+        if self.bits is not None and not 0 < self.bits < _SOURCE_BITS:
+            raise SettingsError(
+                f"bits is {self.bits:g}; stored bits per original weight must be above 0 and below {_SOURCE_BITS}, "
+                "which a weight has itself; for factors in floating point give keep, in 8 bits each factor_dtype int8"
+            )
         if self.bank_bits is not None and self.solver != "varpro":
             raise SettingsError(
                 f"solver {self.solver} does not round the bank inside the fit; use varpro, or a floating-point dtype"
@@ -99,13 +113,13 @@ class CompressConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise SettingsError(f"{name} is {value}; it must be above 0 and at most 1")
-        unknown = [family for family in self.families if family not in FAMILIES]
-        if unknown or not self.families:
-            found = ", ".join(map(repr, unknown)) or "none"
-            raise SettingsError(f"families must be any of {', '.join(FAMILIES)}; found {found}")
+        if not self.families:
+            raise SettingsError(f"families must be any of {', '.join(FAMILIES)}; found none")
         object.__setattr__(self, "families", tuple(f for f in FAMILIES if f in self.families))
-        if self.scope not in ("layer", "model") and not (self.scope.isdecimal() and int(self.scope) > 0):
-            raise SettingsError(f"scope {self.scope!r} is unknown; choose layer, model or a number of layers")
+        if self.scope not in ("layer", "model") and not re.fullmatch("0*[1-9][0-9]{0,8}", self.scope):
+            raise SettingsError(f"scope {shown(self.scope)} is unknown; choose layer, model or a number of layers")
+        if self.layers is not None and any(index < 0 for index in self.layers):
+            raise SettingsError(f"layers {shown(list(self.layers))} has a negative one; layers count from 0")
         fit = self.fit_config(rank=1, num_bases=self.support or 1)
         if self.stream:
             fit.check_streamed()

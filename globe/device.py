@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from globe.errors import SettingsError
+from globe.typed import shown
 
 AUTO = "auto"
 
@@ -22,6 +23,13 @@ def usable_device(device: str) -> str:
             f"device {device!r} cannot be used here ({fault}); choose cpu, cuda or mps, or auto for the GPU, if any"
         )
     return device
+
+
+def check_device_word(device: str) -> None:
+    """Raise `SettingsError` for what is no kind of device that GloBE runs on, wherever that is."""
+    if device.partition(":")[0] not in (AUTO, "cpu", "cuda", "mps"):
+        hint = "; a GPU of Nvidia or AMD is cuda, Apple's mps" if device.strip().lower() == "gpu" else ""
+        raise SettingsError(f"device {shown(device)} is unknown; choose auto, cpu, cuda, cuda:1 or mps{hint}")
 
 
 def _fault(device: str) -> str | None:

@@ -14,13 +14,14 @@ from torch.nn import functional
 
 from globe.checkpoint.manifest import verify_model
 from globe.checkpoint.reader import open_checkpoint
-from globe.device import AUTO
+from globe.device import AUTO, check_device_word
 from globe.errors import CheckpointError, SettingsError
 from globe.loading import load, running
 from globe.reference import Reference, named_reference
 from globe.shipped import resolve_model
 from globe.texts import read_text
 from globe.tokenizers import check_same_tokenizer, check_vocabulary, load_tokenizer
+from globe.typed import fit_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +43,8 @@ class EvaluateConfig:
     """Run the code of a tokenizer that brings its own."""
 
     def __post_init__(self) -> None:
-        for name, least in (("max_tokens", 1), ("length", 2), ("batch", 1)):
-            if getattr(self, name) < least:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        fit_settings(self, SettingsError, max_tokens=1, length=2, batch=1)
+        check_device_word(self.device)
 
     @property
     def num_characters(self) -> int:

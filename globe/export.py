@@ -20,7 +20,7 @@ from globe.errors import CheckpointError
 from globe.experts import restore
 from globe.loading import expert_layers, in_json
 from globe.model.factor_check import check_run
-from globe.model.quantization_config import QUANT_METHOD, GlobeQuantizationConfig
+from globe.model.quantization_config import read_section
 from globe.report import REPORT
 from globe.run_folder import RunFolder, open_run
 from globe.shipped import resolve_model
@@ -74,12 +74,9 @@ class DenseView:
     """A compressed checkpoint seen as its dense source."""
 
     def __init__(self, compressed: Checkpoint) -> None:
-        section = compressed.config.get("quantization_config") or {}
-        if section.get("quant_method") != QUANT_METHOD:
-            raise CheckpointError(f"{compressed.folder} is not compressed by GloBE; there is nothing to export")
+        self._config = read_section(compressed)
         self.compressed = compressed
         self.source = read_source_layout(compressed)
-        self._config = GlobeQuantizationConfig(**section)
         check_run([compressed.folder / shard for shard in compressed.shards], self._config.run)
         self._names = model_names(self.source)
         self._layers = {layer.index: layer for layer in expert_layers(self.source)}
@@ -108,7 +105,8 @@ class DenseView:
         index, _ = self._owner[name]
         layer = self._layers[index]
         held: list[Family] = [family for family in FAMILIES if name in source_names(layer, family)]
-        return dense_tensor(layer, name, {family: self._family(index, family) for family in held})
+        tensor = dense_tensor(layer, name, {family: self._family(index, family) for family in held})
+        return tensor.to(TORCH_DTYPES[self.source.tensors[name].dtype])  # a layer may have several
 
     def _compose_family(self, index: int, family: Family) -> Tensor:
         bank, layer, names = self._banks.get((index, family)), self._layers[index], self._names

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from globe.bank.rounding import decoded
-from globe.checkpoint.layout import FAMILIES, source_names
+from globe.bank.rounding import decoded, stored_shape
+from globe.checkpoint.layout import FAMILIES, ExpertLayer, source_names
 from globe.checkpoint.reader import Checkpoint
+from globe.checkpoint.stacks import check_finite
 from globe.empty_model import model_names
+from globe.errors import CheckpointError
 from globe.loading import expert_layers
 from globe.model.bank_spec import BankSpec
 from globe.model.names import FactorNames, is_factor
-from globe.model.quantization_config import GlobeQuantizationConfig
+from globe.model.quantization_config import read_section
 from globe.source_layout import read_source_layout
 
 T = TypeVar("T")
@@ -88,29 +90,48 @@ class Spectra:
 def read_spectra(compressed: Checkpoint) -> Iterator[Spectra]:
     """Spectra of at most six banks, evenly spaced; adapters of at most eight experts of three layers and families each.
 
-    Raises `CheckpointError` for factors that are missing.
+    Raises `CheckpointError` for factors that are missing, of another shape than config.json says, or not finite.
     """
-    config = GlobeQuantizationConfig(**compressed.config["quantization_config"])
+    banks = read_section(compressed).banks
     source = read_source_layout(compressed)
     names = model_names(source)
-    columns = {layer.index: layer.hidden_size for layer in expert_layers(source)}
-    for bank in _some(config.banks, _MAX_BANKS):
-        yield _spectra(compressed, names, bank, columns[bank.layers[0]])
+    layers = {layer.index: layer for layer in expert_layers(source)}
+    for bank in _some(banks, _MAX_BANKS):
+        if unknown := [layer for layer in bank.layers if layer not in layers or layer not in names.experts]:
+            raise CheckpointError(
+                f"config.json has bank {bank.name} for layers {unknown}, where the source has no experts"
+            )
+        yield _spectra(compressed, names, bank, layers)
 
 
-def _spectra(compressed: Checkpoint, names: FactorNames, bank: BankSpec, columns: int) -> Spectra:
+def _spectra(compressed: Checkpoint, names: FactorNames, bank: BankSpec, layers: Mapping[int, ExpertLayer]) -> Spectra:
+    def read(name: str, shape: tuple[int, ...], bits: int | None, chosen: Sequence[int] | None = None) -> Tensor:
+        stored = compressed.read(name)
+        wanted = stored_shape(shape, bits)
+        if stored.shape != wanted or stored.is_floating_point() != (bits is None):
+            raise CheckpointError(f"{name} is {stored.dtype} of shape {tuple(stored.shape)}; config.json says {wanted}")
+        factor = decoded(stored if chosen is None else stored[chosen], shape[-1], bits)
+        check_finite(factor, name)
+        return factor
+
     stacks = [(layer, family) for layer in bank.layers for family in bank.families]
-    precision = bank.precision
-    codes = torch.cat([decoded(compressed.read(names.codes(*s)), bank.num_bases, precision.codes) for s in stacks])
-    adapters: list[Tensor] = []
-    for stack in _some(stacks, _MAX_STACKS):
-        experts = compressed.read(names.adapters(*stack))
-        chosen = experts[_some(range(len(experts)), _MAX_EXPERTS)]
-        adapters.append(decoded(chosen, bank.rank, precision.adapters))
+    first, precision = layers[bank.layers[0]], bank.precision
+    num_experts = {layer: layers[layer].num_experts for layer in bank.layers}
+    codes = [read(names.codes(*s), (num_experts[s[0]], bank.num_bases), precision.codes) for s in stacks]
+    adapters = [
+        read(
+            names.adapters(layer, family),
+            (num_experts[layer], layers[layer].intermediate_size, bank.rank),
+            precision.adapters,
+            _some(range(num_experts[layer]), _MAX_EXPERTS),
+        )
+        for layer, family in _some(stacks, _MAX_STACKS)
+    ]
+    bases = read(names.bases(bank), (bank.num_bases, bank.rank, first.hidden_size), precision.bases)
     return Spectra(
         bank,
-        singular_values(decoded(compressed.read(names.bases(bank)), columns, precision.bases).flatten(1)).tolist(),
-        singular_values(codes).tolist(),
+        singular_values(bases.flatten(1)).tolist(),
+        singular_values(torch.cat(codes)).tolist(),
         singular_values(torch.cat(adapters)).median(0).values.tolist(),
     )
 

@@ -119,11 +119,23 @@ def choose_shape_for_bits(
         if shapes and rank < 0.95 * shapes[0][1]:
             break
     if not shapes:
+        least = _rounded_up(8 * cost(1, 1) / (num_matrices * rows * columns))
         raise SettingsError(
-            f"{bits:g} bits per weight are out of reach for {num_matrices} experts of {rows} x {columns}: the least "
-            f"bank takes {8 * cost(1, 1) / (num_matrices * rows * columns):.3g}"
+            f"{bits:g} bits per weight are out of reach for {num_matrices} experts of {rows} x {columns}: give "
+            f"{least:g} or more, which the least bank takes"
         )
     return max(shapes)[1:]
+
+
+def lowest_keep(num_matrices: int, rows: int, columns: int) -> float:
+    """The share of the parameters that the least bank has: one basis of one row."""
+    return stored_parameters(num_matrices, rows, columns, 1, 1) / (num_matrices * rows * columns)
+
+
+def _rounded_up(value: float) -> float:
+    """To two significant digits or so: what is said to be in reach is."""
+    scale = 10.0 ** (1 - math.floor(math.log10(value)))
+    return math.ceil(value * scale) / scale
 
 
 def choose_shape(num_matrices: int, rows: int, columns: int, keep: float) -> tuple[int, int]:
@@ -134,13 +146,7 @@ def choose_shape(num_matrices: int, rows: int, columns: int, keep: float) -> tup
     that leaves least of the budget unused. Raises `SettingsError` with the reachable range when no bank fits.
     """
     total = num_matrices * rows * columns
-    lowest = stored_parameters(num_matrices, rows, columns, 1, 1) / total
-    if not lowest <= keep < 1:
-        raise SettingsError(
-            f"keep {keep:g} is out of reach for {num_matrices} experts of {rows} x {columns}; "
-            f"choose from {math.ceil(lowest * 1000) / 1000:g} to below 1"
-            + (f" ({keep:g} % is {keep / 100:g})" if 1 < keep < 100 else "")
-        )
+    _check_reach(keep, num_matrices, rows, columns)
 
     def affordable(rank: int) -> int:
         return int((keep * total - num_matrices * rows * rank) / (rank * columns + num_matrices))
@@ -155,7 +161,14 @@ def choose_shape(num_matrices: int, rows: int, columns: int, keep: float) -> tup
             shapes.append((stored_parameters(num_matrices, rows, columns, rank, num_bases), rank, num_bases))
         if shapes and rank < 0.95 * shapes[0][1]:
             break
-    return max(shapes)[1:]
+    return max(shapes)[1:] if shapes else (1, 1)  # a rounding short of the lowest
+
+
+def _check_reach(keep: float, num_matrices: int, rows: int, columns: int) -> None:
+    lowest = lowest_keep(num_matrices, rows, columns)
+    if not lowest <= keep < 1:
+        reach = f"choose from {_rounded_up(lowest):g} to below 1" if _rounded_up(lowest) < 1 else "nothing can be saved"
+        raise SettingsError(f"keep {keep:g} is out of reach for {num_matrices} experts of {rows} x {columns}; {reach}")
 
 
 def make_plan(layers: Sequence[ExpertShape], config: CompressConfig) -> list[Scope]:
@@ -164,8 +177,11 @@ def make_plan(layers: Sequence[ExpertShape], config: CompressConfig) -> list[Sco
     Raises `SettingsError` for a layer that holds no experts, experts of different shapes in one scope, or settings out
     of reach.
     """
-    chosen = _chosen_layers(layers, config)
-    return [_scope(run, config) for run in _runs(chosen, config)]
+    runs = _runs(_chosen_layers(layers, config), config)
+    if config.keep is not None:
+        shapes = [shape for run in runs for _, *shape in _banks(run, config)]
+        _check_reach(config.keep, *max(shapes, key=lambda shape: lowest_keep(*shape)))
+    return [_scope(run, config) for run in runs]
 
 
 def _chosen_layers(layers: Sequence[ExpertShape], config: CompressConfig) -> list[ExpertShape]:
@@ -196,21 +212,24 @@ def _runs(layers: list[ExpertShape], config: CompressConfig) -> list[list[Expert
     return [layers[start : start + width] for start in range(0, len(layers), width)]
 
 
-def _scope(layers: list[ExpertShape], config: CompressConfig) -> Scope:
+def _banks(layers: list[ExpertShape], config: CompressConfig) -> list[tuple[tuple[Family, ...], int, int, int]]:
+    """The banks of a scope: their families, and how many matrices of how many rows and columns share each."""
     shapes = {(layer.intermediate_size, layer.hidden_size) for layer in layers}
     if len(shapes) > 1:
         raise SettingsError(
             f"layers {compact([layer.index for layer in layers])} have experts of different shapes "
             f"{sorted(shapes)} and cannot share a bank; choose scope layer, or fewer layers"
         )
-    (rows, columns), indices = shapes.pop(), tuple(layer.index for layer in layers)
-    num_experts = sum(layer.num_experts for layer in layers)
+    (rows, columns), num_experts = shapes.pop(), sum(layer.num_experts for layer in layers)
     groups: list[tuple[Family, ...]] = (
         [config.families] if config.share_families else [(family,) for family in config.families]
     )
-    banks: list[BankPlan] = []
-    for families in groups:
-        num_matrices = num_experts * len(families)
+    return [(families, num_experts * len(families), rows, columns) for families in groups]
+
+
+def _scope(layers: list[ExpertShape], config: CompressConfig) -> Scope:
+    indices, banks = tuple(layer.index for layer in layers), list[BankPlan]()
+    for families, num_matrices, rows, columns in _banks(layers, config):
         if config.keep is not None:
             rank, num_bases = choose_shape(num_matrices, rows, columns, config.keep)
         elif config.bits is not None:

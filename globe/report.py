@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import platform
 import resource
@@ -16,8 +15,10 @@ import safetensors
 import torch
 import transformers
 
+from globe.checkpoint.files import read_json
 from globe.errors import CheckpointError
 from globe.train.result import FitResult, StepRecord
+from globe.typed import parsed, shown
 from globe.version import __version__
 
 REPORT = "report.json"
@@ -131,29 +132,39 @@ class Report:
 
     @classmethod
     def read(cls, folder: Path) -> Report:
-        """The report of a compressed model; `CheckpointError` if the folder has none."""
-        try:
-            content = json.loads((folder / REPORT).read_text())
-            calibration: dict[str, Any] | None = content.pop("calibration", None)
-            fields = _known(cls, content)
-            fields["banks"] = [BankReport(**_known(BankReport, bank)) for bank in content["banks"]]
-            return cls(**fields, calibration=None if calibration is None else CalibrationReport(**calibration))
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{folder} has no {REPORT}; is it the output of globe compress?") from error
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{folder / REPORT} cannot be read: {error!r}; is it the output of globe compress?"
-            ) from error
+        """The report of a compressed model, as far as this version knows its fields.
 
+        Raises `CheckpointError` if the folder has none, or naming the field that no compression has written so.
+        """
+        path = folder / REPORT
+        if not path.exists():
+            raise CheckpointError(f"{folder} has no {REPORT}; is it the output of globe compress?")
+        report = parsed(cls, read_json(path), str(path), CheckpointError)
+        if fault := next(report.faults(), None):
+            raise CheckpointError(f"{path}: {fault}; is it the output of globe compress?")
+        return report
 
-def _known(kind: type, content: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass that this version knows; those that have defaults may be missing."""
-    return {field.name: content[field.name] for field in dataclasses.fields(kind) if field.name in content}
+    def faults(self) -> Iterator[str]:
+        """What no compression leaves: sizes of nothing, and errors of layers that are not numbered."""
+        if not self.banks:
+            yield "banks is empty"
+        sizes = {"original_bytes": self.original_bytes, "compressed_bytes": self.compressed_bytes}
+        for number, bank in enumerate(self.banks):
+            for name in ("rank", "num_bases", "num_matrices", "original_parameters", "stored_parameters"):
+                sizes[f"banks[{number}].{name}"] = getattr(bank, name)
+            for name, errors in (("errors", bank.errors), ("expert_errors", bank.expert_errors)):
+                if not all(layer.isdecimal() and len(layer) < 10 and errors[layer] for layer in errors):
+                    yield f"banks[{number}].{name} is {shown(errors)}, not by number of the layer and family"
+            if not (bank.layers and bank.families and bank.errors):
+                yield f"banks[{number}] has no layers, families or errors"
+        yield from (f"{name} is {size}, which cannot be" for name, size in sizes.items() if size < 1)
+        seconds = (self.seconds, *(bank.seconds for bank in self.banks))
+        yield from (f"{spent} seconds cannot be" for spent in seconds if not 0 <= spent < 1e12)
 
 
 def root_mean_square(errors: Iterable[float]) -> float:
-    squares = [error**2 for error in errors]
-    return math.sqrt(sum(squares) / len(squares))
+    values = list(errors)
+    return math.hypot(*values) / math.sqrt(len(values))
 
 
 def step_columns(result: FitResult) -> dict[str, list[float]]:

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -68,8 +68,7 @@ def show_report(console: Terminal, report: Report, output: Path) -> None:
             f"note            these fits met NaN or Inf and kept their best step: {'; '.join(broken)}", style="yellow"
         )
     _show_fallbacks(console, report.uncalibrated_because, report.uniform_because, report.config)
-    for note in report.notes:
-        console.print(f"note            {note}", style="yellow", soft_wrap=True)
+    _show_notes(console, report.notes)
     console.print(f"next            globe evaluate {shlex.quote(str(output))}", soft_wrap=True)
 
 
@@ -172,8 +171,7 @@ def show_inspection(console: Terminal, model: str, config: CompressConfig) -> No
         _show_fallbacks(console, because, preparation.uniform_because, dataclasses.asdict(config))
     elif config.allocation == "sensitivity":
         console.print("note: banks get their shares of the budget when the weights are here", style="yellow")
-    for note in job.notes:
-        console.print(f"note            {note}", style="yellow", soft_wrap=True)
+    _show_notes(console, job.notes)
     original, predicted = job.original_bytes(), job.predicted_bytes(scopes)
     console.print(f"whole model {megabytes(original)} -> {megabytes(predicted)} ({predicted / original:.1%})")
     first = layers[0]
@@ -195,6 +193,12 @@ def _show_fallbacks(
         console.print(f"note            fitted to the weights alone: {uncalibrated}", style="yellow", soft_wrap=True)
     if uniform is not None and settings.get("allocation") == "sensitivity":
         console.print(f"note            every bank keeps the same share: {uniform}", style="yellow", soft_wrap=True)
+
+
+def _show_notes(console: Terminal, notes: Iterable[str]) -> None:
+    """What was passed over in the model's files, or done otherwise than asked."""
+    for note in notes:
+        console.print(f"note            {note}", style="yellow", soft_wrap=True)
 
 
 def _show_experts(console: Terminal, checkpoint: Checkpoint, layers: list[ExpertLayer]) -> None:

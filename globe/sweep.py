@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,6 +33,7 @@ from globe.records import RUN, Records
 from globe.report import Report, versions
 from globe.run_folder import PARTIAL, UNFINISHED, held
 from globe.shipped import resolve_model
+from globe.typed import fit_settings, shown
 
 AXES = ("keep", "scope", "layers", "activation", "codes", "warm_start")
 
@@ -66,6 +68,7 @@ class SweepConfig:
     """Run the code of a tokenizer that brings its own, to calibrate and to judge."""
 
     def __post_init__(self) -> None:
+        fit_settings(self, SettingsError)
         if self.trust_remote_code:
             for name in ("common", "evaluate"):
                 trusting = dataclasses.replace(getattr(self, name), trust_remote_code=True)
@@ -80,6 +83,8 @@ class SweepConfig:
             raise SettingsError("a sweep chooses rank and bases by keep: leave out rank_ratio and basis_ratio")
         for choice in self.layers:
             parse_layers(choice)
+        for keep, scope in itertools.product(self.keep, self.scope):
+            CompressConfig(keep=keep, scope=scope)
 
     def points(self) -> list[dict[str, Setting]]:
         """The settings of every point along the axes; the last axis varies fastest."""
@@ -102,10 +107,11 @@ def parse_layers(choice: str) -> tuple[int, ...] | None:
     """`all` is None; `0-3,7` is (0, 1, 2, 3, 7). Raises `SettingsError` for anything else."""
     if choice == "all":
         return None
-    try:
-        runs = [[int(end) for end in run.split("-", 1)] for run in choice.split(",")]
-    except ValueError as error:
-        raise SettingsError(f"layers {choice!r} is not understood; write all, 12, 0-3 or 0-3,7") from error
+    if not re.fullmatch(r"\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)*", choice, re.ASCII):
+        raise SettingsError(f"layers {shown(choice)} is not understood; write all, 12, 0-3 or 0-3,7")
+    runs = [[int(end) for end in run.split("-")] for run in choice.split(",")]
+    if backwards := next((run for run in runs if run[0] > run[-1]), None):
+        raise SettingsError(f"layers {backwards[0]}-{backwards[1]} runs backwards; write {backwards[1]}-{backwards[0]}")
     return tuple(sorted({index for run in runs for index in range(run[0], run[-1] + 1)}))
 
 

@@ -45,6 +45,10 @@ class Terminal(Console):
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
 
+    def on_broken_pipe(self) -> None:
+        """Leave it to the caller what a closed pipe means; rich would end the process."""
+        raise
+
     def render_str(self, text: str, **settings: Any) -> Text:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As a table measures it: escapes need their room."""
         return super().render_str(visible(text), **settings)
@@ -53,11 +57,6 @@ class Terminal(Console):
         """Everything on its way to the terminal; only segments that rich itself marks as control pass unseen."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
-
-
-def print_error(error: BaseException) -> None:
-    """A message in one paragraph on standard error."""
-    Terminal(stderr=True, soft_wrap=True).print(Text("error: ", "red"), one_line(str(error)), sep="")
 
 
 def tame_logging() -> None:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import inspect
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -146,10 +150,91 @@ def test_an_interrupted_run_says_how_to_go_on(
     write_source(tmp_path / "source")
     with monkeypatch.context() as patch:
         patch.setattr(compress_module, "fit_bank", interrupt)
-        status, out, _ = run(capsys, "compress", tmp_path / "source", "-o", tmp_path / "out", "--steps", 2)
+        status, _, err = run(capsys, "compress", tmp_path / "source", "-o", tmp_path / "out", "--steps", 2)
     assert status == 130
-    assert "the same command goes on" in out
+    assert "interrupted: the same command goes on" in err
     assert run(capsys, "compress", tmp_path / "source", "-o", tmp_path / "out", "--steps", 2)[0] == 0
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_a_run_as_ctrl_c_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, status: int
+) -> None:
+    write_source(tmp_path / "source")
+    with monkeypatch.context() as patch:
+        patch.setattr(compress_module, "fit_bank", lambda *_, **__: signal.raise_signal(number))
+        ended, _, err = run(capsys, "compress", tmp_path / "source", "-o", tmp_path / "out", "--steps", 2)
+    assert ended == status
+    assert f"ended by {signal.Signals(number).name}: the same command goes on after the last finished scope" in err
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_a_signal_that_is_ignored_stays_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr("globe.show.show_environment", lambda _: signal.raise_signal(signal.SIGHUP))
+        assert run(capsys, "env")[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+
+
+def failing(error: BaseException) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+def test_what_the_file_system_refuses_is_an_error_with_its_path(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    denied = PermissionError(errno.EACCES, "Permission denied", "/some/file")
+    monkeypatch.setattr("globe.show.show_environment", failing(denied))
+    status, _, err = run(capsys, "env")
+    assert status == 1
+    assert err == "error: /some/file: Permission denied\n"
+
+
+def test_a_fault_of_its_own_is_said_in_a_paragraph_with_the_traceback_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("globe.show.show_environment", failing(KeyError("x")))
+    status, _, err = run(capsys, "env")
+    assert status == 70
+    assert err.startswith("bug: KeyError: 'x' (in ")
+    assert "please report it" in err
+    assert "Traceback" not in err
+    (saved,) = tmp_path.iterdir()
+    assert str(saved) in err
+    assert "KeyError: 'x'" in saved.read_text()
+
+
+def test_a_closed_pipe_ends_it_quietly() -> None:
+    command = [sys.executable, "-m", "globe", "inspect", "--calibrate", "none", "--allocation", "uniform"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_where_index_and_files_disagree_is_said_by_inspect_and_in_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_source(tmp_path / "source")
+    path = tmp_path / "source" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    shard = index["weight_map"].pop("lm_head.weight")
+    path.write_text(json.dumps({**index, "weight_map": {**index["weight_map"], "mtp.fc.weight": shard}}))
+    bare = ("--keep", 0.7, "--steps", 1, "--calibrate", "none", "--allocation", "uniform")
+    status, out, _ = run(capsys, "inspect", tmp_path / "source", *bare)
+    assert status == 0
+    assert "lists 1 tensors that no file holds; they are left out: mtp.fc.weight" in out
+    status, out, _ = run(capsys, "compress", tmp_path / "source", "-o", tmp_path / "out", *bare)
+    assert status == 0
+    assert "they are read: lm_head.weight" in out
+    assert len(json.loads((tmp_path / "out" / "report.json").read_text())["notes"]) == 2
 
 
 def test_without_arguments_it_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:

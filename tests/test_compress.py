@@ -275,7 +275,7 @@ def test_a_nan_in_a_weight_is_named(source: Path, tmp_path: Path) -> None:
     [
         ({"layers": (7,)}, "layers 7 hold no routed experts"),
         ({"keep": 0.001}, r"keep 0.001 is out of reach .* choose from 0\.\d+ to below 1"),
-        ({"keep": 1.5}, "out of reach"),
+        ({"keep": 1.5}, "above 0 and below 1"),
         ({"max_experts": 5}, "raise it to at least 18"),
         ({"stream": True, "solver": "am"}, "streamed with the solver varpro"),
     ],
@@ -423,3 +423,18 @@ def test_a_stream_knows_of_few_bits_as_the_fit_in_memory_does(source: Path, tmp_
     streamed = compress(source, tmp_path / "streamed", dataclasses.replace(settings, stream=True))
     assert streamed.error < 1.2 * whole.error
     assert streamed.compressed_bytes == whole.compressed_bytes
+
+
+def test_experts_of_several_dtypes_keep_them_in_a_dense_export(source: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.experts.1.up_proj.weight"
+    for shard in source.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if name in tensors:
+            save_file({**tensors, name: tensors[name].bfloat16()}, shard, metadata={"format": "pt"})
+    report = compress(source, tmp_path / "out", QUICK)
+    (note,) = report.notes
+    assert "1 layers have experts in BF16 and F32, layer 0 first; they are read as F32" in note
+    export_dense(tmp_path / "out", tmp_path / "dense")
+    before, after = open_checkpoint(source).tensors, open_checkpoint(tmp_path / "dense").tensors
+    assert {key: tensor.dtype for key, tensor in after.items()} == {key: tensor.dtype for key, tensor in before.items()}
+    assert after[name].dtype == "BF16"

@@ -162,7 +162,7 @@ def test_a_report_alone_has_a_page_that_says_what_is_missing(folder: Path, tmp_p
     ],
 )
 def test_values_of_the_wrong_kind_are_refused(folder: Path, tmp_path: Path, change: Any) -> None:
-    with pytest.raises(CheckpointError, match="wrong kind"):
+    with pytest.raises(CheckpointError, match=r"report\.json: banks"):
         render(rewritten(folder, tmp_path, change))
 
 

@@ -38,7 +38,7 @@ def test_a_chosen_shape_stays_within_the_budget_or_the_range_is_named(
 ) -> None:
     total = num_matrices * rows * columns
     if not stored_parameters(num_matrices, rows, columns, 1, 1) / total <= keep < 1:
-        with pytest.raises(SettingsError, match="choose from"):
+        with pytest.raises(SettingsError, match="out of reach"):
             choose_shape(num_matrices, rows, columns, keep)
         return
     rank, num_bases = choose_shape(num_matrices, rows, columns, keep)

@@ -12,8 +12,9 @@ from rich.text import Text
 from transformers.utils import logging
 
 from globe.cli import main
+from globe.ending import tell
 from globe.errors import CheckpointError
-from globe.terminal import Terminal, one_line, print_error, tame_logging, visible
+from globe.terminal import Terminal, one_line, tame_logging, visible
 from tests.tiny_sources import write_source
 
 HOSTILE = "[/x][red]a[/red] :smile: \x1b[2J\x1b]0;title\x07 \r\b\x9b31m \u202eabc\u2066 \udcff"
@@ -54,7 +55,7 @@ def test_a_display_that_is_alive_too() -> None:
 
 
 def test_errors_are_one_paragraph(capsys: pytest.CaptureFixture[str]) -> None:
-    print_error(CheckpointError("a [/b]\nerror: all is well \x1b[8m"))
+    tell("error", str(CheckpointError("a [/b]\nerror: all is well \x1b[8m")))
     assert capsys.readouterr().err == "error: a [/b] error: all is well \\x1b[8m\n"
 
 

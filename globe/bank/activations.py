@@ -29,7 +29,7 @@ _DERIVATIVE: dict[str, Callable[[Tensor], Tensor]] = {"silu": _silu_derivative, 
 def check_activation(name: str) -> None:
     """Raise `SettingsError` unless `name` is a known activation."""
     if name not in get_args(Activation):
-        raise SettingsError(f"activation {name!r} is unknown; choose one of {', '.join(get_args(Activation))}")
+        raise SettingsError(f"activation {name!r:.60} is unknown; choose one of {', '.join(get_args(Activation))}")
 
 
 def activate(t: Tensor, activation: str, activation_lambda: float = 1.0) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 from pathlib import Path
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a file; an `OSError` unless it is a regular one: a pipe or a device has no end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

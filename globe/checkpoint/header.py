@@ -10,13 +10,15 @@ import dataclasses
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn, TypeGuard
 
 import torch
 
+from globe.checkpoint.files import readable, regular_size, what_it_is
 from globe.errors import CheckpointError
+from globe.typed import shown
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -44,6 +46,7 @@ ALIGNMENT = 64
 """Bytes: where a loaded tensor, a view of the file, starts at a multiple of them, products are rounded as with a copy
 of it in memory (MKL's float32 matrix-vector products tell places modulo 16 apart)."""
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
+_MAX_DIMENSIONS, _MAX_BITS = 64, 2**63  # what torch can address
 _AGAIN = "the file is damaged or was cut short: download or copy it again"
 
 
@@ -67,18 +70,7 @@ class TensorInfo:
 
 def read_header(path: Path, shard: str) -> list[TensorInfo]:
     """The tensors of a file in the order of their bytes; `CheckpointError` unless header and file agree exactly."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = data_start(file, shard)
-        if start > size:
-            raise CheckpointError(f"{shard}: the header should end at byte {start} of a file of {size} bytes; {_AGAIN}")
-        raw = file.read(start - 8)
-    try:
-        entries = json.loads(raw.decode(), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{shard}: the header is not valid JSON ({error}); {_AGAIN}") from error
-    if not isinstance(entries, dict):
-        raise CheckpointError(f"{shard}: the header is a JSON {type(entries).__name__}, not an object; {_AGAIN}")
+    entries, start, size = _open(path, shard)
     tensors = check_entries(entries, shard)
     held, named = size - start, sum(tensor.nbytes for tensor in tensors)
     if held != named:
@@ -86,14 +78,32 @@ def read_header(path: Path, shard: str) -> list[TensorInfo]:
     return tensors
 
 
+def read_metadata(path: Path, shard: str) -> dict[str, str]:
+    """The texts that a file's header holds beside its tensors; raises as `read_header`."""
+    return _open(path, shard)[0].get("__metadata__") or {}
+
+
+def _open(path: Path, shard: str) -> tuple[dict[str, Any], int, int]:
+    """A file's parsed header, where its data starts, and its size."""
+    size = regular_size(path)
+    with readable(path), path.open("rb") as file:
+        start = data_start(file, shard)
+        if start > size:
+            raise CheckpointError(f"{shard}: the header should end at byte {start} of a file of {size} bytes; {_AGAIN}")
+        return _parse(file.read(start - 8), shard), start, size
+
+
 def data_start(file: BinaryIO, shard: str) -> int:
     """Where the data of an open file starts; leaves the file at the start of the JSON header."""
-    length = file.read(8)
-    if len(length) < 8:
-        raise CheckpointError(f"{shard}: {len(length)} bytes are too few for a safetensors file; {_AGAIN}")
-    (header,) = struct.unpack("<Q", length)
+    first = file.read(64)
+    if known := what_it_is(first):
+        raise CheckpointError(f"{shard} is not a safetensors file: {known}")
+    if len(first) < 8:
+        raise CheckpointError(f"{shard}: {len(first)} bytes are too few for a safetensors file; {_AGAIN}")
+    (header,) = struct.unpack("<Q", first[:8])
     if header > _MAX_HEADER:
         raise CheckpointError(f"{shard}: not a safetensors file: its header would be {header} bytes long; {_AGAIN}")
+    file.seek(8)
     return 8 + header
 
 
@@ -109,10 +119,27 @@ def check_entries(entries: Mapping[str, Any], shard: str) -> list[TensorInfo]:
         if tensor.offset != end:
             fault = "overlaps the tensor before it" if tensor.offset < end else "leaves a gap before it"
             raise CheckpointError(
-                f"{shard}: tensor {tensor.name!r} {fault} (byte {tensor.offset}, not {end}); {_AGAIN}"
+                f"{shard}: tensor {shown(tensor.name)} {fault} (byte {tensor.offset}, not {end}); {_AGAIN}"
             )
         end += tensor.nbytes
     return tensors
+
+
+def _parse(raw: bytes, shard: str) -> dict[str, Any]:
+    """A header's JSON, as strictly as the safetensors library reads it."""
+    try:
+        text = raw.decode()
+        entries = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+        if "\\ud" in text.lower():  # an escape that may be half a character
+            json.dumps(entries, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{shard}: the header is not valid JSON ({error}); {_AGAIN}") from error
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{shard}: the header is a JSON {type(entries).__name__}, not an object; {_AGAIN}")
+    metadata = entries.get("__metadata__") or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{shard}: the header's __metadata__ is {shown(metadata)}, not texts by name; {_AGAIN}")
+    return entries
 
 
 def build_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> bytes:
@@ -139,25 +166,35 @@ def aligned(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
     return sorted(tensors, key=lambda tensor: (tensor.nbytes % ALIGNMENT != 0, -_BITS[tensor.dtype]))
 
 
+def num_bytes(dtype: object, shape: object, where: str) -> int:
+    """Bytes of a tensor's data; `CheckpointError` beginning with `where` if dtype or shape cannot be."""
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise CheckpointError(f"{where} has the unknown dtype {shown(dtype)}; known are {', '.join(_BITS)}")
+    if not _are_sizes(shape):
+        raise CheckpointError(f"{where} has shape {shown(shape)}, which cannot be; {_AGAIN}")
+    if len(shape) > _MAX_DIMENSIONS or math.prod(max(size, 1) for size in shape) * _BITS[dtype] > _MAX_BITS:
+        raise CheckpointError(f"{where} has shape {shown(shape)}, more than any tensor can have; {_AGAIN}")
+    return math.ceil(math.prod(shape) * _BITS[dtype] / 8)
+
+
 def _tensor(name: str, entry: object, shard: str) -> TensorInfo:
-    where = f"{shard}: tensor {name!r}"
+    where = f"{shard}: tensor {shown(name)}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise CheckpointError(f"{where} has no dtype, shape and data_offsets in the header; {_AGAIN}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where} has shape {shape!r} at bytes {offsets!r}, which cannot be; {_AGAIN}")
-    if dtype not in _BITS:
-        raise CheckpointError(f"{where} has the unknown dtype {dtype!r}; known are {', '.join(_BITS)}")
-    bits, found = math.prod(shape) * _BITS[dtype], offsets[1] - offsets[0]
-    if bits != 8 * found:
+    needed = num_bytes(dtype, shape, where)
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(f"{where} lies at bytes {shown(offsets)}, which cannot be; {_AGAIN}")
+    found = offsets[1] - offsets[0]
+    if needed != found or math.prod(shape) * _BITS[dtype] % 8:
         raise CheckpointError(
-            f"{where} is {dtype} of shape {shape}, which takes {math.ceil(bits / 8)} bytes; its offsets give {found}; "
+            f"{where} is {dtype} of shape {shown(shape)}, which takes {needed} bytes; its offsets give {found}; "
             f"{_AGAIN}"
         )
     return TensorInfo(name, dtype, tuple(shape), shard, offsets[0], found)
 
 
-def _are_sizes(values: object) -> bool:
+def _are_sizes(values: object) -> TypeGuard[Sequence[int]]:
     return isinstance(values, list | tuple) and all(type(value) is int and value >= 0 for value in values)
 
 
@@ -166,3 +203,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(entries) != len(pairs):
         raise ValueError("the same key twice")
     return entries
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")

@@ -13,13 +13,16 @@ What shapes cannot tell is in `_TRAITS`, by model type.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
-from globe.checkpoint.header import TensorInfo
+import torch
+
+from globe.checkpoint.header import TORCH_DTYPES, TensorInfo
 from globe.checkpoint.quantized import refuse_quantized
 from globe.checkpoint.reader import Checkpoint
 from globe.errors import CheckpointError, UnsupportedModelError
@@ -84,7 +87,7 @@ class ExpertLayer:
     hidden_size: int
     """D, its columns."""
     dtype: str
-    """As safetensors writes it; the same for all experts of the layer."""
+    """As safetensors writes it: that of all the layer's experts, or the narrowest that holds all of theirs exactly."""
     transposed: bool = False
     """Fused tensors are (E, D, 2P) and (E, P, D)."""
     interleaved: bool = False
@@ -92,6 +95,8 @@ class ExpertLayer:
     num_unused: int = 0
     """Gate and up matrices behind the E experts that no one computes: LongCat allocates them for its identity experts.
     They are not compressed, and zeros in a dense export."""
+    stored_dtypes: tuple[str, ...] = ()
+    """In the files; several where models of different dtypes were merged."""
 
 
 def source_names(layer: ExpertLayer, family: Family) -> list[str]:
@@ -108,7 +113,7 @@ def find_expert_layers(checkpoint: Checkpoint, model: LanguageModel) -> list[Exp
     num_hidden_layers) are left out, as transformers leaves them out of the model.
 
     Raises `UnsupportedModelError` if there are no experts, or some of a kind that is not understood: quantised,
-    of unequal shape or dtype, with biases or other tensors beside the three families; and `CheckpointError` if
+    of unequal shape, with biases or other tensors beside the three families; and `CheckpointError` if
     experts are missing.
     """
     refuse_quantized(checkpoint)
@@ -161,7 +166,6 @@ def _layer(index: int, prefix: str, tensors: Mapping[str, TensorInfo], model: La
     found: dict[Family, list[TensorInfo]] = {
         family: [tensors[name] for name in names] for family, names in families.items()
     }
-    _check_dtypes(found["gate"][0], tensors)
     shape = _fused_shape if fused else _per_expert_shape
     num_experts, intermediate_size, hidden_size, transposed = shape(found, num_unused)
     return ExpertLayer(
@@ -172,11 +176,25 @@ def _layer(index: int, prefix: str, tensors: Mapping[str, TensorInfo], model: La
         num_experts=num_experts,
         intermediate_size=intermediate_size,
         hidden_size=hidden_size,
-        dtype=found["gate"][0].dtype,
+        dtype=_common_dtype(tensor.dtype for tensor in tensors.values()),
         transposed=transposed,
         interleaved=bool(fused) and traits.interleaved,
         num_unused=num_unused,
+        stored_dtypes=tuple(sorted({tensor.dtype for tensor in tensors.values()})),
     )
+
+
+def dtype_notes(layers: Iterable[ExpertLayer]) -> list[str]:
+    """What to tell of layers whose experts are of several dtypes."""
+    mixed = defaultdict[tuple[tuple[str, ...], str], list[int]](list)
+    for layer in layers:
+        if len(layer.stored_dtypes) > 1:
+            mixed[layer.stored_dtypes, layer.dtype].append(layer.index)
+    return [
+        f"{len(indices)} layers have experts in {' and '.join(found)}, layer {indices[0]} first; they are read as "
+        f"{common}, which holds both exactly, and their factors are stored so unless factor_dtype says otherwise"
+        for (found, common), indices in mixed.items()
+    ]
 
 
 def _count_unused(prefix: str, projections: tuple[str, str, str], tensors: Mapping[str, TensorInfo], most: int) -> int:
@@ -213,12 +231,10 @@ def _check_names(prefix: str, tensors: Mapping[str, TensorInfo], families: Mappi
         raise CheckpointError(f"{len(missing)} expert tensors are missing: {', '.join(missing[:4])}; download it again")
 
 
-def _check_dtypes(first: TensorInfo, tensors: Mapping[str, TensorInfo]) -> None:
-    for tensor in tensors.values():
-        if tensor.dtype != first.dtype:
-            raise UnsupportedModelError(
-                f"{tensor.name} is {tensor.dtype} but {first.name} is {first.dtype}: convert the experts to one dtype"
-            )
+def _common_dtype(names: Iterable[str]) -> str:
+    """The narrowest dtype that holds all of these exactly."""
+    common = functools.reduce(torch.promote_types, (TORCH_DTYPES[name] for name in names))
+    return next(name for name, dtype in TORCH_DTYPES.items() if dtype == common)
 
 
 def _per_expert_shape(found: Mapping[Family, list[TensorInfo]], num_unused: int) -> tuple[int, int, int, bool]:

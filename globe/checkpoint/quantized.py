@@ -10,8 +10,8 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from globe.checkpoint.header import FLOAT_DTYPES, TORCH_DTYPES, TensorInfo
 from globe.checkpoint.packed import unpack_fp8, unpack_int4, unpack_mxfp4
 from globe.checkpoint.reader import Checkpoint
 from globe.errors import CheckpointError, UnsupportedModelError
+from globe.typed import shown
 
 _READ = "block-wise fp8, mxfp4 and compressed-tensors' symmetric int4 (pack-quantized)"
 _ADVICE = (
@@ -120,6 +121,7 @@ def dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
         tensors,
         tuple(shard for shard in checkpoint.shards if shard in held),
         checkpoint.repo,
+        checkpoint.notes,
         files=checkpoint,
         packed=packed,
     )
@@ -145,19 +147,18 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
 
 
 def _find_fp8(checkpoint: Checkpoint, section: Mapping[str, Any]) -> dict[str, Packed]:
-    match section.get("weight_block_size"):
-        case [int(rows), int(columns)] if section.get("activation_scheme", "dynamic") == "dynamic":
-            block = (rows, columns)
-        case _:
-            _refuse(checkpoint, "fp8 without weight_block_size or with static activations")
+    block = section.get("weight_block_size")
+    if not _are_sizes(block) or len(block) != 2 or section.get("activation_scheme", "dynamic") != "dynamic":
+        _refuse(checkpoint, "fp8 without weight_block_size or with static activations")
     packed: dict[str, Packed] = {}
     for name, info in checkpoint.tensors.items():
         scale = checkpoint.tensors.get(f"{name}_scale_inv")
-        if info.dtype == "F8_E4M3" and scale is not None:
+        if info.dtype == "F8_E4M3" and len(info.shape) >= 2 and scale is not None:
             *_, N, K = info.shape
-            blocks = (*info.shape[:-2], math.ceil(N / block[0]), math.ceil(K / block[1]))
-            _check_shape(scale, blocks, info)
-            packed[name] = Packed((name, scale.name), info.shape, functools.partial(unpack_fp8, block=block))
+            blocks = (*info.shape[:-2], -(-N // block[0]), -(-K // block[1]))
+            _check_scale(scale, blocks, info, (*FLOAT_DTYPES, "F8_E8M0"))
+            unpack = functools.partial(unpack_fp8, block=(block[0], block[1]))
+            packed[name] = Packed((name, scale.name), info.shape, unpack)
     return packed
 
 
@@ -166,9 +167,10 @@ def _find_mxfp4(checkpoint: Checkpoint, _: Mapping[str, Any]) -> dict[str, Packe
     for name, info in checkpoint.tensors.items():
         owner = name.removesuffix("_blocks")
         scales = checkpoint.tensors.get(f"{owner}_scales")
-        if owner != name and info.dtype == "U8" and len(info.shape) == 4 and scales is not None:
+        is_packed = info.dtype == "U8" and len(info.shape) == 4 and info.shape[3] == 16
+        if owner not in checkpoint.tensors and is_packed and scales is not None:
             E, rows, num_groups = info.shape[:-1]
-            _check_shape(scales, info.shape[:-1], info)
+            _check_scale(scales, info.shape[:-1], info, ("U8",))
             packed[owner] = Packed((name, scales.name), (E, 32 * num_groups, rows), _unpack_experts)
     return packed
 
@@ -183,9 +185,11 @@ def _unpack_experts(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def _find_int4(checkpoint: Checkpoint, section: Mapping[str, Any]) -> dict[str, Packed]:
-    groups: list[Mapping[str, Any]] = list((section.get("config_groups") or {}).values())
+    groups = _objects(section.get("config_groups"))
+    if not groups:
+        _refuse(checkpoint, "compressed-tensors without config_groups")
     for group in groups:
-        weights: Mapping[str, Any] = group.get("weights") or {}
+        (weights,) = _objects({"weights": group.get("weights") or {}}) or ({},)
         found = {name: weights.get(name) for name in ("num_bits", "type", "symmetric", "strategy", "actorder")}
         described = f"{group.get('format') or section.get('format')}, {found}"
         if (
@@ -199,16 +203,20 @@ def _find_int4(checkpoint: Checkpoint, section: Mapping[str, Any]) -> dict[str, 
     for name, info in checkpoint.tensors.items():
         owner = name.removesuffix("_packed")
         scale, shape = (checkpoint.tensors.get(f"{owner}_{part}") for part in ("scale", "shape"))
-        if owner != name and info.dtype == "I32" and scale is not None and shape is not None:
+        is_packed = info.dtype == "I32" and len(info.shape) == 2
+        if owner not in checkpoint.tensors and is_packed and scale is not None and shape is not None:
             rows, columns = info.shape[0], 8 * info.shape[1]
-            if scale.shape[0] != rows or columns % scale.shape[1]:
-                _check_shape(scale, (rows, columns), info)
+            # a scale for each row may lie in one dimension; otherwise one for each run of a row's numbers
+            per_row = math.prod(scale.shape[1:]) if scale.shape[:1] == (rows,) and len(scale.shape) <= 2 else 0
+            divides = 0 < per_row <= columns and columns % per_row == 0
+            _check_scale(scale, scale.shape if divides else (rows, 1), info, FLOAT_DTYPES)
+            _check_scale(shape, (2,), info, ("I64", "I32"))
             packed[owner] = Packed((name, scale.name, shape.name), (rows, columns), _unpack_linear)
     return packed
 
 
 def _unpack_linear(packed: Tensor, scale: Tensor, shape: Tensor, dtype: torch.dtype) -> Tensor:
-    matrix = unpack_int4(packed, scale, dtype)
+    matrix = unpack_int4(packed, scale.reshape(len(packed), -1), dtype)
     if tuple(shape.tolist()) != matrix.shape:
         raise CheckpointError(
             f"a packed matrix holds {tuple(matrix.shape)} numbers and says {tuple(shape.tolist())}: rows that do not "
@@ -229,12 +237,23 @@ def _names_of(stored: str) -> tuple[str, str, str]:
     return stored, stored.removesuffix("_blocks"), stored.removesuffix("_packed")
 
 
-def _check_shape(scale: TensorInfo, expected: tuple[int, ...], weight: TensorInfo) -> None:
-    if scale.shape != expected:
+def _check_scale(scale: TensorInfo, shape: tuple[int, ...], weight: TensorInfo, dtypes: Collection[str]) -> None:
+    if scale.shape != shape or scale.dtype not in dtypes:
         raise CheckpointError(
-            f"{scale.name} has shape {scale.shape}; for {weight.name} of shape {weight.shape} it should be {expected}: "
-            "download the checkpoint again"
+            f"{scale.name} is {scale.dtype} of shape {scale.shape}; for {weight.name} of shape {weight.shape} it "
+            f"should be {' or '.join(dtypes)} of shape {shape}: download the checkpoint again, or use the "
+            "unquantised release"
         )
+
+
+def _are_sizes(value: object) -> TypeGuard[Sequence[int]]:
+    return isinstance(value, list) and all(type(size) is int and 0 < size < 1 << 31 for size in value)
+
+
+def _objects(section: object) -> list[Mapping[str, Any]]:
+    """The objects in an object of them; whatever else is there says nothing."""
+    values = section.values() if isinstance(section, Mapping) else ()
+    return [value for value in values if isinstance(value, Mapping)]
 
 
 def _section(checkpoint: Checkpoint) -> Any:
@@ -268,11 +287,17 @@ def _refuse(checkpoint: Checkpoint, method: str) -> NoReturn:
     raise UnsupportedModelError(f"{checkpoint.folder} is quantised ({method}, says its config.json); {_ADVICE}")
 
 
+def quant_method(checkpoint: Checkpoint) -> str | None:
+    """What the configuration says the weights are quantised by; None where they are plain."""
+    return None if (section := _section(checkpoint)) is None else _method(section)
+
+
 def _method(section: Any) -> str:
     if not isinstance(section, Mapping):
-        return repr(section)
+        return shown(section)
     if "quant_method" in section:
-        return str(section["quant_method"])
+        method = section["quant_method"]
+        return method if isinstance(method, str) and len(method) < 100 else shown(method)
     if any(key.startswith(("load_in_", "bnb_")) for key in section):  # written before quant_method existed
         return "bitsandbytes"
     return "by a method it does not name"

@@ -6,22 +6,30 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from globe.checkpoint.bounds import check_counts
 from globe.checkpoint.digest import settled_sha256
+from globe.checkpoint.files import check_contained, read_json, readable
 from globe.checkpoint.header import TensorInfo, check_entries, read_header
 from globe.checkpoint.hub import HubRepo, open_repo
 from globe.checkpoint.redirects import refuse_redirects
-from globe.checkpoint.side_files import CONFIG, SideFiles, find_side_files, outside
+from globe.checkpoint.side_files import CONFIG, SideFiles, find_side_files
 from globe.errors import CheckpointError, SettingsError
+from globe.typed import parsed, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_HUB = "https://huggingface.co/"
+_CONVERT_GGUF = "load it in transformers with gguf_file=NAME and save_pretrained"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +46,8 @@ class Checkpoint:
     """The weight files, relative to the folder, in order."""
     repo: HubRepo | None = None
     """Where shards come from that are not in the folder yet; None for a local folder."""
+    notes: tuple[str, ...] = ()
+    """What was passed over, for the user to know: where index and files disagree."""
 
     @property
     def stored_plainly(self) -> bool:
@@ -105,23 +115,30 @@ class Checkpoint:
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
-            raise CheckpointError(f"{self.folder} holds no tensor {name!r}")
+            raise CheckpointError(f"{self.folder} holds no tensor {shown(name)}")
         return self.tensors[name]
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
     """Open a local folder or a Hub id (of which `revision` names a branch, tag or commit) without reading weights.
 
+    What the index says is believed of the files' names only: which tensor lies where, the files themselves tell.
     Raises `CheckpointError` for anything missing, damaged, inconsistent or outside the folder.
     """
     folder = Path(model)
-    if folder.is_dir():
+    with readable(folder):
+        is_folder, exists = folder.is_dir(), folder.exists()
+    if is_folder:
         if revision is not None:
             raise SettingsError(f"revision {revision!r} was asked of the local folder {folder}; only Hub ids have them")
         return _open_folder(folder, None)
-    if folder.exists():
-        raise CheckpointError(f"{folder} is a file; give the folder with {CONFIG} and the safetensors files")
-    repo_id = str(model)
+    if exists:
+        kind = "holds weights as GGUF, which is not read" if folder.suffix == ".gguf" else "is a file"
+        raise CheckpointError(f"{folder} {kind}; give the folder with {CONFIG} and the safetensors files")
+    repo_id = str(model).rstrip("/")
+    if repo_id.startswith(_HUB):
+        owner_and_name = "/".join(repo_id.removeprefix(_HUB).split("/")[:2])
+        raise CheckpointError(f"{repo_id} is an address; give the Hub id alone: {owner_and_name}")
     if folder.is_absolute() or repo_id.startswith((".", "~")) or repo_id.count("/") > 1:
         raise CheckpointError(f"{repo_id} does not exist (and is no Hub id, which would be owner/name)")
     repo, folder = open_repo(repo_id, revision)
@@ -129,41 +146,68 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
 
 
 def _open_folder(folder: Path, repo: HubRepo | None) -> Checkpoint:
-    config = _read_json(folder / CONFIG)
+    if repo is None:
+        _check_is_model(folder)
+    config = _read_config(folder / CONFIG)
     refuse_redirects(folder, config)
-    if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():  # transformers' order of preference
-        weight_map = _read_weight_map(folder)
-        shards = tuple(sorted(set(weight_map.values())))
+    with readable(folder):
+        single, indexed = (folder / SINGLE).exists(), (folder / INDEX).exists()
+    weight_map = _read_weight_map(folder) if indexed else None
+    notes: list[str] = []
+    if weight_map is None or set(weight_map.values()) == {SINGLE}:
+        shards = (SINGLE,)
+    elif single:  # transformers' order of preference
+        shards = (SINGLE,)
+        _check_stray(folder, weight_map)
+        notes.append(f"{SINGLE} is read, as transformers does; {INDEX} beside it and the files it names are not")
+        weight_map = None
     else:
-        weight_map, shards = None, (SINGLE,)
+        shards = tuple(sorted(set(weight_map.values())))
     if repo is None:
         _check_present(folder, shards)
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         if repo is None or (folder / shard).exists():
-            found = read_header(_contained(folder, shard), shard)
+            check_contained(folder / shard, folder)
+            found = read_header(folder / shard, shard)
         else:
             found = check_entries(repo.header(shard), shard)
-        if weight_map is not None:
-            _check_index({name for name, place in weight_map.items() if place == shard}, found, shard)
-        tensors.update((tensor.name, tensor) for tensor in found)
-    return Checkpoint(folder, config, tensors, shards, repo)
+        for tensor in found:
+            if (other := tensors.setdefault(tensor.name, tensor)) is not tensor:
+                raise CheckpointError(
+                    f"tensor {shown(tensor.name)} is in {other.shard} and in {shard}, and only one can be meant: take "
+                    "it out of one of them, or download the checkpoint again"
+                )
+    if weight_map is not None:
+        notes += _differences(weight_map, tensors)
+    checkpoint = Checkpoint(folder, config, tensors, shards, repo, tuple(notes))
+    check_counts(config, tensors.values())
+    return checkpoint
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} has no {path.name}; is it the folder of a Hugging Face model?") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object")
-    return content
+@dataclasses.dataclass(frozen=True)
+class _TextConfig:
+    """The entries of config.json that decide how the rest is read; the others are transformers' to judge."""
+
+    model_type: str | None = None
+    num_hidden_layers: int | None = None
+    zero_expert_num: int | None = None
+    architectures: list[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config(_TextConfig):
+    text_config: _TextConfig | None = None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path)
+    parsed(_Config, config, str(path), CheckpointError)
+    return config
 
 
 def _read_weight_map(folder: Path) -> dict[str, str]:
-    weight_map = _read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX} has no weight_map from tensor names to files")
     for name, shard in weight_map.items():
@@ -173,47 +217,98 @@ def _read_weight_map(folder: Path) -> dict[str, str]:
 
 def check_shard_name(record: str, name: str, shard: object) -> None:
     """Raise `CheckpointError` unless the file that `record` places tensor `name` in is safetensors in the folder."""
-    if not isinstance(shard, str) or not shard.endswith(".safetensors"):
-        raise CheckpointError(f"{record} places tensor {name!r} in {shard!r}; only safetensors files are read")
+    place = f"{record} places tensor {shown(name)} in {shown(shard)}"
+    if not isinstance(shard, str) or not shard.endswith(".safetensors") or not shard.isprintable():
+        raise CheckpointError(f"{place}; only safetensors files are read")
     if "\\" in shard or PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
-        raise CheckpointError(f"{record} places tensor {name!r} in {shard!r}, outside the folder: it is not followed")
+        raise CheckpointError(f"{place}, outside the folder: it is not followed")
+
+
+def _check_is_model(folder: Path) -> None:
+    """Raise `CheckpointError` with the next step for a folder that is not that of a model in safetensors."""
+    with readable(folder):
+        names = {path.name for path in folder.iterdir()}
+        inner = sorted(path.parent for path in [*folder.glob(f"*/{CONFIG}"), *folder.glob(f"snapshots/*/{CONFIG}")])
+    weights = [name for name in names if name.endswith(_WEIGHTS) and not name.startswith("adapter_")]
+    if "adapter_config.json" in names and not weights:
+        raise CheckpointError(
+            f"{folder} holds an adapter (LoRA) and not a model: merge it into its base first, in peft "
+            "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(MERGED)"
+        )
+    if "model_index.json" in names:
+        raise CheckpointError(f"{folder} is a pipeline of diffusers; give the folder of a language model")
+    if CONFIG in names:
+        return
+    if inner:
+        more = f" or one of {len(inner) - 1} more" if len(inner) > 1 else ""
+        raise CheckpointError(f"{folder} has no {CONFIG}, but {inner[0]} has{more}: give that folder")
+    if ggufs := sorted(name for name in weights if name.endswith(".gguf")):
+        raise CheckpointError(f"{folder} holds {_some(ggufs)}, and GGUF is not read: {_CONVERT_GGUF}")
+    found = f"it holds {_some(sorted(names))}" if names else "it is empty"
+    raise CheckpointError(f"{folder} has no {CONFIG}; {found}: is it the folder of a Hugging Face model?")
+
+
+def _check_stray(folder: Path, weight_map: Mapping[str, str]) -> None:
+    """Raise `CheckpointError` where a single file lies beside an index that tells of another model."""
+    shards = sorted(set(weight_map.values()))
+    if not any((folder / shard).exists() for shard in shards):
+        return
+    held = {tensor.name for tensor in read_header(folder / SINGLE, SINGLE)}
+    if held != weight_map.keys():
+        raise CheckpointError(
+            f"{folder} holds {SINGLE} of {len(held)} tensors beside an index of {len(weight_map)} tensors in "
+            f"{_some(shards)}: transformers would read the first alone. Remove {SINGLE}, or {INDEX} and its files, "
+            "whichever does not belong to the model"
+        )
 
 
 def _check_present(folder: Path, shards: tuple[str, ...]) -> None:
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if not missing:
-        return
-    if missing != [SINGLE]:
-        raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(shards)} shards are missing: {_some(missing)}; download them again"
-        )
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".gguf"})
-    loose = sorted(path.name for path in folder.glob("*.safetensors"))
+    with readable(folder):
+        missing = [shard for shard in shards if not (folder / shard).exists()]
+        if not missing:
+            return
+        if missing != [SINGLE]:
+            broken = [shard for shard in missing if (folder / shard).is_symlink()]
+            more = ", which are links to files that are gone" if broken == missing else ""
+            raise CheckpointError(
+                f"{folder}: {len(missing)} of {len(shards)} shards are missing: {_some(missing)}{more}; "
+                "download them again"
+            )
+        weights = sorted(path.name for path in folder.iterdir() if path.name.endswith(_WEIGHTS))
+    loose = [name for name in weights if name.endswith(".safetensors")]
+    others = [name for name in weights if name not in loose]
     if others and not loose:
+        how = _CONVERT_GGUF if others[0].endswith(".gguf") else "load it in transformers and save_pretrained"
         raise CheckpointError(
-            f"{folder} holds its weights as {_some(others)}; only safetensors is read: "
-            "convert it first (load it in transformers and save_pretrained)"
+            f"{folder} holds its weights as {_some(others)}; only safetensors is read: convert it first ({how})"
         )
-    found = f"{_some(loose)} without an index" if loose else "no weights at all"
-    raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}; it has {found}")
+    found = "it has no weights at all"
+    if len(loose) == 1 and not _SHARD.fullmatch(loose[0]):
+        found = f"it has {loose[0]}; if that is the whole model, rename it to {SINGLE}"
+    elif loose:
+        found = f"it has {_some(loose)} without an index; download that too"
+    raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}; {found}")
 
 
-def _contained(folder: Path, shard: str) -> Path:
-    """The shard's path; `CheckpointError` if links lead out of the folder to other than the blobs of a Hub cache."""
-    if (path := outside(folder, shard)) is not None:
-        raise CheckpointError(f"{folder / shard} is a link to {path}, outside the folder: it is not followed")
-    return folder / shard
-
-
-def _check_index(indexed: set[str], found: list[TensorInfo], shard: str) -> None:
-    held = {tensor.name for tensor in found}
-    if absent := sorted(indexed - held):
-        raise CheckpointError(f"{INDEX} places {len(absent)} tensors in {shard} that it lacks: {_some(absent)}")
-    if unlisted := sorted(held - indexed):
-        raise CheckpointError(
-            f"{shard} holds {len(unlisted)} tensors that {INDEX} does not place there: {_some(unlisted)}"
+def _differences(weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Where index and files disagree; transformers goes by the files, and whether the model needs what is not there is
+    found where its tensors are looked for."""
+    absent = sorted(weight_map.keys() - tensors.keys())
+    unlisted = sorted(tensors.keys() - weight_map.keys())
+    moved = [name for name, shard in weight_map.items() if name in tensors and tensors[name].shard != shard]
+    found = [
+        (absent, "that no file holds; they are left out"),
+        (moved, "in other files than those that hold them; they are read where they are"),
+    ]
+    notes = [f"{INDEX} lists {len(names)} tensors {what}: {_some(names)}" for names, what in found if names]
+    if unlisted:
+        notes.append(
+            f"the files hold {len(unlisted)} tensors that {INDEX} does not list; they are read: {_some(unlisted)}"
         )
+    return notes
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(name if len(name) < 100 else f"{name[:97]}..." for name in names[:3]) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )

@@ -10,7 +10,10 @@ from typing import Any
 from globe.bank.rounding import BITS, Precision
 from globe.checkpoint.layout import FAMILIES
 from globe.errors import CheckpointError
+from globe.typed import parsed, shown
 
+_LARGEST = 1 << 20
+"""Of layer numbers, ranks and bases: a bank of more has more parameters than torch can address."""
 PLAIN = {"bases": "plain", "codes": "plain", "adapters": "plain"}
 """The encoding of factors as they are, in a floating-point dtype."""
 _BITS: Mapping[str, int | None] = {"plain": None, **{f"int{bits}": bits for bits in BITS}}
@@ -39,20 +42,23 @@ class BankSpec:
 
     def __post_init__(self) -> None:
         if not self.layers or any(not _is_count(layer, 0) for layer in self.layers) or not _increasing(self.layers):
-            raise CheckpointError(f"a bank's layers must be increasing layer numbers; found {list(self.layers)}")
+            raise CheckpointError(f"a bank's layers must be increasing layer numbers; found {shown(list(self.layers))}")
         if not self.families or self.families != tuple(family for family in FAMILIES if family in self.families):
             expected = ", ".join(FAMILIES)
             raise CheckpointError(
-                f"a bank's families must be some of {expected}, in this order; found {list(self.families)}"
+                f"a bank's families must be some of {expected}, in this order; found {shown(list(self.families))}"
             )
         for name in ("rank", "num_bases"):
             if not _is_count(getattr(self, name), 1):
-                raise CheckpointError(f"bank {self.name}: {name} must be a positive int; found {getattr(self, name)!r}")
+                raise CheckpointError(
+                    f"bank {self.name}: {name} must be a positive int, of {_LARGEST} at most; found "
+                    f"{shown(getattr(self, name))}"
+                )
         if self.encoding.keys() != PLAIN.keys() or not set(self.encoding.values()) <= _BITS.keys():
             raise CheckpointError(
                 f"bank {self.name}: this version reads encodings of {', '.join(PLAIN)}, each one of "
-                f"{', '.join(_BITS)}; found {dict(self.encoding)}. Install the version of globe-moe that wrote the "
-                "checkpoint"
+                f"{', '.join(_BITS)}; found {shown(dict(self.encoding))}. Install the version of globe-moe that wrote "
+                "the checkpoint"
             )
 
     @property
@@ -74,23 +80,9 @@ class BankSpec:
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> BankSpec:
         """Parse an entry of config.json's `banks`; `CheckpointError` if a field is missing or ill-formed."""
-        try:
-            fields = dict(entry)
-            return cls(
-                layers=tuple(fields.pop("layers")),
-                families=tuple(fields.pop("families")),
-                rank=fields.pop("rank"),
-                num_bases=fields.pop("num_bases"),
-                encoding=dict(fields.pop("encoding")),
-                extra=fields,
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(
-                "a bank needs layers, families, rank, num_bases and encoding; "
-                f"found {entry!r} ({type(error).__name__}: {error})"
-            ) from error
+        known = parsed(_Entry, entry, "an entry of config.json's banks", CheckpointError)
+        fields = {field.name: getattr(known, field.name) for field in dataclasses.fields(known)}
+        return cls(**fields, extra={key: value for key, value in entry.items() if key not in fields})
 
     def to_dict(self) -> dict[str, Any]:
         """The entry for config.json."""
@@ -104,8 +96,17 @@ class BankSpec:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    layers: tuple[int, ...]
+    families: tuple[str, ...]
+    rank: int
+    num_bases: int
+    encoding: dict[str, str]
+
+
 def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _LARGEST
 
 
 def _increasing(numbers: tuple[int, ...]) -> bool:

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, rename_source_key
 
+from globe.checkpoint.header import read_header, read_metadata
 from globe.errors import CheckpointError
 from globe.model.names import is_factor
+from globe.typed import shown
 
 RUN_METADATA = "globe_run"
 """In the metadata of a file with factors: the run that made them."""
@@ -22,13 +23,13 @@ _NAMED = 8
 def check_run(files: Iterable[str | Path], run: str | None) -> None:
     """Raise `CheckpointError` unless all safetensors files with factors say that they are of the `run`."""
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            found = (tensors.metadata() or {}).get(RUN_METADATA)
-            if run is not None and found != run and any(map(is_factor, tensors.keys())):
-                raise CheckpointError(
-                    f"{file} is of another compression (run {found}) than its config.json (run {run}): "
-                    "fetch the checkpoint again or repeat the compression"
-                )
+        path = Path(file)
+        found = read_metadata(path, path.name).get(RUN_METADATA)
+        if run is not None and found != run and any(is_factor(tensor.name) for tensor in read_header(path, path.name)):
+            raise CheckpointError(
+                f"{file} is of another compression (run {shown(found)}) than its config.json (run {run}): "
+                "fetch the checkpoint again or repeat the compression"
+            )
 
 
 def check_factors_in_files(
@@ -87,10 +88,11 @@ def _factors_in_files(
     state_dict = model.state_dict()
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for key in filter(is_factor, tensors.keys()):
-                name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state_dict)
-                found[name] = tuple(tensors.get_slice(key).get_shape())
+        path = Path(file)
+        for tensor in read_header(path, path.name):
+            if is_factor(tensor.name):
+                name, _ = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, state_dict)
+                found[name] = tensor.shape
     return found
 
 

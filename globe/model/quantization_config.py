@@ -9,8 +9,10 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from globe.bank.activations import check_activation
+from globe.checkpoint.reader import Checkpoint
 from globe.errors import CheckpointError
 from globe.model.bank_spec import BankSpec
+from globe.typed import shown
 
 QUANT_METHOD = "globe"
 FORMAT_VERSION = 1
@@ -32,6 +34,7 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
+        /,
         banks: Sequence[BankSpec | Mapping[str, Any]] = (),
         activation: str = "tanh",
         format_version: int = FORMAT_VERSION,
@@ -40,14 +43,17 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
         **extra: Any,
     ) -> None:
         extra.pop("quant_method", None)
-        if format_version != FORMAT_VERSION:
+        if type(format_version) is not int or format_version != FORMAT_VERSION:
             raise CheckpointError(
-                f"this version reads GloBE checkpoints of format_version {FORMAT_VERSION}; found {format_version!r}. "
-                "Install the version of globe-moe that wrote the checkpoint"
+                f"this version reads GloBE checkpoints of format_version {FORMAT_VERSION}; found "
+                f"{shown(format_version)}. Install the version of globe-moe that wrote the checkpoint"
             )
         check_activation(activation)
         if not isinstance(banks, (list, tuple)):
-            raise CheckpointError(f"quantization_config's banks must be a list; found {banks!r}")
+            raise CheckpointError(f"quantization_config's banks must be a list; found {shown(banks)}")
+        for name, value in (("globe_version", globe_version), ("run", run)):
+            if value is not None and not isinstance(value, str):
+                raise CheckpointError(f"quantization_config's {name} must be text; found {shown(value)}")
         self.quant_method = QUANT_METHOD  # pyright: ignore[reportAttributeAccessIssue] - an enum of the built-in ones
         self.format_version = format_version
         self.globe_version = globe_version
@@ -72,6 +78,14 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
     def banks_of(self, layer: int) -> list[BankSpec]:
         """The banks that serve a layer."""
         return [bank for bank in self.banks if layer in bank.layers]
+
+
+def read_section(checkpoint: Checkpoint) -> GlobeQuantizationConfig:
+    """The section of a compressed model; `CheckpointError` if there is none, or one that cannot be understood."""
+    section = checkpoint.config.get("quantization_config")
+    if not isinstance(section, Mapping) or section.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(f"{checkpoint.folder} is not compressed by GloBE: its config.json has no section of it")
+    return GlobeQuantizationConfig(**section)
 
 
 def _check_coverage(banks: tuple[BankSpec, ...]) -> None:

@@ -7,14 +7,17 @@ from typing import Literal
 
 import torch
 
-from globe.bank.activations import Activation, check_activation
-from globe.bank.codes import CodeMap, check_codes
+from globe.bank.activations import Activation
+from globe.bank.codes import CodeMap
 from globe.bank.rounding import BITS
-from globe.device import AUTO
+from globe.device import AUTO, check_device_word
 from globe.errors import SettingsError
 from globe.init.warm_start import WarmStartName
+from globe.typed import fit_settings
 
 Solver = Literal["varpro", "am"]
+
+_LEAST = dict.fromkeys(("learning_rate", "tolerance", "window", "lambda_a", "lambda_b"), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +70,13 @@ class FitConfig:
     """Precision of the fit."""
 
     def __post_init__(self) -> None:
-        check_activation(self.activation)
-        check_codes(self.codes)
-        for name in ("rank", "num_bases", "max_steps", "align_steps", "patience"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.solver not in ("varpro", "am"):
-            raise SettingsError(f"solver {self.solver!r} is unknown; choose varpro or am")
+        fit_settings(self, SettingsError, rank=1, num_bases=1, max_steps=1, align_steps=1, patience=1, **_LEAST)
         if self.bank_bits is not None and (self.solver != "varpro" or self.bank_bits not in BITS):
             raise SettingsError(
                 f"bank_bits {self.bank_bits} with solver {self.solver}: a bank is rounded inside a fit by varpro only, "
                 f"to one of {', '.join(map(str, BITS))} bits"
             )
+        check_device_word(self.device)
         if self.support is not None and not 1 <= self.support <= self.num_bases:
             raise SettingsError(
                 f"support is {self.support}; with {self.num_bases} bases it must be 1 to {self.num_bases}"

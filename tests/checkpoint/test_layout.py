@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from globe.checkpoint.layout import FAMILIES, ExpertLayer, LanguageModel, find_expert_layers, source_names
+from globe.checkpoint.layout import FAMILIES, ExpertLayer, LanguageModel, dtype_notes, find_expert_layers, source_names
 from globe.checkpoint.reader import open_checkpoint
 from globe.errors import CheckpointError, UnsupportedModelError
 
@@ -45,7 +45,15 @@ def test_each_layout_is_recognised(
     (layer,) = find(tensors)
     kind = "fused" if layout == "fused" else "per_expert"
     assert layer == ExpertLayer(
-        0, X, kind, projections, num_experts=3, intermediate_size=2, hidden_size=4, dtype="BF16"
+        0,
+        X,
+        kind,
+        projections,
+        num_experts=3,
+        intermediate_size=2,
+        hidden_size=4,
+        dtype="BF16",
+        stored_dtypes=("BF16",),
     )
     names = [name for family in ("gate", "up", "down") for name in source_names(layer, family)]
     assert set(names) == set(tensors)
@@ -192,11 +200,13 @@ def test_gates_without_a_down_projection_are_allowed_for_identity_experts_only(
             find(tensors)
 
 
-def test_mixed_dtypes_are_refused(find: Find, expert_tensors: Make) -> None:
-    tensors = expert_tensors("plain")
-    tensors[f"{X}.1.up_proj.weight"] = tensors[f"{X}.1.up_proj.weight"].bfloat16()
-    with pytest.raises(UnsupportedModelError, match=rf"{X}.1.up_proj.weight is BF16 but .* is F32"):
-        find(tensors)
+def test_experts_of_several_dtypes_are_read_in_one_that_holds_all(find: Find, expert_tensors: Make) -> None:
+    tensors = expert_tensors("plain", dtype=torch.float16)
+    name = f"{X}.1.up_proj.weight"
+    tensors[name] = tensors[name].bfloat16()
+    (layer,) = find(tensors)
+    assert (layer.dtype, layer.stored_dtypes) == ("F32", ("BF16", "F16"))
+    assert "1 layers have experts in BF16 and F16" in dtype_notes([layer])[0]
 
 
 def test_quantised_sources_are_refused(find: Find, expert_tensors: Make) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from globe.checkpoint.bounds import check_elements
 from globe.checkpoint.reader import open_checkpoint
 from globe.errors import CheckpointError, SettingsError
 
@@ -49,8 +51,22 @@ def test_shards(sharded: Path) -> None:
         assert torch.equal(tensor, expected[name])
 
 
-def test_a_single_file_is_preferred_to_an_index(sharded: Path) -> None:
+def test_a_single_file_is_preferred_to_an_index_of_the_same_tensors(sharded: Path) -> None:
+    tensors = {name: tensor + 1 for file in (FIRST, SECOND) for name, tensor in load_file(sharded / file).items()}
+    save_file(tensors, sharded / "model.safetensors")
+    checkpoint = open_checkpoint(sharded)
+    assert checkpoint.shards == ("model.safetensors",)
+    assert torch.equal(checkpoint.read("b"), tensors["b"])
+    (note,) = checkpoint.notes
+    assert "model.safetensors is read" in note
+
+
+def test_a_single_file_beside_the_index_of_another_model_is_refused(sharded: Path) -> None:
     save_file({"z": torch.ones(1)}, sharded / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model.safetensors of 1 tensors beside an index of 3 .* Remove"):
+        open_checkpoint(sharded)
+    for shard in (FIRST, SECOND):  # the index is all that is left of the other
+        (sharded / shard).unlink()
     assert list(open_checkpoint(sharded).tensors) == ["z"]
 
 
@@ -79,15 +95,26 @@ def test_a_truncated_shard(sharded: Path) -> None:
         open_checkpoint(sharded)
 
 
-def test_an_index_that_names_what_the_shard_lacks(sharded: Path) -> None:
-    edit_index(sharded, ghost=SECOND)
-    with pytest.raises(CheckpointError, match=rf"places 1 tensors in {SECOND} that it lacks: ghost"):
-        open_checkpoint(sharded)
+def test_an_index_that_lists_what_no_file_holds_is_passed_over_and_told(sharded: Path) -> None:
+    edit_index(sharded, ghost=SECOND, a=SECOND)
+    checkpoint = open_checkpoint(sharded)
+    assert {name: tensor.shard for name, tensor in checkpoint.tensors.items()} == {"a": FIRST, "b": FIRST, "c": SECOND}
+    absent, moved = checkpoint.notes
+    assert "lists 1 tensors that no file holds; they are left out: ghost" in absent
+    assert "lists 1 tensors in other files" in moved
 
 
-def test_a_shard_that_holds_what_the_index_does_not_name(sharded: Path) -> None:
-    save_file({"c": torch.zeros(5), "extra": torch.zeros(1)}, sharded / SECOND)
-    with pytest.raises(CheckpointError, match=r"holds 1 tensors that .* does not place there: extra"):
+def test_what_the_index_does_not_list_is_read_and_told(sharded: Path) -> None:
+    save_file({"c": torch.zeros(5), "extra": torch.ones(1)}, sharded / SECOND)
+    checkpoint = open_checkpoint(sharded)
+    assert torch.equal(checkpoint.read("extra"), torch.ones(1))
+    (note,) = checkpoint.notes
+    assert "hold 1 tensors that model.safetensors.index.json does not list; they are read: extra" in note
+
+
+def test_a_tensor_in_two_files_is_refused(sharded: Path) -> None:
+    save_file({"c": torch.zeros(5), "a": torch.ones(2, 3)}, sharded / SECOND)
+    with pytest.raises(CheckpointError, match=f"tensor 'a' is in {FIRST} and in {SECOND}"):
         open_checkpoint(sharded)
 
 
@@ -149,7 +176,11 @@ def test_an_index_without_a_usable_map(sharded: Path, weight_map: object, messag
     [
         ("pytorch_model.bin", r"weights as pytorch_model.bin; only safetensors is read: convert"),
         ("consolidated.00.pth", "only safetensors is read"),
-        ("model-00001-of-00002.safetensors", "it has model-00001-of-00002.safetensors without an index"),
+        ("model.Q4.gguf", r"gguf_file=NAME and save_pretrained"),
+        ("model-00001-of-00002.safetensors", "it has model-00001-of-00002.safetensors without an index; download that"),
+        ("weights.safetensors", "if that is the whole model, rename it to model.safetensors"),
+        ("adapter_config.json", r"holds an adapter \(LoRA\) and not a model: merge it .*merge_and_unload"),
+        ("model_index.json", "pipeline of diffusers"),
         ("notes.md", "no weights at all"),
     ],
 )
@@ -161,7 +192,7 @@ def test_a_folder_without_readable_weights(tmp_path: Path, name: str, message: s
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "has no config.json"), ("{", "cannot be read as JSON"), ("[]", "a JSON list")]
+    ("content", "message"), [(None, "has no config.json"), ("{", "cannot be read as JSON"), ("[]", "not a JSON object")]
 )
 def test_an_unusable_configuration(tmp_path: Path, content: str | None, message: str) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
@@ -210,3 +241,111 @@ def test_side_files_are_all_but_weights_code_and_configuration(sharded: Path) ->
     (sharded / "additional_chat_templates" / "tool.jinja").write_text("x")
     names = [path.relative_to(sharded).as_posix() for path in open_checkpoint(sharded).side_files().kept]
     assert names == sorted([*kept, "additional_chat_templates/tool.jinja"])
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "it is empty"),
+        (["inner/config.json"], r"has no config.json, but .*inner has: give that folder"),
+        (["snapshots/abc/config.json", "refs/main"], r"but .*snapshots/abc has"),
+        (["x.gguf"], "GGUF is not read"),
+        (["adapter_config.json", "adapter_model.safetensors"], "merge it into its base first"),
+        (["notes.md"], "it holds notes.md: is it the folder of a Hugging Face model"),
+    ],
+)
+def test_a_folder_that_is_not_a_model_s_own(tmp_path: Path, files: list[str], message: str) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, FIRST])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_only_regular_files_are_opened(sharded: Path, name: str, kind: str) -> None:
+    (sharded / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(sharded / name)
+    elif kind == "folder":
+        (sharded / name).mkdir()
+    else:
+        (sharded / name).symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=r"it is not (read|followed)"):
+        open_checkpoint(sharded)
+
+
+def test_a_configuration_that_is_a_link_out_of_the_folder_is_not_read(sharded: Path) -> None:
+    shutil.move(sharded / "config.json", sharded.parent / "secret.json")
+    (sharded / "config.json").symlink_to(sharded.parent / "secret.json")
+    with pytest.raises(CheckpointError, match=r"is a link to .*secret.json, outside the folder"):
+        open_checkpoint(sharded)
+
+
+def test_a_link_into_the_hub_s_cache_names_what_to_give(sharded: Path) -> None:
+    blobs = sharded.parent / "hub" / "models--owner--name" / "blobs"
+    blobs.mkdir(parents=True)
+    shutil.move(sharded / SECOND, blobs / "abc")
+    (sharded / SECOND).symlink_to(blobs / "abc")
+    with pytest.raises(CheckpointError, match=r"give the Hub id owner/name, or make a copy .*cp -rL"):
+        open_checkpoint(sharded)
+
+
+def test_a_git_lfs_pointer_is_told_from_a_damaged_file(sharded: Path) -> None:
+    for name in (SECOND, "config.json"):
+        (sharded / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4932307584\n")
+        with pytest.raises(CheckpointError, match=rf"{name} .*Git LFS pointer.*git lfs pull"):
+            open_checkpoint(sharded)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<!DOCTYPE html><html>", "is a web page"),
+        (b"\xef\xbb\xbf{}", "BOM"),
+        (b'{"a": "\\ud800"}', "surrogates not allowed"),
+        (b'{"a": ' + b"[" * 60 + b"]" * 60 + b"}", "levels deep"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "cannot be read as JSON"),
+        (b'{"model_type": []}', r"model_type is \[\]; it must be text"),
+        (b'{"text_config": 3}', "text_config is 3"),
+        (b'{"text_config": {"num_hidden_layers": "2"}}', "text_config.num_hidden_layers is '2'"),
+        (b'{"architectures": [1]}', r"architectures\[0\] is 1; it must be text"),
+        (b'{"num_hidden_layers": 1000000000}', "num_hidden_layers is 1000000000, and the files hold 3 tensors"),
+        (b'{"vision_config": {"depth": 1e9}}', "depth is 1000000000.0"),
+        (b'{"text_config": {"n_routed_experts": 100000}}', "n_routed_experts is 100000"),
+        (b'{"num_labels": 100000000}', "num_labels"),
+    ],
+)
+def test_a_configuration_that_cannot_be_names_its_fault(sharded: Path, content: bytes, message: str) -> None:
+    (sharded / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(sharded)
+
+
+def test_a_file_larger_than_any_configuration_is_not_read(sharded: Path) -> None:
+    with (sharded / "config.json").open("r+b") as file:
+        file.truncate(10**12)
+    with pytest.raises(CheckpointError, match="has 1000000 MB, of which 64 are read"):
+        open_checkpoint(sharded)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("https://huggingface.co/owner/name/tree/main", "give the Hub id alone: owner/name"),
+        ("owner/name/more", "no Hub id"),
+        ("a\0b", "neither a folder nor a Hub id"),
+        ("x" * 5000, "cannot be read: File name too long"),
+    ],
+)
+def test_names_that_are_no_models(model: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(model)
+
+
+def test_the_size_of_a_model_is_bounded_by_what_its_files_hold(sharded: Path) -> None:
+    tensors = open_checkpoint(sharded).tensors.values()
+    check_elements(10**7, tensors)
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        check_elements(10**9, tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 from globe import CompressConfig, UnsupportedModelError, compress
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
-from globe.errors import CheckpointError
+from globe.errors import CheckpointError, GlobeError
 from globe.export import export_dense
 from globe.loading import open_source
 from tests.conformance.quantise import BLOCK, INT4, change_config, write_quantised, write_shards
@@ -157,5 +158,73 @@ def test_a_scale_of_another_shape_is_damage(tmp_path: Path) -> None:
     tensors = dict(checkpoint.read_many(checkpoint.tensors))
     name = "model.layers.1.mlp.experts.2.up_proj.weight_scale_inv"
     write_shards(tmp_path / "source", ({**tensors, name: tensors[name][:1]},))
-    with pytest.raises(CheckpointError, match=f"{name} has shape"):
+    with pytest.raises(CheckpointError, match=f"{name} is F32 of shape"):
         compress(tmp_path / "source", tmp_path / "out", LOSSY)
+
+
+def rewrite(folder: Path, part: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Change every tensor whose name ends in `part`."""
+    checkpoint = open_checkpoint(folder)
+    tensors = dict(checkpoint.read_many(checkpoint.tensors))
+    write_shards(folder, ({name: change(t) if name.endswith(part) else t for name, t in tensors.items()},))
+
+
+def test_a_scale_for_each_row_may_lie_in_one_dimension(tmp_path: Path) -> None:
+    write_quantised("int4", tmp_path / "source")
+    section = config_of(tmp_path / "source")["quantization_config"]
+    section["config_groups"]["group_0"]["weights"]["strategy"] = "channel"
+    change_config(tmp_path / "source", section)
+    rewrite(tmp_path / "source", "_scale", lambda scale: scale[:, :1].contiguous())
+    columns = open_source(tmp_path / "source")
+    expected = dict(columns.read_many(columns.tensors))
+    rewrite(tmp_path / "source", "_scale", lambda scale: scale.flatten())
+    rows = open_source(tmp_path / "source")
+    found = dict(rows.read_many(rows.tensors))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "change", "message"),
+    [
+        ("int4", "_scale", lambda t: t.flatten()[:-1].clone(), "_scale is BF16 of shape"),
+        ("int4", "_scale", lambda t: t[:, :0].clone(), "_scale is BF16 of shape"),
+        ("int4", "_scale", lambda t: t.to(torch.int32), "_scale is I32"),
+        ("int4", "_shape", lambda t: t[0].clone(), r"_shape is I64 of shape \(\)"),
+        ("int4", "_packed", lambda t: t.flatten(), "not in the form that GloBE knows"),
+        ("int4", "_packed", lambda t: t.to(torch.int64), "not in the form that GloBE knows"),
+        ("fp8", "_scale_inv", lambda t: t.flatten(), "_scale_inv is F32 of shape"),
+        ("fp8", "_scale_inv", lambda t: t.to(torch.int32), "_scale_inv is I32"),
+        ("mxfp4", "_blocks", lambda t: t[..., :8].clone(), "not in the form that GloBE knows"),
+        ("mxfp4", "_scales", lambda t: t.float(), "_scales is F32"),
+    ],
+)
+def test_parts_of_unusual_shapes_and_types_are_refused_by_name(
+    tmp_path: Path, method: str, part: str, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    write_quantised(method, tmp_path / "source")
+    rewrite(tmp_path / "source", part, change)
+    with pytest.raises(GlobeError, match=message):
+        open_source(tmp_path / "source")
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "fp8",
+        ["fp8"],
+        4,
+        {"quant_method": ["fp8"]},
+        {"quant_method": "fp8", "weight_block_size": [True, 8]},
+        {"quant_method": "fp8", "weight_block_size": [0, 8]},
+        {"quant_method": "fp8", "weight_block_size": 8},
+        {"quant_method": "compressed-tensors", "config_groups": []},
+        {"quant_method": "compressed-tensors", "config_groups": {"0": "int4"}},
+        {"quant_method": "compressed-tensors", "config_groups": {"0": {"weights": ["int4"]}}},
+    ],
+)
+def test_a_section_that_says_something_else_is_refused_by_name(tmp_path: Path, section: Any) -> None:
+    write_quantised("int4", tmp_path / "source")
+    change_config(tmp_path / "source", section)
+    with pytest.raises(UnsupportedModelError, match=r"is quantised \("):
+        open_source(tmp_path / "source")

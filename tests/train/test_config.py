@@ -19,7 +19,7 @@ from globe.train.config import FitConfig
         ({"align_steps": 0}, r"align_steps is 0"),
         ({"patience": 0}, r"patience is 0"),
         ({"activation": "relu"}, r"activation 'relu' is unknown"),
-        ({"codes": "gumbel"}, r"codes 'gumbel' are unknown"),
+        ({"codes": "gumbel"}, r"codes 'gumbel' is unknown"),
         ({"solver": "sgd"}, r"solver 'sgd' is unknown; choose varpro or am"),
         ({"support": 0}, r"support is 0; with 4 bases it must be 1 to 4"),
         ({"support": 5}, r"support is 5; with 4 bases it must be 1 to 4"),
