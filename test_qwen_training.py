@@ -20,11 +20,12 @@ from torch import Tensor
 
 from globe.bank.activations import Activation
 from globe.bank.codes import CodeMap
-from globe.checkpoint.layout import Family, find_expert_layers
+from globe.checkpoint.layout import Family
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.stacks import read_family
 from globe.errors import GlobeError, SettingsError
 from globe.init.warm_start import WarmStartName
+from globe.loading import expert_layers
 from globe.shipped import resolve_model
 from globe.train.config import FitConfig, Solver
 from globe.train.fit_banks import fit_bank
@@ -73,7 +74,7 @@ class Training:
 def extract_single_layer_experts(model: str, layer_idx: int = 12, family: Family = "up") -> Tensor:
     """The experts of one layer, (E, P, D) in float32. Raises `SettingsError` if the layer has none."""
     checkpoint = open_checkpoint(resolve_model(model))
-    layers = {layer.index: layer for layer in find_expert_layers(checkpoint)}
+    layers = {layer.index: layer for layer in expert_layers(checkpoint)}
     if layer_idx not in layers:
         raise SettingsError(f"layer {layer_idx} holds no routed experts; those that do are {sorted(layers)}")
     return read_family(checkpoint, layers[layer_idx], family).float()
@@ -83,7 +84,7 @@ def extract_experts(model: str, family: Family = "up", max_experts: int | None =
     """The experts of all layers, layer after layer, the first `max_experts` of them; (E, P, D) in float32."""
     checkpoint = open_checkpoint(resolve_model(model))
     stacks: list[Tensor] = []
-    for layer in find_expert_layers(checkpoint):
+    for layer in expert_layers(checkpoint):
         stacks.append(read_family(checkpoint, layer, family).float())
         if max_experts is not None and sum(map(len, stacks)) >= max_experts:
             break

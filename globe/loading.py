@@ -36,6 +36,7 @@ from globe.checkpoint.header import FLOAT_DTYPES, TORCH_DTYPES
 from globe.checkpoint.layout import ExpertLayer, LanguageModel, find_expert_layers
 from globe.checkpoint.quantized import dequantized
 from globe.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
+from globe.checkpoint.stacks import check_finite
 from globe.device import AUTO, usable_device
 from globe.errors import CheckpointError, GlobeError, UnsupportedModelError
 from globe.memory import explained_exhaustion, is_exhaustion
@@ -331,13 +332,27 @@ def _try(model: Any, folder: Path) -> None:
 
 @contextlib.contextmanager
 def running(model: Any, folder: str | Path | None = None) -> Iterator[None]:
-    """Explain what transformers raises while it runs a model, out of memory included."""
+    """Explain what transformers raises while it runs a model, out of memory included; a weight that is no number is
+    named."""
     name = str(folder or model.config.name_or_path) or type(model).__name__
-    with (
-        explained_exhaustion(f"running {name} on {model.device}", OUT_OF_MEMORY),
-        explained(f"{name} cannot be run", f"its {CONFIG} does not describe a model that computes: correct it"),
-    ):
-        yield
+    try:
+        with (
+            explained_exhaustion(f"running {name} on {model.device}", OUT_OF_MEMORY),
+            explained(f"{name} cannot be run", f"its {CONFIG} does not describe a model that computes: correct it"),
+        ):
+            yield
+    except CheckpointError:
+        _check_numbers(name)
+        raise
+
+
+def _check_numbers(folder: str) -> None:
+    """Raise `CheckpointError` naming the first tensor in the folder's files that holds a NaN or an infinity."""
+    if Path(folder).is_dir():
+        checkpoint = open_checkpoint(folder)
+        floats = [tensor.name for tensor in checkpoint.tensors.values() if tensor.dtype in FLOAT_DTYPES]
+        for name, tensor in checkpoint.read_many(floats):
+            check_finite(tensor, name)
 
 
 OUT_OF_MEMORY = (

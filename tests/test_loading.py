@@ -182,15 +182,21 @@ def test_a_model_that_does_not_compute_is_refused_when_it_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_tiny(tmp_path / "source", lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))
-    with pytest.raises(CheckpointError, match="computes NaN"):
+    with pytest.raises(CheckpointError, match=r"tensor model.norm.weight holds NaN"):
         load(source)
+
+    def overflow(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.0.mlp.gate.weight"].sign_().mul_(3e38)  # the softmax of infinities
+
+    with pytest.raises(CheckpointError, match="computes NaN from its first tokens"):
+        load(write_tiny(tmp_path / "overflowing", overflow))
 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("selected index k out of range")
 
     monkeypatch.setattr("transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeTopKRouter.forward", fail)
     with pytest.raises(CheckpointError, match=r"cannot be run \(RuntimeError: selected index k out of range\)"):
-        load(source)
+        load(write_tiny(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize(
