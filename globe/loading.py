@@ -57,6 +57,7 @@ _FLOAT = "__float__"
 _LOADS = re.compile(r"_?(attn|experts)_implementation|transformers_weights")
 """Entries by which transformers would fetch code from the Hub or weights from elsewhere."""
 _LAYER = re.compile(r"(?P<stem>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?P<rest>.+)")
+_AGAIN = "download the checkpoint again, or take a release of transformers that loads it"
 _LISTED = 4
 _TRIAL = 4
 """Tokens on which a model is tried when it is loaded."""
@@ -216,10 +217,11 @@ def check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     transformers itself is made to load tensors of the names and shapes in the files' headers, without their data: its
     renamings, conversions and tied weights are those of the real load. The model's own experts must still be dense.
     """
-    headers = {
-        name: torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device="meta")
-        for name, tensor in checkpoint.tensors.items()
-    }
+    with explained(f"the tensors of {checkpoint.folder} cannot be", _AGAIN):
+        headers = {
+            name: torch.empty(tensor.shape, dtype=TORCH_DTYPES.get(tensor.dtype, torch.uint8), device="meta")
+            for name, tensor in checkpoint.tensors.items()
+        }
     _load(checkpoint, type(model), None, config=model.config, state_dict=headers, device_map={"": "meta"})
 
 
@@ -257,11 +259,10 @@ def load(model: str | Path, device: str = AUTO, dtype: torch.dtype | None = None
 def _load(checkpoint: Checkpoint, kind: Any, path: str | None, **settings: Any) -> Any:
     """`kind.from_pretrained`, its report looked at."""
     folder = checkpoint.folder
-    advice = "download the checkpoint again, or take a release of transformers that loads it"
     exhausted = "take a machine or --device with more memory, or --calibrate none --allocation uniform to compress only"
     with (
         explained_exhaustion(f"loading {folder}", exhausted),
-        explained(f"{folder} cannot be loaded by transformers", advice),
+        explained(f"{folder} cannot be loaded by transformers", _AGAIN),
         _quiet(),
     ):
         loaded, report = kind.from_pretrained(path, **settings, output_loading_info=True, ignore_mismatched_sizes=True)

@@ -229,6 +229,19 @@ def test_tensors_beside_the_model_do_not_matter(tmp_path: Path) -> None:
     assert [layer.index for layer in expert_layers(open_source(source))] == [0, 1, 2]
 
 
+def test_a_layer_of_one_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("globe.samples.NUM_SAMPLES", 4)
+    config = tiny_config("qwen3_moe")
+    config.num_experts = config.num_experts_per_tok = 1
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    for settings in (UNRUN, RUN):
+        out = tmp_path / f"out-{settings.calibrate}"
+        compress(tmp_path / "source", out, settings)
+        export_dense(out, tmp_path / f"dense-{settings.calibrate}")
+        dense = logits(load(tmp_path / f"dense-{settings.calibrate}"))
+        torch.testing.assert_close(logits(load(out)), dense, rtol=0, atol=1e-5)
+
+
 def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
     source = write_tiny(tmp_path / "source", lambda tensors: tensors.pop("lm_head.weight"), tie_word_embeddings=True)
     check(source)
