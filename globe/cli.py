@@ -14,7 +14,7 @@ from transformers.utils import logging
 from globe.arguments import registry
 from globe.config import CompressConfig
 from globe.ending import FAILED, close_quietly, describe, stoppable, tell, tell_bug, tell_stopped
-from globe.errors import GlobeError
+from globe.errors import FinishedError, GlobeError
 from globe.evaluate import EvaluateConfig
 from globe.sweep import SweepConfig
 from globe.terminal import Terminal, tame_logging
@@ -207,6 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             go_on = getattr(command, "go_on", "")
             command.run(Terminal())
             sys.stdout.flush()
+    except FinishedError as error:
+        tell("finished", str(error), "green")
     except GlobeError as error:
         tell("error", str(error))
         return FAILED

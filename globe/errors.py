@@ -28,5 +28,9 @@ class OutputError(GlobeError, OSError):
     """The output exists, belongs to another run, or cannot be written."""
 
 
+class FinishedError(OutputError):
+    """The output is there already, whole, and this very run wrote it: there is nothing to do."""
+
+
 class OutOfMemoryError(GlobeError, MemoryError):
     """The machine, the container or the device has too little memory for what was asked."""

@@ -27,7 +27,7 @@ from globe.checkpoint.digest import file_sha256
 from globe.checkpoint.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from globe.checkpoint.reader import CONFIG
 from globe.checkpoint.writer import TEMPORARY, make_folder, sync_folder, write_json
-from globe.errors import OutputError
+from globe.errors import CheckpointError, FinishedError, OutputError
 from globe.records import RUN, Records
 
 UNFINISHED = "unfinished"
@@ -144,8 +144,9 @@ def open_run(
     Links are followed. One process at a time has it. With `overwrite`, an output that GloBE wrote and an unfinished run
     with other settings make room, the former when the new one is whole.
 
-    Raises `OutputError` if the output is not free, cannot be made, or another process is at it, and `SettingsError`
-    naming the settings that differ where another run has finished parts there.
+    Raises `FinishedError` if this very run has made the output, `OutputError` if it is not free, cannot be made, or
+    another process is at it, and `SettingsError` naming the settings that differ where another run has finished parts
+    there.
     """
     output = _resolved(output)
     if (output / UNFINISHED).is_dir():  # killed between getting its name and the end
@@ -223,7 +224,19 @@ def _check_free(output: Path, path: Path, records: Records, *, overwrite: bool, 
         if source is not None and (source.resolve() == output or output in source.resolve().parents):
             raise OutputError(f"output {output} holds the model that is read: choose another name")
     else:
+        _check_unfinished(output, records)
         check_vacant(output)
+
+
+def _check_unfinished(output: Path, records: Records) -> None:
+    """Raise `FinishedError` if this very run has written the output."""
+    with contextlib.suppress(CheckpointError):
+        manifest = read_manifest(output)
+        if manifest is not None and manifest.run == records.identity:
+            raise FinishedError(
+                f"{output} exists, and this very run has written it: there is nothing to do. `globe verify` proves its "
+                "files, --overwrite makes them again"
+            )
 
 
 def _resolved(output: Path) -> Path:

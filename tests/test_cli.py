@@ -153,7 +153,10 @@ def test_an_interrupted_run_says_how_to_go_on(
         status, _, err = run(capsys, "compress", tmp_path / "source", "-o", tmp_path / "out", "--steps", 2)
     assert status == 130
     assert "interrupted: the same command goes on" in err
-    assert run(capsys, "compress", tmp_path / "source", "-o", tmp_path / "out", "--steps", 2)[0] == 0
+    command = ("compress", tmp_path / "source", "-o", tmp_path / "out", "--steps", 2)
+    assert run(capsys, *command)[0] == 0
+    status, _, err = run(capsys, *command)
+    assert (status, err[:10]) == (0, "finished: ")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])

@@ -13,7 +13,7 @@ import pytest
 
 from globe.checkpoint.manifest import MANIFEST, verify_files
 from globe.checkpoint.writer import write_file, write_json
-from globe.errors import OutputError, SettingsError
+from globe.errors import FinishedError, OutputError, SettingsError
 from globe.run_folder import UNFINISHED, RunFolder, open_run
 
 RUN = {"command": "test", "config": {"steps": 5, "layers": (1, 2)}}
@@ -297,3 +297,12 @@ def test_a_folder_that_vanishes_during_the_run_is_not_made_again(tmp_path: Path)
         with pytest.raises(OutputError, match="cannot be written"):
             write_json(folder.path / "config.json", {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_given_again_when_it_is_done_has_nothing_to_do(tmp_path: Path) -> None:
+    make(tmp_path / "out")
+    before = (tmp_path / "out" / MANIFEST).stat()
+    with pytest.raises(FinishedError, match="this very run has written it"):
+        make(tmp_path / "out")
+    assert (tmp_path / "out" / MANIFEST).stat() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
