@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from globe.errors import SettingsError
@@ -23,6 +25,17 @@ def usable_device(device: str) -> str:
             f"device {device!r} cannot be used here ({fault}); choose cpu, cuda or mps, or auto for the GPU, if any"
         )
     return device
+
+
+def multiply_add_rate(device: str) -> float:
+    """float32 multiply-adds a second in products of 1024 x 1024 matrices there, the best of five; takes a moment."""
+    a = torch.ones(1024, 1024, device=device)
+    seconds: list[float] = []
+    for _ in range(5):
+        began = time.perf_counter()
+        float((a @ a)[0, 0])  # waits for a GPU
+        seconds.append(time.perf_counter() - began)
+    return 1024**3 / min(seconds)
 
 
 def check_device_word(device: str) -> None:

@@ -266,6 +266,11 @@ def _load(checkpoint: Checkpoint, kind: Any, path: str | None, **settings: Any) 
         _quiet(),
     ):
         loaded, report = kind.from_pretrained(path, **settings, output_loading_info=True, ignore_mismatched_sizes=True)
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise CheckpointError(
+            f"{folder} holds an adapter beside the weights, which transformers applies where peft is installed and the "
+            "output would be without: merge it (merge_and_unload, save_pretrained), or move adapter_config.json away"
+        )
     _check_report(checkpoint, loaded, report)
     return loaded
 

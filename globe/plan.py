@@ -61,6 +61,12 @@ class BankPlan:
     def stored_parameters(self) -> int:
         return stored_parameters(self.num_matrices, self.rows, self.columns, self.rank, self.num_bases)
 
+    @property
+    def step_multiply_adds(self) -> int:
+        """Of one evaluation of objective and gradient: mixing, adapters with their Gram matrices, gradient."""
+        E, P, D, R, M = self.num_matrices, self.rows, self.columns, self.rank, self.num_bases
+        return E * R * D * (M + 6 * P + R)
+
     def stored_bytes(self, precision: Precision, itemsize: int) -> int:
         """Of the factors, those in floating point taking `itemsize` each."""
         return stored_bytes(self.num_matrices, self.rows, self.columns, self.rank, self.num_bases, precision, itemsize)

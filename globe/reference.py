@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
+from globe.checkpoint.quantized import quant_method
 from globe.checkpoint.reader import open_checkpoint
 from globe.errors import CheckpointError, GlobeError, UnsupportedModelError
 from globe.loading import open_source
@@ -64,10 +64,7 @@ def report_of(model: str | Path) -> Report | None:
 
 def is_compressed(model: str | Path) -> bool:
     """Whether it is a folder with a model that GloBE has compressed."""
-    if not Path(model).is_dir():
-        return False
-    section: dict[str, Any] = open_checkpoint(model).config.get("quantization_config") or {}
-    return section.get("quant_method") == QUANT_METHOD
+    return Path(model).is_dir() and quant_method(open_checkpoint(model)) == QUANT_METHOD
 
 
 def _fingerprint(model: str | Path) -> str | None:
