@@ -80,7 +80,8 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
         content = json.loads(text)
         if "\\ud" in text.lower():  # an escape that may be half a character, which nothing can write again
             json.dumps(content, ensure_ascii=False).encode()
-        _check_depth(content)
+        if isinstance(content, dict):
+            _check_depth(content)
     except (ValueError, RecursionError) as error:
         reason = what_it_is(raw) or f"{error}; download or copy it again"
         raise CheckpointError(f"{where} cannot be read as JSON: {reason}") from error
@@ -89,12 +90,12 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
     return content
 
 
-def _check_depth(content: object) -> None:
+def _check_depth(content: dict[str, Any]) -> None:
     """Raise `ValueError` for values nested so deep that copying and writing them runs out of stack."""
-    level = [content]
+    level: list[Any] = [content]
     for _ in range(MAX_DEPTH):
         inner = [list(value.values()) if isinstance(value, dict) else value for value in level]
-        level = [value for values in inner for value in values if isinstance(value, dict | list)]  # pyright: ignore
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
         if not level:
             return
     raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")

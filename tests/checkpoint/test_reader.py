@@ -192,7 +192,14 @@ def test_a_folder_without_readable_weights(tmp_path: Path, name: str, message: s
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "has no config.json"), ("{", "cannot be read as JSON"), ("[]", "not a JSON object")]
+    ("content", "message"),
+    [
+        (None, "has no config.json"),
+        ("{", "cannot be read as JSON"),
+        ("[]", "not a JSON object"),
+        ("null", "not a JSON object"),
+        ("3", "not a JSON object"),
+    ],
 )
 def test_an_unusable_configuration(tmp_path: Path, content: str | None, message: str) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
