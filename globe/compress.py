@@ -223,7 +223,8 @@ def make_job(model: str | Path, config: CompressConfig) -> Job:
             text = read_calibration_text(checkpoint.folder, name, config.calibration_tokens, config.trust_remote_code)
         except UntrustedCodeError as error:
             notes.append(f"calibrated on samples of the model itself, not on {name}: {error}")
-    return Job(str(model), checkpoint, config, layers, factor_names(empty), tuple(scopes), text, tuple(notes))
+    source = str(model).encode(errors="backslashreplace").decode()  # a path that is not UTF-8
+    return Job(source, checkpoint, config, layers, factor_names(empty), tuple(scopes), text, tuple(notes))
 
 
 @dataclasses.dataclass(frozen=True)

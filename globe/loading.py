@@ -34,7 +34,7 @@ from transformers.utils import logging
 import globe.model  # noqa: F401  (registers the native format)
 from globe.checkpoint.header import FLOAT_DTYPES, TORCH_DTYPES
 from globe.checkpoint.layout import ExpertLayer, LanguageModel, find_expert_layers
-from globe.checkpoint.quantized import dequantized
+from globe.checkpoint.quantized import dequantized, refuse_unread
 from globe.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
 from globe.checkpoint.stacks import check_finite
 from globe.device import AUTO, usable_device
@@ -54,8 +54,6 @@ _RAISED = (
 """What transformers has been seen to raise on configurations and files that do not fit it."""
 _FLOAT = "__float__"
 """transformers' key for a number that JSON cannot carry: {"__float__": "Infinity"}."""
-_LOADS = re.compile(r"_?(attn|experts)_implementation|transformers_weights")
-"""Entries by which transformers would fetch code from the Hub or weights from elsewhere."""
 _LAYER = re.compile(r"(?P<stem>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?P<rest>.+)")
 _AGAIN = "download the checkpoint again, or take a release of transformers that loads it"
 _LISTED = 4
@@ -71,6 +69,7 @@ def open_source(model: str | Path) -> Checkpoint:
     understood.
     """
     checkpoint = _open(model)
+    refuse_unread(checkpoint)
     config = read_config(checkpoint)
     stated = (getattr(part, "dtype", None) for part in (text_config(config), config))
     plain = [TORCH_DTYPES[name] for name in FLOAT_DTYPES]
@@ -104,10 +103,10 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
 
 def _read_entry(entry: dict[str, Any]) -> Any:
-    """An object of config.json: a number that JSON cannot carry, or entries, but for those that say what is loaded."""
+    """An object of config.json: a number that JSON cannot carry, or entries."""
     if entry.keys() == {_FLOAT}:
         return float(entry[_FLOAT])
-    return {key: value for key, value in entry.items() if not (_LOADS.fullmatch(key) and "/" in str(value))}
+    return entry
 
 
 def in_json(config: Any) -> Any:

@@ -30,7 +30,19 @@ EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.l
 TIMES = {"seconds", "peak_memory_bytes", "phases"}
 QUICK = ("--steps", "2", "--keep", "0.7", "--calibrate", "none")
 SWEEP = (
-    *("--keep", "0.7", "0.5", "--common.steps", "1", "--common.calibrate", "none", "--common.allocation", "uniform"),
+    *(
+        "--keep",
+        "0.7",
+        "0.5",
+        "--layers",
+        "3",
+        "--common.steps",
+        "1",
+        "--common.calibrate",
+        "none",
+        "--common.allocation",
+        "uniform",
+    ),
     *("--evaluate.max-tokens", "64", "--evaluate.length", "32"),
 )
 

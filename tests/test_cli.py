@@ -120,7 +120,7 @@ def test_env_names_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
         (("compress", "-o", "x", "--calibrate", "wikitext"), "save a data set's text to a file first"),
         (("evaluate", "--text", "nothing"), "neither a file nor"),
         (("evaluate", "--length", "1"), "at least 2"),
-        (("evaluate", "--device", "nowhere"), "choose cpu, cuda or mps"),
+        (("evaluate", "--device", "nowhere"), "choose auto, cpu, cuda, cuda:1 or mps"),
         (("evaluate", "./nothing"), "does not exist"),
         (("report", "nothing"), "has no report.json"),
         (("export", "shipped", "-o", "x"), "not compressed"),

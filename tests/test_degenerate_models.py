@@ -126,7 +126,7 @@ def test_what_the_dtype_of_the_factors_cannot_hold_is_refused(tmp_path: Path) ->
 
 def test_a_model_that_computes_nan_is_not_planned_with(tmp_path: Path) -> None:
     source = write_odd(tmp_path / "source", "", lambda tensor: tensor.mul_(1e30))
-    with pytest.raises(CheckpointError, match=r"computes NaN or infinite.*--calibrate none --allocation uniform"):
+    with pytest.raises(CheckpointError, match="computes NaN"):
         compress(source, tmp_path / "out", CompressConfig(**QUICK, calibrate="none"))
 
 

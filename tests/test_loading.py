@@ -21,10 +21,9 @@ from transformers import (
 )
 
 import globe.cli
-from globe import CompressConfig, compress, evaluate, export_dense
+from globe import CompressConfig, compress, export_dense
 from globe.checkpoint.reader import CONFIG
 from globe.errors import CheckpointError, UnsupportedModelError
-from globe.evaluate import EvaluateConfig
 from globe.loading import check_weights, empty_language_model, empty_model, expert_layers, load, open_source
 from globe.samples import sample_windows
 from globe.sensitivity import random_windows
@@ -151,7 +150,6 @@ def test_a_classifier_is_compressed_as_one_and_not_run(tmp_path: Path) -> None:
         (None, {"pad_token_id": 99}, "cannot build .*AssertionError"),
         (None, {"dtype": "float33"}, "float33"),
         (None, {"text_config": {"a": 1}}, "cannot build"),
-        (None, {"quantization_config": "int4"}, "does not accept"),
         (None, {"rope_theta": {"__float__": "wide"}}, "does not accept .*'wide'"),
     ],
 )
@@ -172,7 +170,7 @@ def test_a_configuration_that_does_not_fit_is_one_sentence(
     assert len(said) < 600 + len(str(source))
 
 
-@pytest.mark.parametrize("model_type", [None, ["qwen3_moe"], "spiral", 3])
+@pytest.mark.parametrize("model_type", [None, "spiral"])
 def test_an_unknown_model_is_said_to_be(tmp_path: Path, model_type: Any) -> None:
     with pytest.raises(UnsupportedModelError, match="does not know the model_type"):
         compress(write_tiny(tmp_path / "source", model_type=model_type), tmp_path / "out", UNRUN)
@@ -206,8 +204,6 @@ def test_a_model_that_does_not_compute_is_refused_when_it_is_loaded(
         {"architectures": "Qwen3MoeForCausalLM"},
         {"architectures": [None, "Unheard", "LlamaForCausalLM"]},
         {"num_experts": 6, "num_local_experts": 6, "vocab_size": 48},
-        {"attn_implementation": "someone/kernel"},
-        {"transformers_weights": "../elsewhere/model.safetensors"},
     ],
 )
 def test_entries_that_transformers_or_globe_pass_over(tmp_path: Path, entries: dict[str, Any]) -> None:
@@ -327,7 +323,7 @@ def test_models_of_text_and_pictures_load_through_the_class_that_knows_them(
     report = compress(tmp_path / "source", tmp_path / "small", RUN)
     assert report.uncalibrated_because is report.uniform_because is None
     assert report.calibration is not None
-    assert report.calibration.num_tokens == 8 * 64
+    assert report.calibration.num_tokens == 8 * 32
     compress(tmp_path / "source", tmp_path / "unrun", UNRUN)
     export_dense(tmp_path / "small", tmp_path / "dense")
     small, dense = (AutoModelForImageTextToText.from_pretrained(tmp_path / name) for name in ("small", "dense"))
@@ -351,9 +347,3 @@ def test_a_model_without_a_language_model_is_said_to_be_none(tmp_path: Path) -> 
     assert len(str(found.value)) < 300
     with pytest.raises(UnsupportedModelError, match="has no language model"):
         load(tmp_path)
-
-
-def test_a_tokenizer_s_reading_of_a_bad_configuration_is_explained_too(tmp_path: Path) -> None:
-    source = write_tiny(tmp_path, num_experts_per_tok="2")
-    with pytest.raises(CheckpointError, match="expected int, got str"):
-        evaluate(source, EvaluateConfig())

@@ -157,8 +157,15 @@ def test_auto_is_the_gpu_where_one_works(monkeypatch: pytest.MonkeyPatch) -> Non
         usable_device("cuda")
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", "", "nowhere:0"])
-def test_a_device_is_checked_when_work_begins(device: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["gpu", "meta", "", "nowhere:0"])
+def test_what_is_no_device_is_no_setting(device: str) -> None:
+    for settings in (CompressConfig, EvaluateConfig):
+        with pytest.raises(SettingsError, match="is unknown; choose auto, cpu, cuda, cuda:1 or mps"):
+            settings(device=device)
+
+
+def test_a_device_is_checked_when_work_begins(tmp_path: Path) -> None:
+    device = "cuda:99"
     CompressConfig(device=device), EvaluateConfig(device=device)  # settings can be made anywhere
     with pytest.raises(SettingsError, match="choose cpu, cuda or mps"):
         fit_bank(torch.randn(2, 4, 4), FitConfig(rank=1, num_bases=1, device=device))

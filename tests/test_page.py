@@ -289,5 +289,5 @@ def test_a_report_of_a_later_version_is_read(folder: Path, tmp_path: Path) -> No
 def test_names_from_elsewhere_have_no_power_over_a_terminal_or_the_direction_of_writing(
     folder: Path, tmp_path: Path
 ) -> None:
-    page = render(rewritten(folder, tmp_path, lambda content: content.update(source="[/x]\x1b[2J\u202e\ud800<b>")))
-    assert r"[/x]\x1b[2J\u202e\ud800&lt;b&gt;" in page
+    page = render(rewritten(folder, tmp_path, lambda content: content.update(source="[/x]\x1b[2J\u202e<b>")))
+    assert r"[/x]\x1b[2J\u202e&lt;b&gt;" in page

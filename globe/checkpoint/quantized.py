@@ -79,19 +79,25 @@ class DequantizedCheckpoint(Checkpoint):
         return self.files.fingerprint()
 
 
+def refuse_unread(checkpoint: Checkpoint) -> None:
+    """Raise `UnsupportedModelError` naming the method if the checkpoint is quantised by one that is not read, or is a
+    checkpoint of GloBE's own."""
+    section = _section(checkpoint)
+    if section is not None and (not isinstance(section, Mapping) or _method(section) not in _FINDERS):
+        _refuse(checkpoint, _method(section))
+
+
 def dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
     """The checkpoint in floating point: itself, or a view of it that dequantises what is read to `dtype`.
 
     Raises `UnsupportedModelError` naming the method if it is not one that is read, or a checkpoint of GloBE's own.
     """
+    refuse_unread(checkpoint)
     section = _section(checkpoint)
     if section is None:
         return checkpoint
     method = _method(section)
-    find = _FINDERS.get(method)
-    if find is None or not isinstance(section, Mapping):
-        _refuse(checkpoint, method)
-    packed = find(checkpoint, section)
+    packed = _FINDERS[method](checkpoint, section)
     consumed = {part for recipe in packed.values() for part in recipe.parts} - packed.keys()
     name = _NAMES[dtype]
     tensors: dict[str, TensorInfo] = {}

@@ -192,7 +192,6 @@ class _TextConfig:
     model_type: str | None = None
     num_hidden_layers: int | None = None
     zero_expert_num: int | None = None
-    architectures: list[str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,7 +70,7 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
             "quant_method": self.quant_method,
             "format_version": self.format_version,
             "globe_version": self.globe_version,
-            "run": self.run,
+            **({} if self.run is None else {"run": self.run}),
             "activation": self.activation,
             "banks": [bank.to_dict() for bank in self.banks],
         }

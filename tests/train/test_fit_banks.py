@@ -272,7 +272,7 @@ def test_rank_bases_and_warm_start_are_checked_against_the_experts(experts: Tens
         fit_bank(experts, configure(rank=7))
     with pytest.raises(SettingsError, match="11 bases for 10 experts"):
         fit_bank(experts, configure(num_bases=11))
-    with pytest.raises(SettingsError, match="warm start 'random' is unknown"):
+    with pytest.raises(SettingsError, match="warm_start 'random' is unknown"):
         fit_bank(experts, configure(warm_start="random"))
 
 
