@@ -332,7 +332,7 @@ def test_models_of_text_and_pictures_load_through_the_class_that_knows_them(
     assert type(loaded) is type(model)
     pictures = torch.tensor([value for key, value in PICTURES[family].items() if key.endswith("_id")])
     for windows in (sample_windows(loaded, 0), random_windows(loaded, 0)):
-        assert windows.shape == (8, 64)
+        assert windows.shape == (8, 32)
         assert not torch.isin(windows, pictures).any()
     change_tensors(tmp_path / "source", lambda tensors: tensors.pop(next(name for name in tensors if "vi" in name)))
     with pytest.raises(CheckpointError, match="lacks tensors of"):
