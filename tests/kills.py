@@ -1,9 +1,10 @@
 """Kill a command before each of its calls that change the file system, repeat it, and compare what comes out.
 
-    python -m tests.kills [compress] [compress-stream] [sweep] [export]
+    python -m tests.kills [compress] [compress-stream] [sweep] [export] [race]
 
 Prints, for each command, how many calls it makes and how many of the kills ended in the bytes of an undisturbed run.
-Processes are forked from one that has imported everything; a kill is SIGKILL, from an audit hook.
+Processes are forked from one that has imported everything; a kill is SIGKILL, from an audit hook. `race` starts two
+compressions into one folder at once, 50 times, and counts how often one made the model and the other was told.
 """
 
 from __future__ import annotations
@@ -121,6 +122,25 @@ def kill_everywhere(arguments: Callable[[Path], list[str]], scratch: Path, every
     return calls, failed
 
 
+def race(arguments: Callable[[Path], list[str]], scratch: Path, times: int = 50) -> int:
+    """How often, of two runs started at once, one made the output and the other ended in a message."""
+    won = 0
+    for number in range(times):
+        out, children = scratch / f"race-{number}", list[int]()
+        for _ in range(2):
+            if (child := os.fork()) == 0:
+                status = 70
+                with contextlib.suppress(BaseException):
+                    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
+                    status = main(arguments(out))
+                os._exit(status)
+            children.append(child)
+        statuses = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+        verify_files(out)
+        won += statuses in ([0, 1], [0, 0]) and not list(scratch.glob("*.partial"))  # 0 also says: finished already
+    return won
+
+
 def commands(scratch: Path) -> dict[str, Callable[[Path], list[str]]]:
     write_source(scratch / "source")
     main(["compress", str(scratch / "source"), "-o", str(scratch / "small"), *QUICK])
@@ -138,8 +158,11 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         known = commands(scratch)
-        for name in sys.argv[1:] or known:
+        for name in sys.argv[1:] or [*known, "race"]:
             (scratch / name).mkdir()
+            if name == "race":
+                print(f"race: {race(known['compress'], scratch / name)} of 50 ended with one model and one message")
+                continue
             calls, failed = kill_everywhere(known[name], scratch / name)
             print(
                 f"{name}: {calls} calls, {calls - len(failed)} gone on with to the same bytes; not: {failed}",
