@@ -316,6 +316,7 @@ def test_models_of_text_and_pictures_load_through_the_class_that_knows_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     monkeypatch.setattr("globe.samples.NUM_SAMPLES", 8)
+    monkeypatch.setattr("globe.samples.LENGTH", 32)
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **PICTURES[family], tie_word_embeddings=False)
     model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
