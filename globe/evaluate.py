@@ -77,7 +77,13 @@ def token_windows(tokenizer: Any, text: str, config: EvaluateConfig) -> tuple[Te
     makes next to nothing of it.
     """
     prefix = text[: config.num_characters]
-    ids: list[int] = tokenizer(prefix, add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        ids: list[int] = tokenizer(prefix, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:  # that of the tokenizers library has no class of its own
+        raise CheckpointError(
+            f"the tokenizer cannot read the text ({type(error).__name__}: {error}): its files are damaged; copy them "
+            "from where the model came from"
+        ) from error
     num_windows = min(len(ids) // config.length, max(1, config.max_tokens // (config.length - 1)))
     if num_windows < 1 and len(prefix) >= 16 * config.length:
         raise CheckpointError(
