@@ -6,7 +6,7 @@ transformers builds what config.json says, a module at a time, before it looks a
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from globe.checkpoint.header import TensorInfo
@@ -16,7 +16,6 @@ from globe.typed import shown
 _LAYERS = re.compile(r"(?:.*_)?(?:n_layer|(?:num_)?layers|blocks|depth)")
 _OTHERS = re.compile(r"(?:n|num)_(?:.+_)?(?:experts|labels)|.*expert_num")
 _LEAST_TEXT, _LEAST_LAYERS, _LEAST_OTHERS = 64, 256, 4096  # quickly built; the files need not hold a vision tower
-_LEAST_ELEMENTS, _MOST_PACKED = 1 << 24, 64
 
 
 def check_counts(config: Mapping[str, Any], tensors: Collection[TensorInfo]) -> None:
@@ -30,19 +29,6 @@ def check_counts(config: Mapping[str, Any], tensors: Collection[TensorInfo]) -> 
             _check(name, value, max(len(tensors), _LEAST_LAYERS), len(tensors))
         elif _OTHERS.fullmatch(name):
             _check(name, value, max(len(tensors), longest, _LEAST_OTHERS), len(tensors))
-
-
-def check_elements(needed: int, tensors: Iterable[TensorInfo]) -> None:
-    """Raise `CheckpointError` if a model of config.json has far more parameters than the files hold data for.
-
-    To be asked of the empty model, before its parameters get memory.
-    """
-    held = sum(tensor.nbytes for tensor in tensors)
-    if needed > _LEAST_ELEMENTS + _MOST_PACKED * held:
-        raise CheckpointError(
-            f"config.json describes a model of {needed:.3g} parameters, the files hold {held:.3g} bytes: one of them "
-            "belongs to another model; download the checkpoint again"
-        )
 
 
 def _check(name: str, value: object, most: int, num_tensors: int) -> None:
