@@ -20,7 +20,7 @@ from globe.loading import load, running
 from globe.reference import Reference, named_reference
 from globe.shipped import resolve_model
 from globe.texts import read_text
-from globe.tokenizers import check_same_tokenizer, check_vocabulary, load_tokenizer
+from globe.tokenizers import check_same_tokenizer, check_vocabulary, encode, load_tokenizer
 from globe.typed import fit_settings
 
 
@@ -77,13 +77,7 @@ def token_windows(tokenizer: Any, text: str, config: EvaluateConfig) -> tuple[Te
     makes next to nothing of it.
     """
     prefix = text[: config.num_characters]
-    try:
-        ids: list[int] = tokenizer(prefix, add_special_tokens=False, verbose=False)["input_ids"]
-    except Exception as error:  # that of the tokenizers library has no class of its own
-        raise CheckpointError(
-            f"the tokenizer cannot read the text ({type(error).__name__}: {error}): its files are damaged; copy them "
-            "from where the model came from"
-        ) from error
+    ids: list[int] = encode(tokenizer, prefix, add_special_tokens=False, verbose=False)["input_ids"]
     num_windows = min(len(ids) // config.length, max(1, config.max_tokens // (config.length - 1)))
     if num_windows < 1 and len(prefix) >= 16 * config.length:
         raise CheckpointError(
@@ -162,7 +156,7 @@ def check_reference(reference: Reference, model: str | Path, windows: Tensor, co
 @torch.no_grad()
 def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 96, seed: int = 0) -> str:
     """A sampled continuation of a prompt; models that agree continue it alike, since the seed is the same."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs = encode(tokenizer, prompt, return_tensors="pt").to(model.device)
     torch.manual_seed(seed)
     with running(model):
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=True, top_p=0.8)

@@ -51,6 +51,17 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+def encode(tokenizer: Any, text: str, **settings: Any) -> Any:
+    """What the tokenizer makes of a text; `CheckpointError` if its files do not let it."""
+    try:
+        return tokenizer(text, **settings)
+    except Exception as error:  # that of the tokenizers library has no class of its own
+        raise CheckpointError(
+            f"the tokenizer cannot read the text ({type(error).__name__}: {error}): its files are damaged; copy them "
+            "from where the model came from"
+        ) from error
+
+
 def check_same_tokenizer(ids: Sequence[int], others: Sequence[int], model: str, reference: str) -> None:
     """Raise `CheckpointError` unless two tokenizers made the same of one text."""
     if list(ids) == list(others):

@@ -8,7 +8,7 @@ import pytest
 from globe import CheckpointError, CompressConfig, EvaluateConfig, SweepConfig, compress, evaluate, export_dense
 from globe.errors import UntrustedCodeError
 from globe.shipped import MODEL
-from globe.tokenizers import load_tokenizer
+from globe.tokenizers import encode, load_tokenizer
 from tests.tiny_sources import write_source, write_tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,\n"
@@ -179,3 +179,11 @@ def test_one_word_trusts_for_all_points_of_a_sweep() -> None:
 
 def test_the_shipped_model_has_its_tokenizer() -> None:
     assert len(load_tokenizer(MODEL)) == 2048
+
+
+def test_a_tokenizer_that_cannot_read_a_text_is_blamed_itself() -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise Exception("WordLevel error: Missing [UNK]")  # as the tokenizers library raises it
+
+    with pytest.raises(CheckpointError, match=r"cannot read the text .*its files are damaged"):
+        encode(fails, "text")
