@@ -179,7 +179,7 @@ def show_inspection(console: Terminal, model: str, config: CompressConfig) -> No
     device = usable_device(config.device)
     work = config.steps * sum(bank.step_multiply_adds for scope in scopes for bank in scope.banks)
     seconds = work / multiply_add_rate(device)
-    console.print(f"fits        about {clock(seconds)} for {config.steps} steps of each bank on this {device}")
+    console.print(f"fits        at least {clock(seconds)} for {config.steps} steps of each bank on this {device}")
     if config.precision != Precision():
         console.print(
             "note: factors in few bits lose less than GPTQ on the shipped model, and more on SmolLM2's weights cut "
