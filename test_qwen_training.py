@@ -18,19 +18,16 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
-from globe.bank.activations import Activation
-from globe.bank.codes import CodeMap
-from globe.checkpoint.layout import Family
 from globe.checkpoint.reader import open_checkpoint
+from globe.checkpoint.shipped import resolve_model
 from globe.checkpoint.stacks import read_family
 from globe.errors import GlobeError, SettingsError
-from globe.init.warm_start import WarmStartName
-from globe.loading import expert_layers
-from globe.shipped import resolve_model
-from globe.train.config import FitConfig, Solver
+from globe.model.loading import expert_layers
+from globe.report.trajectory import draw_trajectory
+from globe.terms import Activation, CodeMap, Family, Solver, WarmStartName
+from globe.train.config import FitConfig
 from globe.train.fit_banks import fit_bank
 from globe.train.result import MEANING, FitResult, StepRecord
-from globe.trajectory import draw_trajectory
 
 
 @dataclasses.dataclass(frozen=True)

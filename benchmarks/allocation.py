@@ -18,7 +18,7 @@ from benchmarks.quality import Evaluator
 from benchmarks.record import RESULTS, write_record
 from benchmarks.tables import Column, print_table
 from globe import CompressConfig, compress
-from globe.shipped import resolve_model
+from globe.checkpoint.shipped import resolve_model
 
 COLUMNS = (
     Column("keep", "keep", "g"),

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from globe.calibrate import run_expert, run_hooked
-from globe.checkpoint.layout import Family
+from globe.measure.calibrate import run_expert, run_hooked
 from globe.model.expert_modules import RoutedExperts, find_experts
+from globe.terms import Family
 
 DAMPING = 1.0
 """Share of its mean diagonal that is added to a second moment before it is factorised.

@@ -26,15 +26,13 @@ from torch import Tensor
 from benchmarks.record import RESULTS, Claim, write_record
 from benchmarks.tables import Column, print_claims, print_table
 from globe import CompressConfig, FitConfig, FitResult, fit_bank
-from globe.bank.codes import CodeMap
 from globe.checkpoint.reader import open_checkpoint
-from globe.experts import read_stack
-from globe.init.warm_start import WarmStartName
-from globe.loading import expert_layers
-from globe.plan import make_plan
-from globe.shipped import resolve_model
-from globe.style import STYLE
-from globe.train.config import Solver
+from globe.checkpoint.shipped import resolve_model
+from globe.experts.stack import read_stack
+from globe.model.loading import expert_layers
+from globe.plan.scopes import make_plan
+from globe.report.style import STYLE
+from globe.terms import CodeMap, Solver, WarmStartName
 from globe.train.result import StepRecord
 
 COLUMNS = (

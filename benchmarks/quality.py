@@ -47,11 +47,11 @@ from benchmarks.stacks import Approximation, Stacks, family_errors, read_stacks,
 from benchmarks.tables import Column, print_claims, print_table
 from globe import CompressConfig, EvaluateConfig, compress
 from globe.checkpoint.reader import open_checkpoint
-from globe.evaluate import evaluate_model, token_windows
+from globe.checkpoint.shipped import resolve_model
+from globe.measure.evaluate import evaluate_model, token_windows
+from globe.measure.texts import read_text
 from globe.model.names import is_factor
-from globe.shipped import resolve_model
-from globe.style import MARKERS, STYLE
-from globe.texts import read_text
+from globe.report.style import MARKERS, STYLE
 
 PERPLEXITY_RISE = 0.02
 """Largest rise of GloBE's perplexity at keep 0.75 that is claimed."""

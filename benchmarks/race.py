@@ -25,10 +25,10 @@ from benchmarks.record import RESULTS, Claim, write_record
 from benchmarks.rivals import mobe
 from benchmarks.stacks import read_stacks
 from benchmarks.tables import Column, print_claims, print_table
-from globe.checkpoint.layout import FAMILIES
-from globe.plan import compact, stored_parameters
-from globe.shipped import resolve_model
-from globe.style import STYLE
+from globe.checkpoint.shipped import resolve_model
+from globe.plan.scopes import compact, stored_parameters
+from globe.report.style import STYLE
+from globe.terms import FAMILIES
 from globe.train.config import FitConfig
 from globe.train.fit_banks import fit_bank
 

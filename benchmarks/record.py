@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from globe.checkpoint.writer import write_json
-from globe.report import versions
+from globe.version import versions
 
 RESULTS = Path(__file__).parent / "results"
 

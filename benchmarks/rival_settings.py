@@ -22,7 +22,7 @@ from benchmarks.record import RESULTS, write_record
 from benchmarks.rivals.gptq import gptq
 from benchmarks.stacks import read_stacks
 from benchmarks.tables import Column, print_table
-from globe.shipped import resolve_model
+from globe.checkpoint.shipped import resolve_model
 
 COLUMNS = (
     Column("setting", "setting"),

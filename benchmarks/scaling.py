@@ -25,7 +25,7 @@ from benchmarks.record import RESULTS, Claim, write_record
 from benchmarks.tables import Column, print_claims, print_table
 from globe import FitConfig, fit_bank
 from globe.bank.objective import Problem
-from globe.report import peak_memory
+from globe.machine.memory import peak_memory
 from globe.train.stream import ExpertParts, fit_parts
 
 COLUMNS = (

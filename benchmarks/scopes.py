@@ -19,8 +19,8 @@ from benchmarks.record import RESULTS, write_record
 from benchmarks.tables import Column, print_table
 from globe import CompressConfig, compress
 from globe.checkpoint.reader import open_checkpoint
-from globe.loading import expert_layers
-from globe.shipped import resolve_model
+from globe.checkpoint.shipped import resolve_model
+from globe.model.loading import expert_layers
 
 COLUMNS = (
     Column("keep", "keep", "g"),

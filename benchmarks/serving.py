@@ -36,16 +36,17 @@ from transformers.utils import logging
 from benchmarks.record import RESULTS, Claim, write_record
 from benchmarks.tables import Column, print_claims, print_table
 from globe import CompressConfig, compress, set_compose_cache
-from globe.bank.rounding import Precision, encode
-from globe.checkpoint.layout import FAMILIES
-from globe.loading import load
+from globe.bank.precision import Precision
+from globe.bank.rounding import encode
+from globe.checkpoint.shipped import resolve_model
 from globe.model import ComposeCache, find_experts
 from globe.model.bank_module import Bank, BankUse
 from globe.model.experts import factorise
+from globe.model.loading import load
 from globe.model.names import is_factor
-from globe.plan import choose_shape
-from globe.shipped import resolve_model
-from globe.style import COLOURS, INK, MARKERS, STYLE
+from globe.plan.scopes import choose_shape
+from globe.report.style import COLOURS, INK, MARKERS, STYLE
+from globe.terms import FAMILIES
 
 COLUMNS = (
     Column("model", "model"),

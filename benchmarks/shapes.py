@@ -2,7 +2,7 @@
 
     python -m benchmarks.shapes
 
-The rule in `globe.plan.choose_shape` (the share of the budget that goes to the adapters) is read off this table.
+The rule in `globe.plan.scopes.choose_shape` (the share of the budget that goes to the adapters) is read off this table.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from benchmarks.record import RESULTS, write_record
 from benchmarks.tables import Column, print_table
 from globe import CompressConfig, FitConfig, fit_bank
 from globe.checkpoint.reader import open_checkpoint
-from globe.experts import read_stack
-from globe.loading import expert_layers
-from globe.plan import make_plan
-from globe.shipped import resolve_model
+from globe.checkpoint.shipped import resolve_model
+from globe.experts.stack import read_stack
+from globe.model.loading import expert_layers
+from globe.plan.scopes import make_plan
 
 COLUMNS = (
     Column("layer", "layer", "d"),

@@ -21,15 +21,16 @@ from torch import Tensor
 from benchmarks.record import RESULTS, Claim, write_record
 from benchmarks.tables import Column, print_claims, print_table
 from globe import CompressConfig, FitConfig, fit_bank
-from globe.bank.codes import CodeMap, pursue_codes, support, top_mask
+from globe.bank.codes import pursue_codes, support, top_mask
 from globe.bank.linalg import norms
 from globe.bank.objective import Problem, Projection
 from globe.checkpoint.reader import open_checkpoint
-from globe.experts import read_stack
+from globe.checkpoint.shipped import resolve_model
+from globe.experts.stack import read_stack
 from globe.init.warm_start import warm_start
-from globe.loading import expert_layers
-from globe.plan import make_plan
-from globe.shipped import resolve_model
+from globe.model.loading import expert_layers
+from globe.plan.scopes import make_plan
+from globe.terms import CodeMap
 from globe.train.fit_banks import step_length
 from globe.train.varpro import VariableProjection
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from globe.checkpoint.header import TORCH_DTYPES
-from globe.checkpoint.layout import FAMILIES, Family
 from globe.checkpoint.reader import open_checkpoint
+from globe.checkpoint.report import root_mean_square
 from globe.checkpoint.stacks import read_family
-from globe.loading import expert_layers
 from globe.model.expert_modules import factor_names
-from globe.report import root_mean_square
+from globe.model.loading import expert_layers
+from globe.terms import FAMILIES, Family
 
 Stacks = Mapping[tuple[int, Family], Tensor]
 """Experts (E, P, D) by layer and family, float32; `down` is transposed."""

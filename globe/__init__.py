@@ -1,24 +1,36 @@
 """GloBE: Mixture-of-Experts models compressed by experts that share banks of basis matrices.
 
-Importing the package makes transformers load compressed checkpoints.
+Importing the package makes transformers load compressed checkpoints. It is cheap: what is named here is imported when
+it is used, and the format is registered when transformers itself is.
 """
 
 from __future__ import annotations
 
-import globe.model  # noqa: F401  (registers the quantisation method "globe")
-from globe.bank.factors import Factors
-from globe.compress import compress
-from globe.config import CompressConfig
-from globe.errors import CheckpointError, GlobeError, OutputError, SettingsError, UnsupportedModelError
-from globe.evaluate import EvaluateConfig, Evaluation, evaluate
-from globe.export import export_dense
-from globe.model import ComposeCache, set_compose_cache
-from globe.report import Report
-from globe.sweep import SweepConfig, SweepResult, sweep
-from globe.train.config import FitConfig
-from globe.train.fit_banks import fit_bank
-from globe.train.result import FitResult
-from globe.version import __version__
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from globe.registration import register_with_transformers
+
+if TYPE_CHECKING:
+    from globe.bank.factors import Factors
+    from globe.checkpoint.report import Report
+    from globe.errors import CheckpointError, GlobeError, OutputError, SettingsError, UnsupportedModelError
+    from globe.measure.evaluate import Evaluation, evaluate
+    from globe.measure.settings import EvaluateConfig
+    from globe.model import ComposeCache, set_compose_cache
+    from globe.plan.settings import CompressConfig
+    from globe.run.compress import compress
+    from globe.run.export import export_dense
+    from globe.sweeps.settings import SweepConfig
+    from globe.sweeps.sweep import SweepResult, sweep
+    from globe.train.config import FitConfig
+    from globe.train.fit_banks import fit_bank
+    from globe.train.result import FitResult
+    from globe.version import __version__
+
+if sys.platform == "win32":
+    raise ImportError("GloBE runs on Linux and macOS; on Windows use it inside WSL")
 
 __all__ = [
     "CheckpointError",
@@ -44,3 +56,37 @@ __all__ = [
     "set_compose_cache",
     "sweep",
 ]
+
+_ROOMS = {
+    "bank.factors": ("Factors",),
+    "checkpoint.report": ("Report",),
+    "errors": ("CheckpointError", "GlobeError", "OutputError", "SettingsError", "UnsupportedModelError"),
+    "measure.evaluate": ("Evaluation", "evaluate"),
+    "measure.settings": ("EvaluateConfig",),
+    "model": ("ComposeCache", "set_compose_cache"),
+    "plan.settings": ("CompressConfig",),
+    "run.compress": ("compress",),
+    "run.export": ("export_dense",),
+    "sweeps.settings": ("SweepConfig",),
+    "sweeps.sweep": ("SweepResult", "sweep"),
+    "train.config": ("FitConfig",),
+    "train.fit_banks": ("fit_bank",),
+    "train.result": ("FitResult",),
+    "version": ("__version__",),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"globe.{_ROOM_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+register_with_transformers()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from globe.cli import main
+from globe.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,7 +15,6 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
-from transformers.utils import logging as transformers_logging
 
 _KEPT = {"\n", "\t", "\u200c", "\u200d"}  # the joiners: parts of words and of emoji
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -60,7 +59,10 @@ class Terminal(Console):
 
 
 def tame_logging() -> None:
-    """Have transformers' warnings, which quote what the files say, escaped like everything else."""
+    """Have transformers' warnings, which quote what the files say, escaped like everything else, and no bars of its."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     for handler in transformers_logging.get_logger().handlers:
         if _escape not in handler.filters:
             handler.addFilter(_escape)

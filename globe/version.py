@@ -1,5 +1,15 @@
-"""The installed version."""
+"""The version of GloBE, and of what it runs on."""
 
-from importlib.metadata import version
+from __future__ import annotations
 
-__version__ = version("globe-moe")
+import importlib.metadata
+import platform
+
+__version__ = importlib.metadata.version("globe-moe")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a result may depend on, by name."""
+    packages = ("torch", "transformers", "safetensors")
+    found = {package: importlib.metadata.version(package) for package in packages}
+    return {"globe": __version__, "python": platform.python_version(), **found}

@@ -27,19 +27,21 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.manifest import MANIFEST
-from globe.checkpoint.reader import CONFIG, INDEX, Checkpoint, open_checkpoint
+from globe.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
+from globe.checkpoint.report import REPORT
+from globe.checkpoint.shipped import resolve_model
+from globe.checkpoint.side_files import CONFIG
 from globe.checkpoint.writer import copy_side_files, save_tensors, write_index, write_json
 from globe.errors import SettingsError
-from globe.evaluate import EvaluateConfig, read_windows
-from globe.loading import load
+from globe.measure.evaluate import read_windows
+from globe.measure.reference import source_reference
+from globe.measure.settings import EvaluateConfig
 from globe.model.autoload import AUTOLOAD, write_autoload
 from globe.model.factor_check import RUN_METADATA
+from globe.model.loading import load
 from globe.model.names import is_factor
 from globe.model.quantizer import GlobeQuantizer
-from globe.reference import source_reference
-from globe.report import REPORT
-from globe.run_folder import open_run
-from globe.shipped import resolve_model
+from globe.run.folder import open_run
 
 
 @dataclasses.dataclass(frozen=True)

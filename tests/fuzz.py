@@ -19,7 +19,6 @@ import copy
 import dataclasses
 import functools
 import gc
-import importlib
 import io
 import json
 import os
@@ -42,12 +41,12 @@ from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from globe import cli
-from globe.streamed import StreamedExperts
+from globe.cli import main as cli
+from globe.experts.streamed import StreamedExperts
+from globe.run import scope
 from tests.conformance.quantise import write_quantised
 from tests.tiny_sources import write_source
 
-compress = importlib.import_module("globe.compress")  # its name is the function in globe
 MOST_SECONDS, MOST_BYTES, DEADLINE = 2.0, 1_000_000_000, 30.0
 SOURCE, SMALL, TEXT = "source", "small", "text.txt"
 BARE = ("--steps", "1", "--calibrate", "none", "--allocation", "uniform")
@@ -179,7 +178,7 @@ def _interrupted(command: Sequence[str], finished: int) -> None:
         return fit
 
     with (
-        mock.patch.object(compress, "fit_bank", count(compress.fit_bank)),
+        mock.patch.object(scope, "fit_bank", count(scope.fit_bank)),
         mock.patch.object(StreamedExperts, "store", count(StreamedExperts.store)),
     ):
         assert _run(command) == 130

@@ -24,7 +24,7 @@ import torch
 
 from globe.checkpoint.digest import file_sha256
 from globe.checkpoint.manifest import MANIFEST, verify_files
-from globe.cli import main
+from globe.cli.main import main
 from tests.tiny_sources import write_source
 
 EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.chmod"}

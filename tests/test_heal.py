@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from globe import CompressConfig, EvaluateConfig, GlobeError, compress, evaluate, export_dense
+from globe.checkpoint.report import REPORT
 from globe.model.names import is_factor
-from globe.report import REPORT
 from tests.rounding import assert_equal_but_for_rounding
 
 LITTLE = EvaluateConfig("calibration", max_tokens=1024, length=64)

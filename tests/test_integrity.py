@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -17,13 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from globe import CheckpointError, CompressConfig, OutputError, compress, evaluate, export_dense, sweep
 from globe.checkpoint.manifest import MANIFEST, verify_files
-from globe.cli import main
-from globe.evaluate import EvaluateConfig
-from globe.progress import Observers
-from globe.sweep import SweepConfig
+from globe.cli.main import main
+from globe.measure.settings import EvaluateConfig
+from globe.run import prepare as prepare_module
+from globe.run import scope as scope_module
+from globe.run.observer import Observers
+from globe.sweeps.settings import SweepConfig
 from tests.tiny_sources import write_source
 
-compress_module = importlib.import_module("globe.compress")  # its name is the function in globe
 QUICK = CompressConfig(keep=0.8, steps=3, calibrate="none", allocation="uniform")
 
 
@@ -156,7 +156,7 @@ def test_a_model_saved_again_keeps_its_identity(compressed: Path, copy: Path) ->
 
 def killed(source: Path, output: Path, config: CompressConfig, monkeypatch: pytest.MonkeyPatch, fits: int) -> Path:
     """A compression that is killed in the fit after so many."""
-    fit, calls = compress_module.fit_bank, 0
+    fit, calls = scope_module.fit_bank, 0
 
     def fit_or_die(*arguments: Any, **settings: Any) -> Any:
         nonlocal calls
@@ -166,7 +166,7 @@ def killed(source: Path, output: Path, config: CompressConfig, monkeypatch: pyte
         return fit(*arguments, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compress_module, "fit_bank", fit_or_die)
+        patch.setattr(scope_module, "fit_bank", fit_or_die)
         with pytest.raises(Killed):
             compress(source, output, config)
     return output.with_name(f"{output.name}.partial")
@@ -218,13 +218,13 @@ def test_a_source_that_changed_is_found(
 def test_a_source_that_changes_during_the_run_ends_it(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own, fit = shutil.copytree(source, tmp_path / "own"), compress_module.fit_bank
+    own, fit = shutil.copytree(source, tmp_path / "own"), scope_module.fit_bank
 
     def fit_and_change(*arguments: Any, **settings: Any) -> Any:
         flip(sorted(own.glob("*.safetensors"))[0])
         return fit(*arguments, **settings)
 
-    monkeypatch.setattr(compress_module, "fit_bank", fit_and_change)
+    monkeypatch.setattr(scope_module, "fit_bank", fit_and_change)
     with pytest.raises(CheckpointError, match="changed while it was read"):
         compress(own, tmp_path / "out", QUICK)
     assert not list((tmp_path / "out.partial" / "unfinished").glob("scope-*"))
@@ -240,12 +240,12 @@ def test_calibration_is_taken_up_by_a_run_that_was_killed_planning(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(compress_module.allocate, "allocated", die)
+        patch.setattr(prepare_module.allocation, "allocated", die)
         with pytest.raises(Killed):
             compress(source, tmp_path / "out", config)
     with monkeypatch.context() as patch:
-        patch.setattr(compress_module, "calibrate", None)
-        patch.setattr(compress_module, "sample_windows", None)
+        patch.setattr(prepare_module, "calibrate", None)
+        patch.setattr(prepare_module, "sample_windows", None)
         compress(source, tmp_path / "out", config)
     for path in (tmp_path / "whole").glob("*.safetensors"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
@@ -268,7 +268,7 @@ def test_a_damaged_state_of_a_stream_is_not_gone_on_with(
 ) -> None:
     config = CompressConfig(keep=0.7, steps=3, scope="model", stream=True, calibrate="none")
     compress(source, tmp_path / "whole", config)
-    monkeypatch.setattr("globe.streamed.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("globe.experts.streamed.SAVE_SECONDS", 0.0)
 
     class Die(Notes):
         def step(self, *_: object) -> None:
@@ -291,7 +291,7 @@ def test_an_interrupted_export_starts_over_and_touches_no_compression(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("globe.export.write_json", die)
+        patch.setattr("globe.run.export.write_json", die)
         with pytest.raises(Killed):
             export_dense(compressed, tmp_path / "dense")
     assert (tmp_path / "dense.partial").exists()

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging
 
-from globe.cli import main
-from globe.ending import tell
+from globe.cli.ending import tell
+from globe.cli.main import main
 from globe.errors import CheckpointError
 from globe.terminal import Terminal, one_line, tame_logging, visible
 from tests.tiny_sources import write_source

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.stacks import Approximation, Stacks
-from globe.checkpoint.layout import FAMILIES
 from globe.errors import SettingsError
+from globe.terms import FAMILIES
 
 LEARNING_RATE = 0.07
 CHECK_EVERY = 20

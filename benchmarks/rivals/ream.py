@@ -23,7 +23,7 @@ from benchmarks.calibration import Calibration, LayerStatistics
 from benchmarks.rivals.assignment import assign
 from benchmarks.rivals.reap import kept_experts, kept_shape
 from benchmarks.stacks import Approximation, Stacks
-from globe.checkpoint.layout import FAMILIES, Family
+from globe.terms import FAMILIES, Family
 
 GROUP_SIZE = 16
 """Experts that a centroid takes at most, unless so few centroids are left that it has to be more."""

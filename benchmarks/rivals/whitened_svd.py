@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.calibration import Calibration, damped
 from benchmarks.rivals.truncated_svd import factorise, svd_rank
 from benchmarks.stacks import Approximation, Stacks
-from globe.checkpoint.layout import Family
+from globe.terms import Family
 
 
 def whitened_factors(experts: Tensor, moment: Tensor, family: Family, rank: int) -> tuple[Tensor, Tensor]:

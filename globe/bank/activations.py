@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from globe.errors import SettingsError
-
-Activation = Literal["identity", "silu", "tanh"]
+from globe.terms import Activation
 
 
 def _silu_derivative(t: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import get_args
 
 import entmax  # pyright: ignore[reportMissingTypeStubs]
 import torch
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from globe.bank.linalg import eigh, norms, solve_positive
 from globe.errors import SettingsError
-
-CodeMap = Literal["ridge", "entmax15", "sparsemax", "softmax"]
+from globe.terms import CodeMap
 
 CODE_FLOOR = 1e-3
 """ε: codes on the simplex below it are pruned."""

@@ -6,7 +6,6 @@ group; at 8 bits zero is one of them. A scale is a power of 2^(1/8) and takes a 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
@@ -14,8 +13,6 @@ from torch import Tensor
 
 from globe.bank.linalg import cholesky_of_inverse
 
-BITS = (8, 5, 4, 3, 2)
-"""Bits that an entry can have."""
 GROUP = 64
 """Entries of a row that share a scale, at most."""
 STEPS_PER_OCTAVE, SMALLEST_OCTAVE = 8, -24
@@ -39,15 +36,6 @@ def steps_of_scale(bits: int) -> float:
 def value(index: Tensor, scale: Tensor, bits: int) -> Tensor:
     """The level of an index."""
     return (index - zero_point(bits)) / steps_of_scale(bits) * scale
-
-
-@dataclasses.dataclass(frozen=True)
-class Precision:
-    """Bits of the entries of each factor as it is stored; None for a factor in floating point."""
-
-    bases: int | None = None
-    codes: int | None = None
-    adapters: int | None = None
 
 
 def stored_shape(shape: tuple[int, ...], bits: int | None) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
@@ -26,9 +26,7 @@ from globe.checkpoint.header import TORCH_DTYPES, TensorInfo
 from globe.checkpoint.quantized import refuse_quantized
 from globe.checkpoint.reader import Checkpoint
 from globe.errors import CheckpointError, UnsupportedModelError
-
-Family = Literal["gate", "up", "down"]
-FAMILIES: tuple[Family, ...] = get_args(Family)
+from globe.terms import FAMILIES, Family
 
 # blocks: what save_pretrained of transformers 5.24 calls Kimi-K2.5's layers, and loads
 _EXPERTS = re.compile(

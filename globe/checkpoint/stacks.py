@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from globe.checkpoint.header import TORCH_DTYPES
-from globe.checkpoint.layout import FAMILIES, ExpertLayer, Family, source_names
+from globe.checkpoint.layout import ExpertLayer, source_names
 from globe.checkpoint.reader import Checkpoint
 from globe.errors import CheckpointError
+from globe.terms import FAMILIES, Family
 
 
 def read_family(checkpoint: Checkpoint, layer: ExpertLayer, family: Family) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from globe.init.clusters import residual_greedy, spherical_kmeans
 from globe.init.procrustes import align, low_rank
 from globe.init.sparse_start import align_sparse
 from globe.init.subspaces import left_gram_rows, right_singular_rows, tangent_rows
-
-WarmStartName = Literal["procrustes", "svd", "ts_pca", "left_gram_pca", "spherical_kmeans", "residual_greedy", "hybrid"]
+from globe.terms import WarmStartName
 
 START_DEVIATION = 0.5
 """Standard deviation of T at the start: small enough for φ to be nearly linear there; measured, see docs/log.md."""

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from globe.bank.activations import activate
 from globe.bank.factors import mix
-from globe.bank.rounding import Precision, decode, stored_shape
+from globe.bank.precision import Precision
+from globe.bank.rounding import decode, stored_shape
 
 WORKING_BYTES = 256 * 2**20
 """Bounds each of the two large things in memory while experts run: the composed matrices of the experts at work, and

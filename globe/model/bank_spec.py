@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from globe.bank.rounding import BITS, Precision
-from globe.checkpoint.layout import FAMILIES
+from globe.bank.precision import Precision
 from globe.errors import CheckpointError
+from globe.terms import BITS, FAMILIES
 from globe.typed import parsed, shown
 
 _LARGEST = 1 << 20

@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from globe.checkpoint.layout import FAMILIES, Family
 from globe.model.bank_spec import BankSpec
+from globe.terms import FAMILIES, Family
 
 BANKS = "globe_banks"
 """The module that holds banks: of one layer inside its experts module, of several inside the base model."""

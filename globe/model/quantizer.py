@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.quantizers.base import HfQuantizer
 
-from globe.bank.rounding import Precision
+from globe.bank.precision import Precision
 from globe.checkpoint.manifest import MANIFEST
 from globe.errors import CheckpointError, SettingsError
 from globe.model.autoload import save_with_autoload, save_without_autoload, write_autoload

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from globe.checkpoint.layout import FAMILIES
 from globe.model.bank_module import BankUse
 from globe.model.expert_modules import ExpertsLayout
 from globe.model.grouped import grouped_mm
 from globe.model.names import adapters_parameter, codes_parameter
+from globe.terms import FAMILIES
 
 
 def is_linear(uses: Sequence[BankUse]) -> bool:

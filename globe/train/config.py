@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from globe.bank.activations import Activation
-from globe.bank.codes import CodeMap
-from globe.bank.rounding import BITS
-from globe.device import AUTO, check_device_word
 from globe.errors import SettingsError
-from globe.init.warm_start import WarmStartName
+from globe.machine.device import AUTO, check_device_word
+from globe.terms import BITS, Activation, CodeMap, Solver, WarmStartName
 from globe.typed import fit_settings
 
-Solver = Literal["varpro", "am"]
+if TYPE_CHECKING:
+    import torch
 
 _LEAST = dict.fromkeys(("learning_rate", "tolerance", "window", "lambda_a", "lambda_b"), 0.0)
 
@@ -110,4 +106,6 @@ class FitConfig:
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        import torch
+
         return torch.float64 if self.dtype == "float64" else torch.float32

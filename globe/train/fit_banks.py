@@ -18,10 +18,10 @@ from globe.bank.codes import entropy, popularity, spread_codes, support, update_
 from globe.bank.factors import Factors
 from globe.bank.linalg import norms
 from globe.bank.objective import InputMetric, Problem, expert_chunks, objective, project
-from globe.device import usable_device
 from globe.errors import GlobeError, SettingsError
 from globe.init.init_bank import AMStep, BankUpdate, am_step
 from globe.init.warm_start import WarmStart, warm_start
+from globe.machine.device import usable_device
 from globe.train.config import FitConfig
 from globe.train.result import FitResult, Outcome, StepRecord
 from globe.train.varpro import VariableProjection, rounded_bank

@@ -18,10 +18,10 @@ from torch import Tensor
 from globe.bank.codes import entropy, popularity, support
 from globe.bank.factors import Factors
 from globe.bank.objective import Problem, project
-from globe.device import usable_device
 from globe.errors import GlobeError
 from globe.init.streamed_alignment import align_pass, sketch
 from globe.init.warm_start import START_DEVIATION, deviation
+from globe.machine.device import usable_device
 from globe.train.config import FitConfig
 from globe.train.fit_banks import ROUND_FROM, lift_faint, step_length
 from globe.train.result import FitResult, StepRecord

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from globe.bank.linalg import cholesky_of_inverse
 from globe.bank.rounding import (
-    BITS,
     CLIP,
     GROUP,
     decode,
@@ -21,6 +20,7 @@ from globe.bank.rounding import (
     round_nearest,
     value,
 )
+from globe.terms import BITS
 
 
 @pytest.mark.parametrize("bits", BITS)

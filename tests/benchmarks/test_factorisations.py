@@ -12,8 +12,8 @@ from benchmarks.rivals.molae import latent_rank, molae
 from benchmarks.rivals.truncated_svd import svd_rank
 from benchmarks.rivals.tucker import best_ranks, stored_parameters, td_moe, tucker
 from benchmarks.rivals.whitened_svd import whitened_svd
-from globe.checkpoint.layout import FAMILIES, Family
 from globe.errors import SettingsError
+from globe.terms import FAMILIES, Family
 from tests.benchmarks.calibrated import invented
 from tests.random_experts import normal
 

@@ -18,8 +18,8 @@ from benchmarks.rivals.mobe import (
     train,
     warm_start,
 )
-from globe.checkpoint.layout import FAMILIES
 from globe.errors import SettingsError
+from globe.terms import FAMILIES
 from tests.random_experts import normal
 
 

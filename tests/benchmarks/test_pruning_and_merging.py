@@ -14,8 +14,8 @@ from benchmarks.rivals.assignment import assign
 from benchmarks.rivals.ream import align, group, ream
 from benchmarks.rivals.reap import kept_experts, reap
 from benchmarks.stacks import remove_experts, write_stacks
-from globe.checkpoint.layout import FAMILIES
 from globe.errors import SettingsError
+from globe.terms import FAMILIES
 from tests.benchmarks.calibrated import invented
 from tests.model.compressed import LAYERS, D, E, P, tiny_model
 from tests.random_experts import normal

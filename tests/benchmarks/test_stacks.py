@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from benchmarks.stacks import family_errors, write_stacks
-from globe.checkpoint.layout import FAMILIES
+from globe.terms import FAMILIES
 from tests.random_experts import normal
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from globe.checkpoint.layout import FAMILIES, ExpertLayer, LanguageModel, dtype_notes, find_expert_layers, source_names
+from globe.checkpoint.layout import ExpertLayer, LanguageModel, dtype_notes, find_expert_layers, source_names
 from globe.checkpoint.reader import open_checkpoint
 from globe.errors import CheckpointError, UnsupportedModelError
+from globe.terms import FAMILIES
 
 TINY = LanguageModel("tiny_moe")
 X = "model.layers.0.mlp.experts"

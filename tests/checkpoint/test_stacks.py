@@ -20,12 +20,13 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from globe.checkpoint.layout import FAMILIES, Family, LanguageModel, find_expert_layers, source_names
+from globe.checkpoint.layout import LanguageModel, find_expert_layers, source_names
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.checkpoint.stacks import check_finite, dense_tensor, read_family
 from globe.checkpoint.writer import save_tensors
 from globe.errors import CheckpointError
-from globe.loading import expert_layers
+from globe.model.loading import expert_layers
+from globe.terms import FAMILIES, Family
 from tests.rounding import assert_equal_but_for_rounding
 
 SIZES: dict[str, Any] = {

@@ -13,11 +13,12 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import _default_apply_gate
 
-from globe.checkpoint.layout import FAMILIES, ExpertLayer, source_names
+from globe.checkpoint.layout import ExpertLayer, source_names
 from globe.checkpoint.reader import open_checkpoint
 from globe.errors import UnsupportedModelError
-from globe.loading import expert_layers, open_source
 from globe.model import ExpertsLayout, find_experts
+from globe.model.loading import expert_layers, open_source
+from globe.terms import FAMILIES
 from tests.conformance.families import COMMON, COMPOSITES, SETTINGS
 from tests.conformance.quantise import FP8, INT4, MXFP4, change_config
 from tests.conformance.tiny import Case, tiny_model, write

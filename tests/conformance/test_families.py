@@ -12,14 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from globe import CompressConfig, compress
-from globe.checkpoint.layout import FAMILIES, ExpertLayer, source_names
+from globe.checkpoint.layout import ExpertLayer, source_names
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
-from globe.export import export_dense
-from globe.loading import expert_layers
+from globe.checkpoint.report import Report
 from globe.model import RoutedExperts, find_experts
 from globe.model.experts import _globe_class
+from globe.model.loading import expert_layers
 from globe.model.names import is_factor
-from globe.report import Report
+from globe.run.export import export_dense
+from globe.terms import FAMILIES
 from tests.conformance.families import COMPOSITES, D, E, P
 from tests.conformance.tiny import CASES, Case, load, logits, write
 from tests.rounding import assert_equal_but_for_rounding

@@ -6,11 +6,11 @@ from typing import get_args
 import pytest
 import torch
 
-from globe.bank.codes import CodeMap
 from globe.bank.factors import mix
 from globe.bank.objective import Problem, project
 from globe.errors import SettingsError
-from globe.init.warm_start import START_DEVIATION, WarmStartName, to_simplex, warm_start
+from globe.init.warm_start import START_DEVIATION, to_simplex, warm_start
+from globe.terms import CodeMap, WarmStartName
 from tests.random_experts import F64, normal, orthonormal, planted_alignment, simplex
 
 E, P, D = 8, 5, 9

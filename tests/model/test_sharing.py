@@ -12,7 +12,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from globe import set_compose_cache
-from globe.bank.rounding import Precision, encode
+from globe.bank.precision import Precision
+from globe.bank.rounding import encode
 from globe.model import bank_module, experts_layout
 from globe.model.bank_module import Bank, BankUse
 from globe.model.compose_cache import split_whole

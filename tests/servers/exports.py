@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from globe import CompressConfig, compress
-from globe.shipped import MODEL
+from globe.checkpoint.shipped import MODEL
 
 
 def shipped(folder: Path, **changes: Any) -> Path:

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from globe import export_dense
-from globe.texts import read_text
+from globe.measure.texts import read_text
 from tests.servers.exports import random_qwen3, shipped
 
 SERVERS = Path(__file__).parents[2] / ".venv-servers" / "bin" / "python"

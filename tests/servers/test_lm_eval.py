@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from globe import export_dense
-from globe.texts import read_text
+from globe.measure.texts import read_text
 from tests.servers.exports import shipped
 
 TASK = """
@@ -28,7 +28,7 @@ metric_list:
   - metric: byte_perplexity
   - metric: bits_per_byte
 """
-GLOBE = ("-m", "globe.cli", "lm-eval")
+GLOBE = ("-m", "globe", "lm-eval")
 LM_EVAL = ("-m", "lm_eval")
 
 

@@ -16,8 +16,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from globe import CompressConfig, compress
-from globe.shipped import MODEL
-from globe.texts import read_text
+from globe.checkpoint.shipped import MODEL
+from globe.measure.texts import read_text
 from tests.model import compressed
 
 ROOT = Path(__file__).parents[2]

@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from globe.bank.codes import CodeMap
 from globe.bank.objective import InputMetric, Problem
 from globe.errors import GlobeError
-from globe.init.warm_start import WarmStartName
+from globe.terms import CodeMap, WarmStartName
 from globe.train.config import FitConfig
 from globe.train.fit_banks import fit_bank
 from globe.train.result import FitResult

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from globe.bank.codes import CodeMap
 from globe.bank.objective import InputMetric, Problem, objective, project
 from globe.errors import GlobeError, SettingsError
-from globe.init.warm_start import WarmStartName, warm_start
+from globe.init.warm_start import warm_start
+from globe.terms import CodeMap, WarmStartName
 from globe.train import fit_banks
 from globe.train.config import FitConfig
 from globe.train.fit_banks import fit_bank

@@ -1,0 +1,158 @@
+"""The record of a compression: settings, versions, errors, time and memory; enough to redraw every figure."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from globe.checkpoint.files import read_json
+from globe.errors import CheckpointError
+from globe.typed import parsed, shown
+
+REPORT = "report.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class BankReport:
+    """How one bank was fitted."""
+
+    layers: list[int]
+    families: list[str]
+    rank: int
+    num_bases: int
+    num_matrices: int
+    original_parameters: int
+    stored_parameters: int
+    outcome: str
+    """Why the fit stopped."""
+    seconds: float
+    errors: dict[str, dict[str, float]]
+    """Relative Frobenius error as stored, by layer and family."""
+    expert_errors: dict[str, dict[str, list[float]]] = dataclasses.field(default_factory=dict)
+    """The same of every expert."""
+    steps: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    """The step records, a list for each field: error, raw_error, activation_lambda, route_beta, temperature, …"""
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Warm-start quality, popularity of the bases, fallbacks, restarts or rejected steps, and `phases`: seconds of
+    reading, warm start, fit and storing."""
+
+    @property
+    def error(self) -> float:
+        """Root mean square of the layers' and families' relative errors: what the fit minimises."""
+        return root_mean_square(error for families in self.errors.values() for error in families.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationReport:
+    """What a compression was calibrated on."""
+
+    text: str
+    """`samples` of the model itself, a shipped split or a file."""
+    fingerprint: str
+    """Of its tokens."""
+    num_tokens: int
+    num_experts: int
+    """Of all layers that were compressed."""
+    unreached: dict[str, list[int]]
+    """By layer, the experts that no token was routed to; they are weighed as the layer's mean."""
+    on_cpu_because: str | None = None
+    """Why the model was run there and not on the device of the fits; None where it was not."""
+
+    @property
+    def num_unreached(self) -> int:
+        return sum(map(len, self.unreached.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A whole compression."""
+
+    source: str
+    """The model as it was named."""
+    fingerprint: str
+    """Of the source checkpoint."""
+    config: dict[str, Any]
+    """The resolved settings."""
+    versions: dict[str, str]
+    banks: list[BankReport]
+    original_bytes: int
+    """Of all tensors of the source."""
+    compressed_bytes: int
+    """Of all tensors of the output."""
+    seconds: float = 0.0
+    """Spent on calibration, planning and finished scopes, over all runs that it took."""
+    peak_memory_bytes: int = 0
+    """Largest resident memory of the process."""
+    calibration: CalibrationReport | None = None
+    """None: fitted to the weights alone."""
+    uncalibrated_because: str | None = None
+    """Why; None where it was calibrated."""
+    uniform_because: str | None = None
+    """Why every bank keeps the same share; None where the budget was allocated."""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """What was left out, or done in another way than the settings say, and why."""
+
+    @property
+    def kept(self) -> float:
+        """Stored parameters of the compressed families over the original ones."""
+        return sum(bank.stored_parameters for bank in self.banks) / sum(bank.original_parameters for bank in self.banks)
+
+    @property
+    def error(self) -> float:
+        """Root mean square of all layers' and families' relative errors."""
+        return root_mean_square(error for _, error in self._errors())
+
+    def family_errors(self) -> dict[str, float]:
+        """Root mean square over the layers, by family."""
+        by_family: dict[str, list[float]] = {}
+        for family, error in self._errors():
+            by_family.setdefault(family, []).append(error)
+        return {family: root_mean_square(errors) for family, errors in by_family.items()}
+
+    def _errors(self) -> Iterator[tuple[str, float]]:
+        for bank in self.banks:
+            for families in bank.errors.values():
+                yield from families.items()
+
+    def to_json(self) -> dict[str, Any]:
+        summary = {"kept": self.kept, "error": self.error, "family_errors": self.family_errors()}
+        return {**summary, **dataclasses.asdict(self)}
+
+    @classmethod
+    def read(cls, folder: Path) -> Report:
+        """The report of a compressed model, as far as this version knows its fields.
+
+        Raises `CheckpointError` if the folder has none, or naming the field that no compression has written so.
+        """
+        path = folder / REPORT
+        if not path.exists():
+            raise CheckpointError(f"{folder} has no {REPORT}; is it the output of globe compress?")
+        report = parsed(cls, read_json(path), str(path), CheckpointError)
+        if fault := next(report.faults(), None):
+            raise CheckpointError(f"{path}: {fault}; is it the output of globe compress?")
+        return report
+
+    def faults(self) -> Iterator[str]:
+        """What no compression leaves: sizes of nothing, and errors of layers that are not numbered."""
+        if not self.banks:
+            yield "banks is empty"
+        sizes = {"original_bytes": self.original_bytes, "compressed_bytes": self.compressed_bytes}
+        for number, bank in enumerate(self.banks):
+            for name in ("rank", "num_bases", "num_matrices", "original_parameters", "stored_parameters"):
+                sizes[f"banks[{number}].{name}"] = getattr(bank, name)
+            for name, errors in (("errors", bank.errors), ("expert_errors", bank.expert_errors)):
+                if not all(layer.isdecimal() and len(layer) < 10 and errors[layer] for layer in errors):
+                    yield f"banks[{number}].{name} is {shown(errors)}, not by number of the layer and family"
+            if not (bank.layers and bank.families and bank.errors):
+                yield f"banks[{number}] has no layers, families or errors"
+        yield from (f"{name} is {size}, which cannot be" for name, size in sizes.items() if size < 1)
+        seconds = (self.seconds, *(bank.seconds for bank in self.banks))
+        yield from (f"{spent} seconds cannot be" for spent in seconds if not 0 <= spent < 1e12)
+
+
+def root_mean_square(errors: Iterable[float]) -> float:
+    values = list(errors)
+    return math.hypot(*values) / math.sqrt(len(values))

@@ -1,0 +1,258 @@
+"""The command line: compress, sweep, evaluate, lm-eval, export, verify, inspect, report, env."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import tyro
+
+from globe.cli.arguments import registry
+from globe.cli.ending import FAILED, close_quietly, describe, stoppable, tell, tell_bug, tell_stopped
+from globe.errors import FinishedError, GlobeError
+from globe.measure.settings import EvaluateConfig
+from globe.plan.settings import CompressConfig
+from globe.sweeps.settings import SweepConfig
+from globe.terminal import Terminal, tame_logging
+from globe.terms import Track
+
+Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")]
+Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compress:
+    """Compress a model's routed experts into a Hugging Face checkpoint."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to write. A run that was killed goes on when the same command is given again."""
+    model: Model = "shipped"
+    """Local folder or Hub id; without one, the small model that ships with GloBE."""
+    config: Annotated[CompressConfig, tyro.conf.arg(name="")] = CompressConfig()
+    track: Track = "none"
+    """Experiment tracker."""
+    overwrite: bool = False
+    """Replace an output that GloBE wrote earlier, when the new one is whole, and start an unfinished run with other
+    settings anew."""
+    go_on: ClassVar[str] = "the same command goes on after the last finished scope"
+
+    def run(self, console: Terminal) -> None:
+        from globe.cli.progress import LiveProgress, PlainProgress
+        from globe.cli.track import make_tracker
+        from globe.report.show import show_report
+        from globe.run.compress import compress
+        from globe.run.observer import Observer
+
+        live = LiveProgress(console, self.config.steps) if console.is_terminal else PlainProgress(console)
+        observers: list[Observer] = [live]
+        if self.track != "none":
+            observers.append(make_tracker(self.track, self.config, self.output.with_name(f"{self.output.name}.track")))
+        report = compress(self.model, self.output, self.config, observers, overwrite=self.overwrite)
+        show_report(console, report, self.output)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Compress a model at every point of a grid of settings and judge each beside the original."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder for the records, the table and the picture. A sweep that was killed goes on when the same command is given
+    again."""
+    model: Model = "shipped"
+    """Local folder or Hub id; without one, the small model that ships with GloBE."""
+    config: Annotated[SweepConfig, tyro.conf.arg(name="")] = SweepConfig()
+    overwrite: bool = False
+    """Start a sweep with other settings anew; its finished points are lost."""
+    go_on: ClassVar[str] = "the same command goes on after the last finished point"
+
+    def run(self, console: Terminal) -> None:
+        from globe.sweeps.progress import LiveSweep, PlainSweep
+        from globe.sweeps.sweep import sweep
+        from globe.sweeps.view import show_sweep
+
+        watch = LiveSweep(console, self.config.common.steps) if console.is_terminal else PlainSweep(console)
+        result = sweep(self.model, self.output, self.config, watch, overwrite=self.overwrite)
+        show_sweep(console, result, self.output)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Perplexity and size of a model, compressed or not, beside those of the one it came from."""
+
+    model: Model = "shipped"
+    """Folder or Hub id."""
+    reference: str | None = None
+    """Model to compare with; by default the source of a compressed model, where found; `none` for no comparison."""
+    prompt: str | None = None
+    """Also continue this text with both models, sampled with the same seed."""
+    compose_cache: int = 0
+    """Bytes of composed experts that a compressed model may keep beside its factors: faster, with the same results."""
+    verify: bool = True
+    """Compare the files of a folder that GloBE wrote with its manifest first."""
+    config: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = EvaluateConfig()
+
+    def run(self, console: Terminal) -> None:
+        from globe.report.show import show_evaluation
+
+        show_evaluation(
+            console, self.model, self.reference, self.prompt, self.config, self.compose_cache, verify=self.verify
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LmEval:
+    """Run lm-eval on a compressed model; everything behind `globe lm-eval` is lm-eval's own: see `globe lm-eval -h`."""
+
+    arguments: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Of lm-eval: --model hf --model_args pretrained=DIR --tasks NAME, for example."""
+
+    def run(self, console: Terminal) -> None:
+        del console
+        from globe.serve.harness import run_lm_eval
+
+        run_lm_eval(self.arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Compose a compressed model back into a dense checkpoint that any server loads."""
+
+    model: Folder
+    """Folder of a compressed model."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to write. An export that was killed starts over when the same command is given again."""
+    overwrite: bool = False
+    """Replace an output that GloBE wrote earlier, when the new one is whole."""
+    verify: bool = True
+    """Compare the model's files with its manifest first."""
+
+    def run(self, console: Terminal) -> None:
+        from globe.checkpoint.reader import open_checkpoint
+        from globe.run.export import export_dense
+
+        export_dense(self.model, self.output, overwrite=self.overwrite, verify=self.verify)
+        for note in open_checkpoint(self.model).side_files().left_out:
+            console.print(f"note: {note}", style="yellow", soft_wrap=True)
+        console.print(f"dense checkpoint in {self.output}; it needs no GloBE", soft_wrap=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Prove that every byte of a folder is as GloBE's commands wrote it."""
+
+    folder: Folder
+    """Folder that compress, export or sweep wrote."""
+
+    def run(self, console: Terminal) -> None:
+        from globe.report.show import show_verification
+
+        show_verification(console, self.folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """Show a model's experts, and what a compression would keep; nothing is written."""
+
+    model: Model = "shipped"
+    """Local folder or Hub id, compressed or not."""
+    config: Annotated[CompressConfig, tyro.conf.arg(name="")] = CompressConfig()
+
+    def run(self, console: Terminal) -> None:
+        from globe.report.show import show_inspection
+
+        show_inspection(console, self.model, self.config)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportPage:
+    """Write the record of a compressed model as one HTML page that needs nothing beside it."""
+
+    folder: Folder
+    """Folder of a compressed model."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """File to write; by default `report.html` in the folder."""
+
+    def run(self, console: Terminal) -> None:
+        from globe.report.page import write_page
+
+        console.print(f"open {write_page(self.folder, self.output)} in a browser", soft_wrap=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Env:
+    """Show versions, devices and optional packages, for a bug report."""
+
+    def run(self, console: Terminal) -> None:
+        from globe.report.show import show_environment
+
+        show_environment(console)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    0, 1 for a `GlobeError` or what the file system refuses, 70 for a fault of GloBE's own, 130 when interrupted (143 by
+    SIGTERM, 129 by SIGHUP), 141 when nobody reads what is printed; wrong arguments leave with 2.
+    """
+    given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    command, go_on = None, ""
+    try:
+        with stoppable():
+            command = LmEval(tuple(given[1:])) if given[:1] == ["lm-eval"] else _parse(given)
+            go_on = getattr(command, "go_on", "")
+            tame_logging()
+            command.run(Terminal())
+            sys.stdout.flush()
+    except FinishedError as error:
+        tell("finished", str(error), "green")
+    except GlobeError as error:
+        tell("error", str(error))
+        return FAILED
+    except BrokenPipeError:
+        return close_quietly()
+    except OSError as error:
+        tell("error", describe(error))
+        return FAILED
+    except KeyboardInterrupt as stop:
+        return tell_stopped(stop, go_on)
+    except Exception as error:  # the one place for what nobody foresaw
+        if isinstance(command, LmEval):  # whose faults are not GloBE's to explain
+            raise
+        return tell_bug(error, given, go_on)
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> Any:
+    return tyro.cli(
+        Annotated[Compress, tyro.conf.subcommand("compress")]
+        | Annotated[Sweep, tyro.conf.subcommand("sweep")]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[LmEval, tyro.conf.subcommand("lm-eval")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
+        | Annotated[Verify, tyro.conf.subcommand("verify")]
+        | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+        | Annotated[ReportPage, tyro.conf.subcommand("report")]
+        | Annotated[Env, tyro.conf.subcommand("env")],
+        prog="globe",
+        description="Compress Mixture-of-Experts models by experts that share banks of basis matrices.",
+        args=_with_texts(arguments),
+        registry=registry,
+        config=(tyro.conf.DisallowNone,),
+    )
+
+
+def _with_texts(arguments: Sequence[str]) -> list[str]:
+    """A bare --calibrate stands for the shipped split."""
+    given: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+        given.append(argument)
+        if argument == "--calibrate" and following.startswith("-"):
+            given.append("calibration")
+    return given
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""A bank fitted to a checkpoint's experts without ever holding more than one layer of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from globe.bank.factors import Factors
+from globe.bank.objective import Problem
+from globe.bank.precision import Precision
+from globe.checkpoint.layout import ExpertLayer
+from globe.checkpoint.reader import Checkpoint
+from globe.checkpoint.writer import save_tensors, tensor_bytes
+from globe.experts.metric import LayerStatistics
+from globe.experts.stack import ExpertStack, read_stack
+from globe.experts.storage import StoredFactors, to_storage
+from globe.plan.scopes import BankPlan
+from globe.train.config import FitConfig
+from globe.train.result import FitResult, StepRecord
+from globe.train.stream import ExpertParts, State, fit_parts
+
+_DIGEST = "sha256"
+SAVE_SECONDS = 300.0
+"""Between two saves of the state of a fit, at least."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedExperts:
+    """The experts of a bank, one layer of them at a time."""
+
+    checkpoint: Checkpoint
+    layers: Mapping[int, ExpertLayer]
+    bank: BankPlan
+    statistics: Mapping[int, LayerStatistics] | None
+    """Of the layers, when calibrated."""
+
+    def parts(self) -> ExpertParts:
+        sizes = [self.layers[index].num_experts * len(self.bank.families) for index in self.bank.layers]
+        return ExpertParts(sizes, self.bank.rows, self.bank.columns, self._problem)
+
+    def _problem(self, number: int) -> Problem:
+        stack = self.stack(number)
+        return Problem(stack.weights, metric=stack.metric)
+
+    def stack(self, number: int) -> ExpertStack:
+        """The experts of the bank's `number`-th layer."""
+        index = self.bank.layers[number]
+        size = self.layers[index].num_experts * len(self.bank.families)
+        return read_stack(
+            self.checkpoint,
+            self.layers,
+            dataclasses.replace(self.bank, layers=(index,), num_matrices=size),
+            self.statistics,
+        )
+
+    def fit(self, config: FitConfig, on_step: Callable[[StepRecord], None], state: Path) -> FitResult:
+        """Codes and bases. The fit's state is saved in the file `state` every five minutes, between passes, and taken
+        up from there."""
+        saved = time.monotonic()
+
+        def save(now: State) -> None:
+            nonlocal saved
+            if time.monotonic() - saved >= SAVE_SECONDS:
+                save_tensors(state, now, {_DIGEST: _digest(now)})
+                saved = time.monotonic()
+
+        return fit_parts(self.parts(), config, on_step, state=load_file(state) if state.exists() else None, save=save)
+
+    def store(self, factors: Factors, dtype: torch.dtype, precision: Precision) -> Iterator[StoredFactors]:
+        """Layer after layer, exact adapters to the rounded codes and bases."""
+        for number, place in enumerate(self.parts().slices()):
+            own = dataclasses.replace(factors, codes=factors.codes[place])
+            yield to_storage(self.stack(number), own, dtype, precision)
+
+
+def is_intact(state: Path) -> bool:
+    """Whether a saved state is as it was saved."""
+    try:
+        with safe_open(state, framework="pt") as file:
+            expected = (file.metadata() or {}).get(_DIGEST)
+        return expected == _digest(load_file(state))
+    except (OSError, SafetensorError):
+        return False
+
+
+def _digest(tensors: State) -> str:
+    """SHA-256 of names, dtypes, shapes and contents."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()

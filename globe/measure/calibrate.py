@@ -1,0 +1,211 @@
+"""One pass over a model on a text, with a hook on every layer's experts, for the statistics of a calibrated fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from globe.checkpoint.writer import save_tensors
+from globe.errors import CheckpointError
+from globe.experts.metric import LayerStatistics
+from globe.machine.memory import explained_exhaustion
+from globe.measure.evaluate import read_windows
+from globe.measure.settings import EvaluateConfig
+from globe.measure.tokenizers import check_vocabulary
+from globe.model.expert_modules import ExpertsLayout, RoutedExperts, find_experts
+from globe.model.experts import usual_gate
+from globe.model.loading import OUT_OF_MEMORY
+from globe.terms import FAMILIES, Family
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertRun:
+    """One expert on its tokens, float32."""
+
+    activations: Tensor
+    """h = act(gate x, up x), (T, P)."""
+    by_gate: Tensor
+    """∂h/∂(gate x), (T, P): the gate function acts element by element."""
+    by_up: Tensor
+    """∂h/∂(up x), (T, P)."""
+    outputs: Tensor
+    """down h, (T, D)."""
+    down: Tensor
+    """W_down transposed, (P, D)."""
+
+
+@torch.enable_grad()
+def run_expert(module: Any, layout: ExpertsLayout, expert: int, x: Tensor) -> ExpertRun:
+    """Run one expert of an experts module of transformers on tokens x (T, D), with its family's own gate function."""
+    parameters = dict(module.named_parameters(recurse=False))
+    gate_up, down = (parameters[name][expert].detach().float() for name in ("gate_up_proj", "down_proj"))
+    if not layout.is_transposed:
+        gate_up, down = gate_up.mT, down.mT
+    before = x.detach().float() @ gate_up
+    if layout.has_bias:
+        before = before + parameters["gate_up_proj_bias"][expert].detach().float()
+    before.requires_grad_()
+    h = module._apply_gate(before) if hasattr(module, "_apply_gate") else usual_gate(module, before)
+    (slope,) = torch.autograd.grad(h.sum(), before)
+    by_gate, by_up = slope.chunk(2, dim=1) if layout.is_concatenated else (slope[:, ::2], slope[:, 1::2])
+    outputs = h.detach() @ down
+    if layout.has_bias:
+        outputs = outputs + parameters["down_proj_bias"][expert].detach().float()
+    return ExpertRun(h.detach(), by_gate, by_up, outputs, down)
+
+
+def routed_tokens(layout: ExpertsLayout, arguments: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (T, D), experts chosen for each (T, K) and their weights (T, K), from an experts module's arguments.
+
+    A presorted module gets each token once for each expert, already weighted: its weights are 1 here. Indices from E on
+    are not of experts.
+    """
+    if not layout.presorted:
+        return arguments[0], arguments[1], arguments[2]
+    (repeated,) = arguments
+    routed = repeated.any(dim=1)
+    experts = torch.arange(layout.num_experts, device=repeated.device).repeat_interleave(
+        len(repeated) // layout.num_experts
+    )[routed, None]
+    return repeated[routed], experts, torch.ones_like(experts, dtype=repeated.dtype)
+
+
+class _Sums:
+    """Sums over the tokens of one layer, on the device of its experts."""
+
+    def __init__(self, experts: RoutedExperts) -> None:
+        self._layout = layout = experts.layout
+        like = next(experts.module.parameters())
+        E, P, D = layout.num_experts, layout.intermediate_size, layout.hidden_size
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=like.device)
+
+        self._num_tokens = 0
+        self._inputs, self._counts, self._norms = zeros(D, D), zeros(E), zeros(E)
+        self._rows: dict[Family, Tensor] = {family: zeros(E, P) for family in FAMILIES}
+
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """Add what the experts module is called with: tokens, the experts chosen for each, their router weights."""
+        x, chosen, weights = routed_tokens(self._layout, arguments)
+        self._num_tokens += x.shape[0]
+        self._inputs += x.float().mT @ x.float()
+        for expert in range(self._layout.num_experts):
+            token, place = torch.where(chosen == expert)
+            if not len(token):
+                continue
+            router_weights, inner = weights[token, place].float(), run_expert(module, self._layout, expert, x[token])
+            self._counts[expert] += len(token)
+            self._norms[expert] += router_weights @ inner.outputs.norm(dim=1)
+            energy = inner.down.square().sum(1)
+            self._rows["gate"][expert] += energy * (router_weights.square() @ inner.by_gate.square())
+            self._rows["up"][expert] += energy * (router_weights.square() @ inner.by_up.square())
+            self._rows["down"][expert] += router_weights.square() @ inner.activations.square()
+
+    def statistics(self) -> LayerStatistics:
+        rows: dict[Family, Tensor] = {family: self._rows[family].cpu() for family in FAMILIES}
+        inputs = self._inputs / self._num_tokens
+        return LayerStatistics(self._num_tokens, inputs.cpu(), self._counts.cpu(), self._norms.cpu(), rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationText:
+    """What a model is calibrated on."""
+
+    name: str
+    """A shipped split or a file."""
+    windows: Tensor
+    """Token windows (N, length)."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokens."""
+        return hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
+
+
+def read_calibration_text(folder: Path, name: str, max_tokens: int, trust_remote_code: bool = False) -> CalibrationText:
+    """At most `max_tokens` tokens, but one window, from the beginning of a shipped split or a text file.
+
+    Raises `SettingsError` when the text is missing, none or shorter than a window, `CheckpointError` when the model in
+    `folder` has no tokenizer, or one whose code would have to be run.
+    """
+    config = EvaluateConfig(text=name, max_tokens=max_tokens, trust_remote_code=trust_remote_code)
+    windows, _ = read_windows(folder, config)
+    return CalibrationText(name, windows[: max(1, max_tokens // config.length)])
+
+
+@torch.no_grad()
+def calibrate(model: Any, windows: Tensor, layers: Collection[int], batch: int = 8) -> dict[int, LayerStatistics]:
+    """Run a causal language model over token windows (N, length) and collect the statistics of `layers`.
+
+    Beside the model, D² + 3·E·P numbers for each layer are kept, however long the text. Raises `UnsupportedModelError`
+    as `find_experts` does, and `CheckpointError` for tokens that the model does not know, and naming the layer whose
+    statistics are not finite.
+    """
+    check_vocabulary(windows, model, "the model")
+    with explained_exhaustion(f"calibrating on {model.device}", OUT_OF_MEMORY):
+        sums = {experts.layer: _Sums(experts) for experts in find_experts(model) if experts.layer in layers}
+        run_hooked(model, windows, sums, batch)
+    found = {layer: total.statistics() for layer, total in sums.items()}
+    for layer, statistics in found.items():
+        if not all(bool(tensor.isfinite().all()) for tensor in (statistics.inputs, *statistics.rows.values())):
+            raise CheckpointError(
+                f"the experts of layer {layer} compute with NaN or infinite values on the calibration text: mend the "
+                "model's weights, or compress them alone with --calibrate none --allocation uniform"
+            )
+    return found
+
+
+def run_hooked(model: Any, windows: Tensor, hooks: Mapping[int, Callable[..., None]], batch: int) -> None:
+    """Run a model over token windows with a forward pre-hook on the experts module of each layer in `hooks`."""
+    handles = [
+        experts.module.register_forward_pre_hook(hooks[experts.layer])
+        for experts in find_experts(model)
+        if experts.layer in hooks
+    ]
+    try:
+        for ids in windows.split(batch):
+            model(input_ids=ids.to(model.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def save_statistics(path: Path, layers: Mapping[int, LayerStatistics]) -> str:
+    """Write the statistics to a safetensors file; returns its SHA-256. Raises `OutputError` when the disk is full."""
+    return save_tensors(
+        path,
+        {
+            f"{layer}.{name}": tensor
+            for layer, found in layers.items()
+            for name, tensor in {
+                "num_tokens": torch.tensor(found.num_tokens),
+                "inputs": found.inputs,
+                "counts": found.counts,
+                "output_norms": found.output_norms,
+                **{f"rows.{family}": rows for family, rows in found.rows.items()},
+            }.items()
+        },
+    )
+
+
+def load_statistics(path: Path) -> dict[int, LayerStatistics]:
+    """Read what `save_statistics` wrote."""
+    tensors = load_file(path)
+    return {
+        layer: LayerStatistics(
+            int(tensors[f"{layer}.num_tokens"]),
+            tensors[f"{layer}.inputs"],
+            tensors[f"{layer}.counts"],
+            tensors[f"{layer}.output_norms"],
+            {family: tensors[f"{layer}.rows.{family}"] for family in FAMILIES},
+        )
+        for layer in sorted({int(name.partition(".")[0]) for name in tensors})
+    }

@@ -1,0 +1,98 @@
+"""How much an error in a layer's experts costs the model's output.
+
+For noise of relative size ε in the matrices W_e of a family, to second order in ε,
+
+    KL(p ‖ p') ≈ ε² s,    s = ½ σ² Σ_e E‖∇_{W_e} log p(y)‖² per token,    y sampled from the model itself,
+
+σ² being the mean square of the family's weights: the trace of its block of the Fisher information. One backward pass
+gives all blocks. It can be taken on any tokens; random ones need neither a text nor a tokenizer, and tell the layers
+apart nearly as well as a text does (docs/log.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from globe.errors import CheckpointError
+from globe.machine.memory import explained_exhaustion
+from globe.model.expert_modules import ExpertsLayout, find_experts
+from globe.model.loading import OUT_OF_MEMORY, text_tokens, window_length
+from globe.terms import Family
+
+NUM_WINDOWS = 8
+WINDOW = 256
+"""Tokens in a window, or as many as the model can take."""
+
+Sensitivities = dict[tuple[int, Family], Tensor]
+"""s of every expert, (E,), by layer and family; their sum is that of the family."""
+
+
+def random_windows(model: Any, seed: int) -> Tensor:
+    """Token windows (N, length) for the model, uniform over its vocabulary but for what stands for pictures."""
+    tokens = torch.tensor(text_tokens(model))
+    generator = torch.Generator().manual_seed(seed)
+    return tokens[torch.randint(len(tokens), (NUM_WINDOWS, window_length(model, WINDOW)), generator=generator)]
+
+
+def measure_sensitivities(model: Any, windows: Tensor, layers: Collection[int], seed: int = 0) -> Sensitivities:
+    """The sensitivities of the routed experts of `layers` on token windows (N, length).
+
+    A matrix's gradient is squared and let go as soon as it is there, so the memory beside the model's is a window's
+    activations and one layer's gradient. Raises `CheckpointError` for a model whose logits are not finite.
+    """
+    sums: Sensitivities = {}
+    hooks: list[Any] = []
+    model.requires_grad_(False)
+    for experts in find_experts(model):
+        if experts.layer in layers:
+            for name in ("gate_up_proj", "down_proj"):
+                parameter = experts.module.get_parameter(name).requires_grad_(True)
+                squares: dict[Family, Tensor] = {
+                    family: rows.square().mean() for family, rows in _families(name, parameter, experts.layout)
+                }
+                adder = _adder(sums, experts.layer, name, experts.layout, squares)
+                hooks.append(parameter.register_post_accumulate_grad_hook(adder))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.enable_grad(), explained_exhaustion(f"measuring sensitivities on {model.device}", OUT_OF_MEMORY):
+        for window in windows:
+            logits = model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]
+            if not bool(logits.isfinite().all()):
+                raise CheckpointError(
+                    "the model computes NaN or infinite values in float32, so what errors cost it cannot be measured: "
+                    "mend its weights, or compress them alone with --calibrate none --allocation uniform"
+                )
+            log_p = logits.log_softmax(-1)
+            sampled = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
+            (-log_p.gather(1, sampled).sum()).backward()
+    for hook in hooks:
+        hook.remove()
+    num_tokens = windows.shape[0] * (windows.shape[1] - 1)
+    return {key: total.cpu() / (2 * num_tokens) for key, total in sums.items()}
+
+
+def _adder(
+    sums: Sensitivities, layer: int, name: str, layout: ExpertsLayout, squares: dict[Family, Tensor]
+) -> Callable[[Tensor], None]:
+    def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        for family, gradient in _families(name, parameter.grad, layout):
+            found = gradient.square().sum((1, 2)) * squares[family]
+            sums[layer, family] = sums.get((layer, family), torch.zeros_like(found)) + found
+        parameter.grad = None
+
+    return add
+
+
+@torch.no_grad()
+def _families(name: str, stacked: Tensor, layout: ExpertsLayout) -> list[tuple[Family, Tensor]]:
+    """The families that a fused parameter, or its gradient, holds: (E, ·, ·) each."""
+    stacked = stacked.detach()[: layout.num_experts]
+    if name == "down_proj":
+        return [("down", stacked)]
+    rows = stacked.mT if layout.is_transposed else stacked
+    gate, up = rows.chunk(2, dim=1) if layout.is_concatenated else (rows[:, 0::2], rows[:, 1::2])
+    return [("gate", gate), ("up", up)]

@@ -1,0 +1,37 @@
+"""The settings of an evaluation: the API, the command line and the record of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from globe.errors import SettingsError
+from globe.machine.device import AUTO, check_device_word
+from globe.typed import fit_settings
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What a model is evaluated on."""
+
+    text: str = "heldout"
+    """Text to predict: a shipped split (heldout, calibration) or a file, plain or with a field `text` in each line of
+    JSON."""
+    max_tokens: int = 32768
+    """Tokens predicted at most."""
+    length: int = 256
+    """Tokens in a window; windows do not overlap and the first token of each is not predicted."""
+    batch: int = 8
+    """Windows in a forward pass."""
+    device: str = AUTO
+    """Where the models run: cpu, cuda, mps, or auto: the GPU where there is one."""
+    trust_remote_code: bool = False
+    """Run the code of a tokenizer that brings its own."""
+
+    def __post_init__(self) -> None:
+        fit_settings(self, SettingsError, max_tokens=1, length=2, batch=1)
+        check_device_word(self.device)
+
+    @property
+    def num_characters(self) -> int:
+        """Of the text that hold all tokens: no tokenizer in use makes them longer than 16 characters on average."""
+        return 16 * (self.max_tokens + self.length)

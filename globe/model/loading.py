@@ -1,0 +1,428 @@
+"""Models as transformers sees them. Every configuration that GloBE reads, every model that it builds or loads, comes
+from here: one reading of config.json, one choice of the class, and the report of what was loaded looked at.
+
+What transformers raises on the way, of whatever kind, becomes a `GlobeError` that says what to do. No code of a
+checkpoint runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging
+
+import globe.model  # noqa: F401  (registers the native format)
+from globe.checkpoint.header import FLOAT_DTYPES, TORCH_DTYPES
+from globe.checkpoint.layout import ExpertLayer, LanguageModel, find_expert_layers
+from globe.checkpoint.quantized import dequantized, refuse_unread
+from globe.checkpoint.reader import Checkpoint, open_checkpoint
+from globe.checkpoint.side_files import CONFIG
+from globe.checkpoint.stacks import check_finite
+from globe.errors import CheckpointError, GlobeError, UnsupportedModelError
+from globe.machine.device import AUTO, usable_device
+from globe.machine.memory import explained_exhaustion, is_exhaustion
+
+_ALIASES: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
+"""Model types of models that are another family's in all but name: Kimi-K2 is a DeepSeek-V3 of other sizes."""
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth", "encoder_layers", "decoder_layers")
+"""Numbers of layers, each of which holds a tensor at least."""
+_ROUTED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+"""Numbers of experts that a token is routed to."""
+_RAISED = (
+    OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError, AssertionError,
+    ImportError, StrictDataclassError,
+)  # fmt: skip
+"""What transformers has been seen to raise on configurations and files that do not fit it."""
+_FLOAT = "__float__"
+"""transformers' key for a number that JSON cannot carry: {"__float__": "Infinity"}."""
+_LAYER = re.compile(r"(?P<stem>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?P<rest>.+)")
+_AGAIN = "download the checkpoint again, or take a release of transformers that loads it"
+_LISTED = 4
+_TRIAL = 4
+"""Tokens on which a model is tried when it is loaded."""
+
+
+def open_source(model: str | Path) -> Checkpoint:
+    """Open a local folder or a Hub id as what may be compressed: quantised weights appear dequantised, in the
+    configuration's dtype, and an alias under the family's own name.
+
+    Raises as `open_checkpoint` and `read_config` do, and `UnsupportedModelError` naming a quantisation that is not
+    understood.
+    """
+    checkpoint = _open(model)
+    refuse_unread(checkpoint)
+    config = read_config(checkpoint)
+    stated = (getattr(part, "dtype", None) for part in (text_config(config), config))
+    plain = [TORCH_DTYPES[name] for name in FLOAT_DTYPES]
+    return dequantized(checkpoint, next((dtype for dtype in stated if dtype in plain), torch.bfloat16))
+
+
+def _open(model: str | Path) -> Checkpoint:
+    checkpoint = open_checkpoint(model)
+    native = _ALIASES.get(str(checkpoint.config.get("model_type")))
+    if native is None:
+        return checkpoint
+    config = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
+    return dataclasses.replace(checkpoint, config=config | {"model_type": native})
+
+
+def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The configuration as transformers reads it.
+
+    Raises `UnsupportedModelError` if transformers does not know the model without remote code, `CheckpointError` if it
+    does not accept an entry.
+    """
+    folder, model_type = checkpoint.folder, checkpoint.config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} cannot build {folder} without remote code: it does not know the "
+            f"model_type {model_type!r} of its {CONFIG}; a newer release may (pip install --upgrade transformers)"
+        )
+    _check_sizes(checkpoint)
+    with explained(f"transformers does not accept the {CONFIG} of {folder}", f"correct that entry of {CONFIG}"):
+        return CONFIG_MAPPING[model_type].from_dict(json.loads(json.dumps(checkpoint.config), object_hook=_read_entry))
+
+
+def _read_entry(entry: dict[str, Any]) -> Any:
+    """An object of config.json: a number that JSON cannot carry, or entries."""
+    if entry.keys() == {_FLOAT}:
+        return float(entry[_FLOAT])
+    return entry
+
+
+def in_json(config: Any) -> Any:
+    """A configuration, or a part of one, whose infinities and NaNs are written as transformers does and reads them."""
+    if isinstance(config, dict):
+        return {key: in_json(value) for key, value in config.items()}
+    if isinstance(config, list):
+        return [in_json(value) for value in config]
+    if isinstance(config, float) and (config != config or config in (float("inf"), float("-inf"))):
+        return {_FLOAT: json.dumps(config)}
+    return config
+
+
+def _check_sizes(checkpoint: Checkpoint) -> None:
+    """Raise `CheckpointError` for more layers or labels than the files can hold: listing them could take for ever."""
+    widest = max((max(tensor.shape, default=1) for tensor in checkpoint.tensors.values()), default=0)
+    for part in _parts(checkpoint.config):
+        for key, most in (*((depth, len(checkpoint.tensors)) for depth in _DEPTHS), ("num_labels", max(2, widest))):
+            if isinstance(part.get(key), int) and part[key] > most:
+                raise CheckpointError(
+                    f"{CONFIG} of {checkpoint.folder} says {key} {part[key]}, which is more than the "
+                    f"{len(checkpoint.tensors)} tensors of its files can be of: correct {CONFIG} or download it again"
+                )
+
+
+def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield config
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _parts(value)
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The language model's part of a configuration: all of it, unless the model has other parts too."""
+    with explained(f"transformers finds no one language model in the {CONFIG}", "GloBE compresses language models"):
+        found = config.get_text_config()
+    return found if isinstance(found, PreTrainedConfig) else config
+
+
+def expert_layers(checkpoint: Checkpoint) -> list[ExpertLayer]:
+    """The layers that have routed experts, by number.
+
+    Raises as `read_config` and `find_expert_layers` do, and `CheckpointError` if config.json routes each token to more
+    experts than there are.
+    """
+    text = text_config(read_config(checkpoint))
+    num_identity = getattr(text, "zero_expert_num", None) or 0
+    model = LanguageModel(text.model_type, getattr(text, "num_hidden_layers", None), num_identity)
+    layers = find_expert_layers(checkpoint, model)
+    least = min(layer.num_experts for layer in layers) + num_identity
+    for key in _ROUTED:
+        if isinstance(count := getattr(text, key, None), int) and count > least:
+            raise CheckpointError(
+                f"{CONFIG} of {checkpoint.folder} routes each token to {count} experts ({key}), and a layer has "
+                f"{least}: correct {CONFIG}"
+            )
+    return layers
+
+
+def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The whole model of the checkpoint's configuration, of the class that config.json names, on the meta device.
+
+    Raises as `read_config` does, and `UnsupportedModelError` if transformers has no class for it.
+    """
+    config = read_config(checkpoint)
+    named = [getattr(transformers, name, None) for name in _architectures(config.architectures)]
+    known = [found for found in named if isinstance(found, type) and issubclass(found, PreTrainedModel)]
+    fitting = [found for found in known if isinstance(config, found.config_class or ())]
+    if not fitting:  # of a model of text and pictures, the named class is more than its language model
+        return empty_language_model(checkpoint)
+    return _build(checkpoint, fitting[0]._from_config, config)
+
+
+def _architectures(entry: Any) -> list[str]:
+    """The names of classes that config.json has, whatever else it has in their place."""
+    return [name for name in entry if isinstance(name, str)] if isinstance(entry, list) else []
+
+
+def empty_language_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """What `load` loads, on the meta device; raises as `empty_model` does."""
+    config = read_config(checkpoint)
+    build = functools.partial(_auto_class(config, checkpoint.folder).from_config, trust_remote_code=False)
+    return _build(checkpoint, build, config)
+
+
+def _build(checkpoint: Checkpoint, build: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    what = f"transformers cannot build the model that {CONFIG} of {checkpoint.folder} describes"
+    with explained(what, f"correct {CONFIG}"), _quiet(), torch.device("meta"):
+        return build(config)
+
+
+def _auto_class(config: PreTrainedConfig, folder: Path) -> Any:
+    """What loads the language model: alone where transformers has it so, else with all that it sees."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    raise UnsupportedModelError(
+        f"transformers {transformers.__version__} has no language model of model_type {config.model_type!r} that "
+        f"{folder} could be run as"
+    )
+
+
+def check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Raise `CheckpointError` unless the checkpoint has every tensor of the (empty) model, in its shape.
+
+    transformers itself is made to load tensors of the names and shapes in the files' headers, without their data: its
+    renamings, conversions and tied weights are those of the real load. The model's own experts must still be dense.
+    """
+    with explained(f"the tensors of {checkpoint.folder} cannot be", _AGAIN):
+        headers = {
+            name: torch.empty(tensor.shape, dtype=TORCH_DTYPES.get(tensor.dtype, torch.uint8), device="meta")
+            for name, tensor in checkpoint.tensors.items()
+        }
+    _load(checkpoint, type(model), None, config=model.config, state_dict=headers, device_map={"": "meta"})
+
+
+def check_language_model(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """The same for what `load` loads, where that is another class than the (empty) model's."""
+    alone = empty_language_model(checkpoint)
+    if type(alone) is not type(model):
+        check_weights(checkpoint, alone)
+
+
+def load(model: str | Path, device: str = AUTO, dtype: torch.dtype | None = None) -> Any:
+    """A causal language model from a folder or the Hub, compressed or not, in its own precision or in `dtype`, for
+    inference; tried on a few tokens.
+
+    Raises `CheckpointError` naming the tensors that are missing or of another shape, and with the cause when
+    transformers cannot load or run the model; `SettingsError` for a device that is not here; `OutOfMemoryError`.
+    """
+    device = usable_device(device)
+    checkpoint = _open(model)
+    config = read_config(checkpoint)
+    place = {} if device == "cpu" else {"device_map": {"": device}}
+    loaded = _load(
+        checkpoint,
+        _auto_class(config, checkpoint.folder),
+        str(checkpoint.fetched()),
+        config=config,
+        dtype="auto" if dtype is None else dtype,
+        trust_remote_code=False,
+        **place,
+    ).eval()
+    _try(loaded, checkpoint.folder)
+    return loaded
+
+
+def _load(checkpoint: Checkpoint, kind: Any, path: str | None, **settings: Any) -> Any:
+    """`kind.from_pretrained`, its report looked at."""
+    folder = checkpoint.folder
+    exhausted = "take a machine or --device with more memory, or --calibrate none --allocation uniform to compress only"
+    with (
+        explained_exhaustion(f"loading {folder}", exhausted),
+        explained(f"{folder} cannot be loaded by transformers", _AGAIN),
+        _quiet(),
+    ):
+        loaded, report = kind.from_pretrained(path, **settings, output_loading_info=True, ignore_mismatched_sizes=True)
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise CheckpointError(
+            f"{folder} holds an adapter beside the weights, which transformers applies where peft is installed and the "
+            "output would be without: merge it (merge_and_unload, save_pretrained), or move adapter_config.json away"
+        )
+    _check_report(checkpoint, loaded, report)
+    return loaded
+
+
+def _check_report(checkpoint: Checkpoint, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for tensors that transformers filled with random numbers, or that it should have used."""
+    name, missing = type(model).__name__, report["missing_keys"]
+    random, remedy = "transformers would fill them with random numbers", _remedy(checkpoint, model, missing)
+    other = [f"{key} {tuple(had)} instead of {tuple(wanted)}" for key, had, wanted in report["mismatched_keys"]]
+    ignored = _ignored(model, report["unexpected_keys"])
+    for tensors, fault in (
+        (missing, f"lacks tensors of {name}: {_some(missing)}; {random}"),
+        (other, f"has tensors of another shape than {name} of its {CONFIG}: {_some(other)}; {random}"),
+        (ignored, f"has tensors that {name} of its {CONFIG} would run without: {_some(ignored)}"),
+    ):
+        if tensors:
+            raise CheckpointError(f"{checkpoint.folder} {fault}. {remedy}")
+
+
+def _remedy(checkpoint: Checkpoint, model: PreTrainedModel, missing: Collection[str]) -> str:
+    """What to do about tensors that do not fit."""
+    named = _architectures(checkpoint.config.get("architectures"))
+    lacks_head_only = missing and not any(key.startswith(f"{model.base_model_prefix}.") for key in missing)
+    if named and type(model).__name__ not in named and lacks_head_only:
+        return (
+            f"{CONFIG} names {_some(named)}, which cannot be run as a language model; "
+            "--calibrate none --allocation uniform compresses it as it is"
+        )
+    return f"Download the checkpoint again, or correct its {CONFIG}"
+
+
+def _ignored(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """Of the tensors that the model did not take, those that it would need if config.json told it.
+
+    These are the weights and biases of modules that it has, and layers like its own beyond the last one. Heads that
+    predict more tokens, scales and other models' parts are not.
+    """
+    modules = {key.rpartition(".")[0] for key, _ in model.named_parameters()}
+    own, layers = defaultdict[str, set[str]](set), defaultdict[tuple[str, int], dict[str, str]](dict)
+    for key in model.state_dict():
+        if match := _LAYER.fullmatch(key):
+            own[match["stem"]].add(match["rest"])
+    found: list[str] = []
+    for key in unexpected:
+        module, _, leaf = key.rpartition(".")
+        if leaf in ("weight", "bias") and module in modules:
+            found.append(key)
+        elif match := _LAYER.fullmatch(key):
+            layers[match["stem"], int(match["layer"])][match["rest"]] = key
+    dropped = [tensors for (stem, _), tensors in sorted(layers.items()) if tensors.keys() <= own[stem]]
+    num_heads = getattr(text_config(model.config), "num_nextn_predict_layers", None) or 0
+    return found + [key for tensors in dropped[num_heads:] for key in tensors.values()]
+
+
+@torch.no_grad()
+def _try(model: Any, folder: Path) -> None:
+    """Run the model on a few tokens, so that what its configuration makes impossible is said before any work."""
+    with running(model, folder):
+        ids = torch.arange(1, 1 + _TRIAL, device=model.device)[None] % vocabulary(model)
+        if bool(model(input_ids=ids).logits.isnan().any()):
+            raise CheckpointError(
+                f"{folder} computes NaN from its first tokens on: its weights are damaged or do not fit its {CONFIG}"
+            )
+
+
+@contextlib.contextmanager
+def running(model: Any, folder: str | Path | None = None) -> Iterator[None]:
+    """Explain what transformers raises while it runs a model, out of memory included; a weight that is no number is
+    named."""
+    name = str(folder or model.config.name_or_path) or type(model).__name__
+    try:
+        with (
+            explained_exhaustion(f"running {name} on {model.device}", OUT_OF_MEMORY),
+            explained(f"{name} cannot be run", f"its {CONFIG} does not describe a model that computes: correct it"),
+        ):
+            yield
+    except CheckpointError:
+        _check_numbers(name)
+        raise
+
+
+def _check_numbers(folder: str) -> None:
+    """Raise `CheckpointError` naming the first tensor in the folder's files that holds a NaN or an infinity."""
+    if Path(folder).is_dir():
+        checkpoint = open_checkpoint(folder)
+        floats = [tensor.name for tensor in checkpoint.tensors.values() if tensor.dtype in FLOAT_DTYPES]
+        for name, tensor in checkpoint.read_many(floats):
+            check_finite(tensor, name)
+
+
+OUT_OF_MEMORY = (
+    "evaluate with a smaller --batch, compress with --calibrate none --allocation uniform, or choose another --device"
+)
+"""What to do when a model does not fit."""
+
+
+def window_length(model: Any, most: int) -> int:
+    """Tokens in a window: `most`, or as many as the model can take."""
+    longest = getattr(text_config(model.config), "max_position_embeddings", None)
+    return min(most, longest) if isinstance(longest, int) and longest > 1 else most
+
+
+def placeholders(model: Any) -> list[int]:
+    """The tokens that stand for pictures and sounds; they mean nothing without them."""
+    entries = vars(model.config).items()
+    found = {
+        value for key, value in entries if re.search(r"(image|video|audio|vision|boi|eoi)\w*_token_(id|index)$", key)
+    }
+    return sorted(value for value in found if isinstance(value, int) and 0 <= value < vocabulary(model))
+
+
+def text_tokens(model: Any) -> list[int]:
+    """The vocabulary without them."""
+    left_out = set(placeholders(model))
+    return [token for token in range(vocabulary(model)) if token not in left_out]
+
+
+def vocabulary(model: Any) -> int:
+    """Tokens that the model knows."""
+    return text_config(model.config).vocab_size
+
+
+@contextlib.contextmanager
+def explained(problem: str, advice: str) -> Iterator[None]:
+    """Turn what transformers raises into a `CheckpointError`; the cause stays attached."""
+    try:
+        yield
+    except GlobeError:
+        raise
+    except _RAISED as error:
+        if is_exhaustion(error):
+            raise
+        said = " ".join(str(error).split())
+        reason = f"{type(error).__name__}: {said[:300]}{'…' if len(said) > 300 else ''}"
+        raise CheckpointError(f"{problem} ({reason}): {advice}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warnings and bars: what matters in its report becomes an error."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    return ", ".join(listed[:_LISTED]) + more

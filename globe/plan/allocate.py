@@ -1,0 +1,85 @@
+"""How much of the budget each bank deserves: error against size, weighted by what an error costs the model.
+
+The divergence of the compressed model is close to a sum over the banks,
+
+    KL ≈ Σ_b s_b err_b(k_b)^p,    Σ_b k_b (parameters of b) = keep · (parameters of all),
+
+with s_b the sensitivity of the bank's experts and err_b its relative error when the share k_b of its parameters is
+kept. err falls about exponentially in k, so two short fits tell its level and slope. For noise p would be 2; what
+compression leaves out is not noise, and p was measured (docs/log.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from globe.errors import SettingsError
+from globe.plan.knapsack import choose
+from globe.plan.scopes import BankPlan, Scope, choose_shape
+
+ERROR_POWER = 3.0
+"""p, measured."""
+DAMPING = 0.8
+"""Exponent of the sensitivities: second-order theory and random tokens overstate the largest."""
+REACH = 0.75
+"""How far a bank's share may be from the uniform one, over what is there to take or to add."""
+STEP = 0.005
+"""Between the shares that a bank is offered."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorCurve:
+    """Relative error against the share of the parameters that is kept."""
+
+    share: float
+    """Where it was measured."""
+    level: float
+    """Error there."""
+    slope: float
+    """Fall of its logarithm per unit of share."""
+
+    def __call__(self, share: float) -> float:
+        if self.level == 0:
+            return 0.0
+        return math.exp(min(0.0, math.log(self.level) + self.slope * (self.share - share)))
+
+
+def allocate(
+    scopes: Sequence[Scope], curves: Sequence[ErrorCurve], sensitivities: Sequence[float], keep: float
+) -> list[Scope]:
+    """The scopes with the shapes that make Σ s_b err_b^p smallest and store no more than the `scopes` given do.
+
+    `scopes` have the shapes of the uniform choice; `curves` and `sensitivities` follow their banks.
+    """
+    banks = [bank for scope in scopes for bank in scope.banks]
+    menus = [_menu(bank, keep) for bank in banks]
+    weights = [sensitivity**DAMPING for sensitivity in sensitivities]
+    if not any(weights):  # nothing tells the banks apart but their errors
+        weights = [1.0] * len(weights)
+    costs = [
+        [weight * curve(option.stored_parameters / option.original_parameters) ** ERROR_POWER for option in menu]
+        for menu, curve, weight in zip(menus, curves, weights, strict=True)
+    ]
+    sizes = [[option.stored_parameters for option in menu] for menu in menus]
+    chosen = iter(choose(costs, sizes, sum(bank.stored_parameters for bank in banks)))
+    choices = iter(
+        dataclasses.replace(menu[j], predicted_error=curve(menu[j].stored_parameters / menu[j].original_parameters))
+        for menu, curve, j in zip(menus, curves, chosen, strict=True)
+    )
+    return [dataclasses.replace(scope, banks=tuple(next(choices) for _ in scope.banks)) for scope in scopes]
+
+
+def _menu(bank: BankPlan, keep: float) -> list[BankPlan]:
+    """Shapes of one bank around the uniform one, in ascending size."""
+    reach = REACH * min(keep, 1 - keep)
+    options = {bank.stored_parameters: bank}
+    for number in range(-int(reach / STEP), int(reach / STEP) + 1):
+        try:
+            rank, num_bases = choose_shape(bank.num_matrices, bank.rows, bank.columns, keep + number * STEP)
+        except SettingsError:  # too little for a single basis
+            continue
+        option = dataclasses.replace(bank, rank=rank, num_bases=num_bases)
+        options.setdefault(option.stored_parameters, option)
+    return [options[size] for size in sorted(options)]

@@ -1,0 +1,165 @@
+"""The settings of a compression: the API, the command line and the record of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Literal
+
+from globe.bank.precision import Precision
+from globe.errors import SettingsError
+from globe.machine.device import AUTO, usable_device
+from globe.terms import FAMILIES, Activation, CodeMap, Family, Solver, WarmStartName
+from globe.train.config import FitConfig
+from globe.typed import fit_settings, shown
+
+FloatDtype = Literal["source", "float32", "bfloat16", "float16"]
+PackedDtype = Literal["int8", "int5", "int4", "int3", "int2"]
+
+_SOURCE_BITS = 16
+"""Of a weight in the precision that models are released in."""
+
+_PRECISION_OF_BUDGET = ((7.0, 8, 8), (4.6, 5, 5), (2.8, 4, 5), (2.2, 4, 4), (1.8, 3, 4), (0.0, 3, 3))
+"""From so many bits per weight on, the bits of bank and adapters that lose least; measured, see docs/log.md."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressConfig:
+    """How a model is compressed."""
+
+    keep: float | None = None
+    """Share of the compressed families' parameters that stays, above 0 and below 1; chooses rank and bases. 0.75 unless
+    bits or ratios are given."""
+    bits: float | None = None
+    """Stored bits per original weight of the compressed families, everything counted, instead of `keep`; chooses rank,
+    bases and `factor_dtype`."""
+    rank_ratio: float | None = None
+    """R / P, with `basis_ratio`, instead of `keep`."""
+    basis_ratio: float | None = None
+    """M / E, E counting all the matrices that share a bank, with `rank_ratio`, instead of `keep`."""
+    allocation: Literal["sensitivity", "uniform"] = "sensitivity"
+    """With `keep`, each bank's share of the budget: by what its error costs the model's output, measured on the text
+    of `calibrate` or else on random tokens where the model fits into memory, or the same for all."""
+    families: tuple[Family, ...] = FAMILIES
+    """Matrices of an expert to compress: any of gate, up, down."""
+    scope: str = "layer"
+    """Experts that share a bank: `layer`, `model`, or a number of consecutive layers."""
+    share_families: bool = True
+    """One bank for all families of a scope; otherwise one for each family."""
+    layers: tuple[int, ...] | None = None
+    """Indices of the layers to compress, on the command line also runs such as `0-3 7`; None: all that hold experts."""
+    max_experts: int | None = None
+    """Most expert matrices that one bank serves: a wider scope is split into runs of whole layers."""
+    stream: bool = False
+    """Read one layer of a scope at a time, again on every pass, and move the bank after each: memory then follows the
+    bank and one layer, not the scope."""
+    activation: Activation = "tanh"
+    """φ between bank and adapter."""
+    codes: CodeMap = "ridge"
+    """Codes: signed (ridge) or on the simplex."""
+    support: int | None = None
+    """Bases each expert mixes; None: all."""
+    solver: Solver = "varpro"
+    """varpro: adapters eliminated, accelerated steps; am: closed-form alternating minimisation."""
+    warm_start: WarmStartName = "procrustes"
+    """Where each fit begins."""
+    calibrate: str = "samples"
+    """Text on which the model is run first, to weigh errors by what they do there: `samples` of its own, where it fits
+    into memory; a file, plain text or with a field `text` in each line of JSON; `calibration`, the split that ships
+    with GloBE, which a bare --calibrate means; or `none`: the weights alone are looked at."""
+    calibration_tokens: int = 65536
+    """Tokens of a given text at most."""
+    trust_remote_code: bool = False
+    """Run the code of a tokenizer that brings its own, to read the text."""
+    steps: int = 500
+    """Steps of each fit at most."""
+    seed: int = 0
+    """Seeds what is random in a warm start."""
+    device: str = AUTO
+    """Where the fits run: cpu, cuda, mps, or auto: the GPU where there is one."""
+    factor_dtype: FloatDtype | PackedDtype = "source"
+    """What the factors are stored in: the dtype of the weights (source), a floating-point dtype, or few bits with a
+    scale for each group of 64; below 8 bits the fit knows."""
+    bank_dtype: PackedDtype | None = None
+    """Bits of the bank alone; None: as `factor_dtype`."""
+
+    def __post_init__(self) -> None:
+        fit_settings(self, SettingsError, support=1, max_experts=1, steps=1, calibration_tokens=1)
+        ratios = (self.rank_ratio, self.basis_ratio)
+        if (self.rank_ratio is None) != (self.basis_ratio is None):
+            raise SettingsError("rank_ratio and basis_ratio go together; give both, or keep alone")
+        if (self.keep is not None) + (self.bits is not None) + (ratios != (None, None)) > 1:
+            raise SettingsError("give one of keep, bits, or rank_ratio with basis_ratio")
+        if self.bits is not None and (self.factor_dtype != "source" or self.bank_dtype is not None):
+            raise SettingsError("bits chooses the factors' dtype; give keep with factor_dtype to choose it yourself")
+        if self.keep is not None and not 0 < self.keep < 1:
+            raise SettingsError(
+                f"keep is {self.keep:g}; it must be above 0 and below 1"
+                + (f" ({self.keep:g} % is {self.keep / 100:g})" if 1 < self.keep < 100 else "")
+            )
+        if self.bits is not None and not 0 < self.bits < _SOURCE_BITS:
+            raise SettingsError(
+                f"bits is {self.bits:g}; stored bits per original weight must be above 0 and below {_SOURCE_BITS}, "
+                "which a weight has itself; for factors in floating point give keep, in 8 bits each factor_dtype int8"
+            )
+        if self.bank_bits is not None and self.solver != "varpro":
+            raise SettingsError(
+                f"solver {self.solver} does not round the bank inside the fit; use varpro, or a floating-point dtype"
+            )
+        for name in ("rank_ratio", "basis_ratio"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise SettingsError(f"{name} is {value}; it must be above 0 and at most 1")
+        if not self.families:
+            raise SettingsError(f"families must be any of {', '.join(FAMILIES)}; found none")
+        object.__setattr__(self, "families", tuple(f for f in FAMILIES if f in self.families))
+        if self.scope not in ("layer", "model") and not re.fullmatch("0*[1-9][0-9]{0,8}", self.scope):
+            raise SettingsError(f"scope {shown(self.scope)} is unknown; choose layer, model or a number of layers")
+        if self.layers is not None and any(index < 0 for index in self.layers):
+            raise SettingsError(f"layers {shown(list(self.layers))} has a negative one; layers count from 0")
+        fit = self.fit_config(rank=1, num_bases=self.support or 1)
+        if self.stream:
+            fit.check_streamed()
+
+    def resolved(self) -> CompressConfig:
+        """The same settings with `keep` filled in where nothing says how much to keep, and the device that `auto` is.
+
+        Raises `SettingsError` unless torch can compute on the device here.
+        """
+        sized = self.keep is not None or self.bits is not None or self.rank_ratio is not None
+        return dataclasses.replace(self, keep=self.keep if sized else 0.75, device=usable_device(self.device))
+
+    @property
+    def precision(self) -> Precision:
+        """Bits of the stored factors; codes are encoded in 8 bits where any factor is in few."""
+        if self.bits is not None:
+            bases, adapters = next((b, a) for least, b, a in _PRECISION_OF_BUDGET if self.bits >= least)
+            return Precision(bases, 8, adapters)
+        adapters = _num_bits(self.factor_dtype)
+        bases = adapters if self.bank_dtype is None else _num_bits(self.bank_dtype)
+        return Precision(bases, None if (bases, adapters) == (None, None) else 8, adapters)
+
+    @property
+    def bank_bits(self) -> int | None:
+        """Bits that the fit rounds the bank to; 8 are not worth knowing."""
+        return None if self.precision.bases == 8 else self.precision.bases
+
+    def fit_config(self, rank: int, num_bases: int) -> FitConfig:
+        """The settings of one bank's fit."""
+        return FitConfig(
+            rank=rank,
+            num_bases=num_bases,
+            activation=self.activation,
+            codes=self.codes,
+            bank_bits=self.bank_bits,
+            support=None if self.support is None else min(self.support, num_bases),
+            solver=self.solver,
+            warm_start=self.warm_start,
+            max_steps=self.steps,
+            seed=self.seed,
+            device=self.device,
+        )
+
+
+def _num_bits(dtype: str) -> int | None:
+    return int(dtype.removeprefix("int")) if dtype.startswith("int") else None

@@ -1,0 +1,299 @@
+"""The record of a compressed model as one HTML page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from globe.checkpoint.manifest import add_to_manifest
+from globe.checkpoint.reader import open_checkpoint
+from globe.checkpoint.report import BankReport, Report, root_mean_square
+from globe.checkpoint.writer import write_file
+from globe.errors import CheckpointError, GlobeError
+from globe.plan.scopes import compact
+from globe.report.charts import Chart, Curve, Points, curve_chart, strip_chart, summary_curve
+from globe.report.inventory import Bytes, Spectra, bytes_by_kind, read_spectra
+from globe.run.observer import clock
+from globe.terminal import visible
+from globe.terms import FAMILIES
+from globe.train.result import MEANING
+
+PAGE = "report.html"
+TEMPLATE = Path(__file__).with_name("page.html.j2")
+_MAX_CURVES = 6
+_ROWS = 16
+
+_TRAJECTORIES = (
+    ("error", "Error of the best factors", True),
+    ("raw_error", "Error of the step's iterate", True),
+    ("activation_lambda", "λ, share of the nonlinearity", False),
+    ("route_beta", "β, share of weight-aware targets", False),
+    ("temperature", "Temperature of the codes", False),
+    ("median_support", "Median support, bases per expert", False),
+    ("mean_entropy", "Mean entropy of the codes", False),
+    ("step_size", "Share of the full step", False),
+)
+
+
+def write_page(folder: str | Path, output: str | Path | None = None) -> Path:
+    """Write the page of the compressed model in `folder`, by default as `report.html` in it; returns its path.
+
+    Raises `CheckpointError` if the folder has no readable report, `OutputError` if the page cannot be written.
+    """
+    folder = Path(folder)
+    path = folder / PAGE if output is None else Path(output)
+    sha256 = write_file(path, render(folder).encode())
+    if path.parent.resolve() == folder.resolve():
+        add_to_manifest(folder, path.name, sha256)
+    return path
+
+
+def render(folder: Path) -> str:
+    """The page. What the folder lacks beside its report is said on it."""
+    report = Report.read(folder)
+    notes: list[str] = []
+    sizes, spectra = _of_files(folder, notes)
+    try:
+        content = _content(report, sizes, spectra, notes)
+        environment = jinja2.Environment(
+            autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        environment.filters.update(size=_size, clock=clock, compact=compact)
+        template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+        return visible(template.render(name=folder.resolve().name, **content))
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"the report of {folder} holds values of the wrong kind ({error}): write it again with globe compress"
+        ) from error
+
+
+def _of_files(folder: Path, notes: list[str]) -> tuple[list[Bytes], list[Spectra]]:
+    """What only the tensors tell; notes say what could not be read."""
+    sizes, spectra = list[Bytes](), list[Spectra]()
+    try:
+        checkpoint = open_checkpoint(folder)
+        sizes = bytes_by_kind(checkpoint)
+        spectra = list(read_spectra(checkpoint))
+    except (GlobeError, KeyError) as error:
+        notes.append(f"The model's files do not tell all that this page could show: {error}")
+    return sizes, spectra
+
+
+def _content(report: Report, sizes: list[Bytes], spectra: list[Spectra], notes: list[str]) -> dict[str, Any]:
+    banks = report.banks
+    trajectories, constant = _trajectories(banks)
+    return {
+        "report": report,
+        "notes": [*_warnings(banks), *notes],
+        "settings": {name: _setting(value) for name, value in sorted(report.config.items())},
+        "num_fits": len(banks),
+        "num_matrices": sum(bank.num_matrices for bank in banks),
+        "layers": sorted({layer for bank in banks for layer in bank.layers}),
+        "sizes": sizes,
+        "largest": max((max(entry.before, entry.after) for entry in sizes), default=1) or 1,
+        "heat": _heat(banks),
+        "families": [family for family in FAMILIES if family in report.family_errors()],
+        "strips": _strips(banks),
+        "worst": _worst(banks),
+        "trajectories": trajectories,
+        "constant": constant,
+        "spectra": _spectra(spectra),
+        "shown_banks": [_name(entry.bank.layers, entry.bank.families) for entry in spectra],
+        "popularity": _popularity(banks),
+        "phases": _phases(banks),
+        "fits": [_fit(bank) for bank in banks],
+        "meaning": {bank.outcome: MEANING.get(bank.outcome, "") for bank in banks},
+    }
+
+
+def _name(layers: Iterable[int], families: Iterable[str]) -> str:
+    layers = list(layers)
+    return f"layer{'s' if len(layers) > 1 else ''} {compact(layers)} {'+'.join(families)}"
+
+
+def _size(nbytes: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.2f} {unit}"
+    return f"{nbytes} B"
+
+
+def _setting(value: Any) -> str:
+    if value is None:
+        return "not set"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _warnings(banks: Sequence[BankReport]) -> Iterator[str]:
+    """What a reader should know before trusting the model."""
+    broken = [_name(bank.layers, bank.families) for bank in banks if bank.outcome == "non_finite"]
+    if broken:
+        more = f" and {len(broken) - 8} more" if len(broken) > 8 else ""
+        yield f"These fits met NaN or Inf and kept their best step: {'; '.join(broken[:8])}{more}."
+    if fallbacks := sum(_count(bank, "num_fallbacks") or 0 for bank in banks):
+        yield f"{fallbacks} adapter solves needed more than a Cholesky factorisation."
+    if unused := sum(share == 0 for shares in _popularities(banks).values() for share in shares):
+        yield f"{unused} bases are used by no expert."
+
+
+def _count(bank: BankReport, name: str) -> int | None:
+    value = bank.metrics.get(name)
+    return value if isinstance(value, int) else None
+
+
+def _errors(banks: Sequence[BankReport]) -> dict[int, dict[str, float]]:
+    """By layer and family, whichever bank they are in."""
+    errors: dict[int, dict[str, float]] = {}
+    for bank in banks:
+        for layer, families in bank.errors.items():
+            errors.setdefault(int(layer), {}).update({name: float(error) for name, error in families.items()})
+    return dict(sorted(errors.items()))
+
+
+def _heat(banks: Sequence[BankReport]) -> dict[str, Any]:
+    """Rows of the table of errors, in blocks that sit side by side, each cell with its shade from 0 to 1."""
+    errors = _errors(banks)
+    values = [error for families in errors.values() for error in families.values() if math.isfinite(error)]
+    low, high = min(values), max(values)
+    families = [family for family in FAMILIES if any(family in row for row in errors.values())]
+
+    def cell(error: float | None) -> tuple[str, str]:
+        if error is None:
+            return "–", "0"
+        return f"{error:.4f}", f"{(error - low) / (high - low) if high > low else 0.5:.2f}"
+
+    rows = [
+        {
+            "layer": layer,
+            "cells": [cell(row.get(family)) for family in families],
+            "all": f"{root_mean_square(row.values()):.4f}",
+        }
+        for layer, row in errors.items()
+    ]
+    height = _ROWS if len(rows) > _ROWS else len(rows)
+    blocks = [rows[start : start + height] for start in range(0, len(rows), height)]
+    return {"families": families, "blocks": blocks, "low": f"{low:.4f}", "high": f"{high:.4f}"}
+
+
+def _expert_errors(banks: Sequence[BankReport]) -> Iterator[tuple[int, str, list[float]]]:
+    for bank in banks:
+        for layer, families in bank.expert_errors.items():
+            for family, errors in families.items():
+                yield int(layer), family, [float(error) for error in errors]
+
+
+def _strips(banks: Sequence[BankReport]) -> list[Chart]:
+    by_family: dict[str, dict[int, list[float]]] = {}
+    for layer, family, errors in _expert_errors(banks):
+        by_family.setdefault(family, {})[layer] = errors
+    every = [error for _, _, errors in _expert_errors(banks) for error in errors if math.isfinite(error)]
+    charts: list[Chart | None] = []
+    for family in FAMILIES:
+        layers = by_family.get(family, {})
+        groups = {str(layer): layers[layer] for layer in sorted(layers)}
+        charts.append(strip_chart(f"Relative error, {family}", groups, "layer", top=max(every, default=0.0)))
+    return [chart for chart in charts if chart is not None]
+
+
+def _worst(banks: Sequence[BankReport]) -> list[dict[str, Any]]:
+    every = [
+        {"layer": layer, "family": family, "expert": number, "error": error}
+        for layer, family, errors in _expert_errors(banks)
+        for number, error in enumerate(errors)
+        if math.isfinite(error)
+    ]
+    return sorted(every, key=lambda entry: -entry["error"])[:8]
+
+
+def _curves(curves: Mapping[str, Points], summary: str) -> list[Curve]:
+    """Each under its name, or the median and range of many."""
+    if len(curves) <= _MAX_CURVES:
+        return [Curve(name if len(curves) > 1 else "", points) for name, points in curves.items()]
+    return [summary_curve(summary, curves.values())]
+
+
+def _trajectories(banks: Sequence[BankReport]) -> tuple[list[Chart], list[str]]:
+    """A chart for everything that changes over the steps, and what stayed the same throughout."""
+    charts: list[Chart | None] = []
+    constant: list[str] = []
+    for field, title, logarithmic in _TRAJECTORIES:
+        curves = {
+            _name(bank.layers, bank.families): list(zip(bank.steps["step"], bank.steps[field], strict=False))
+            for bank in banks
+            if bank.steps.get(field) and bank.steps.get("step")
+        }
+        values = {value for points in curves.values() for _, value in points}
+        if len(values) == 1:
+            constant.append(f"{title}: {next(iter(values)):g}")
+        elif curves:
+            drawn = _curves(curves, f"median of {len(curves)} banks, and their range")
+            charts.append(curve_chart(title, drawn, "step", logarithmic=logarithmic, from_zero=not logarithmic))
+    return [chart for chart in charts if chart is not None], constant
+
+
+def _ranked(values: Sequence[float]) -> Points:
+    return [(number, value) for number, value in enumerate(values, 1)]
+
+
+def _spectra(spectra: Sequence[Spectra]) -> list[Chart]:
+    kinds = {
+        "Bases": [entry.bases for entry in spectra],
+        "Codes": [entry.codes for entry in spectra],
+        "Adapters, median of experts": [entry.adapters for entry in spectra],
+    }
+    names = [_name(entry.bank.layers, entry.bank.families) for entry in spectra]
+    charts = [
+        curve_chart(
+            title, [Curve(name, _ranked(v)) for name, v in zip(names, values, strict=True)], "rank", logarithmic=True
+        )
+        for title, values in kinds.items()
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
+def _popularities(banks: Sequence[BankReport]) -> dict[str, list[float]]:
+    """The share of each basis in the experts' mixtures, the most popular first, by bank."""
+    found: dict[str, list[float]] = {}
+    for bank in banks:
+        popularity = bank.metrics.get("popularity")
+        if isinstance(popularity, list) and popularity:
+            found[_name(bank.layers, bank.families)] = sorted(map(float, popularity), reverse=True)
+    return found
+
+
+def _popularity(banks: Sequence[BankReport]) -> Chart | None:
+    curves = {name: _ranked(shares) for name, shares in _popularities(banks).items()}
+    summary = f"median of {len(curves)} banks, and their range"
+    return curve_chart("Popularity of the bases", _curves(curves, summary), "basis, most popular first", from_zero=True)
+
+
+def _phases(banks: Sequence[BankReport]) -> list[dict[str, Any]]:
+    """Seconds and share of each phase, over the banks that recorded them."""
+    seconds: dict[str, float] = {}
+    for bank in banks:
+        phases = bank.metrics.get("phases")
+        for phase, spent in phases.items() if isinstance(phases, dict) else ():
+            seconds[phase] = seconds.get(phase, 0.0) + float(spent)
+    total = sum(seconds.values()) or 1.0
+    return [{"name": name, "seconds": spent, "share": spent / total} for name, spent in seconds.items()]
+
+
+def _fit(bank: BankReport) -> dict[str, Any]:
+    taken = bank.steps.get("step")
+    return {
+        "name": _name(bank.layers, bank.families),
+        "rank": bank.rank,
+        "num_bases": bank.num_bases,
+        "num_matrices": bank.num_matrices,
+        "kept": bank.stored_parameters / bank.original_parameters,
+        "error": bank.error,
+        "steps": "" if not taken else int(taken[-1]),
+        "outcome": bank.outcome.replace("_", " "),
+        "seconds": bank.seconds,
+        "fallbacks": _count(bank, "num_fallbacks"),
+        "returns": _count(bank, "num_restarts") if "num_restarts" in bank.metrics else _count(bank, "num_rejected"),
+    }

@@ -1,0 +1,303 @@
+"""What the commands print."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from globe.bank.precision import Precision
+from globe.checkpoint.layout import ExpertLayer
+from globe.checkpoint.manifest import verify_files, verify_model
+from globe.checkpoint.reader import Checkpoint, open_checkpoint
+from globe.checkpoint.report import Report
+from globe.checkpoint.shipped import resolve_model
+from globe.errors import CheckpointError, GlobeError
+from globe.machine.device import multiply_add_rate, usable_device
+from globe.machine.memory import peak_memory
+from globe.measure.evaluate import Evaluation, check_reference, evaluate_model, generate, token_windows
+from globe.measure.reference import Reference, is_compressed, named_reference, report_of, source_reference
+from globe.measure.settings import EvaluateConfig
+from globe.measure.texts import read_text
+from globe.measure.tokenizers import load_tokenizer
+from globe.model.loading import expert_layers, load, open_source
+from globe.model.serving import set_compose_cache
+from globe.plan.scopes import Scope, compact
+from globe.plan.settings import CompressConfig
+from globe.run.job import make_job
+from globe.run.observer import Observers, clock, describe
+from globe.run.prepare import prepare
+from globe.terminal import Terminal
+from globe.version import versions
+
+
+def megabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
+
+
+def show_report(console: Terminal, report: Report, output: Path) -> None:
+    """The outcome of a compression."""
+    errors = "  ".join(f"{family} {error:.4f}" for family, error in report.family_errors().items())
+    ratio = report.compressed_bytes / report.original_bytes
+    console.print(f"\n{output}", style="bold", soft_wrap=True)
+    console.print(f"relative error  {errors}  all {report.error:.4f}")
+    console.print(f"experts kept    {report.kept:.4f} of the compressed families' parameters")
+    console.print(
+        f"whole model     {megabytes(report.compressed_bytes)} of {megabytes(report.original_bytes)} ({ratio:.1%})"
+    )
+    place = "" if report.config["device"] == "cpu" else f" on {report.config['device']}"
+    console.print(
+        f"took            {clock(report.seconds)}{place}, at most {megabytes(report.peak_memory_bytes)} of memory"
+    )
+    if (calibration := report.calibration) is not None:
+        console.print(
+            f"calibrated      on {calibration.num_tokens} tokens of {calibration.text}; {calibration.num_unreached} of "
+            f"{calibration.num_experts} experts were not reached and weigh as their layer's mean"
+        )
+        if calibration.on_cpu_because is not None:
+            console.print(f"note            the model ran on the CPU: {calibration.on_cpu_because}", style="yellow")
+    fallbacks = sum(bank.metrics.get("num_fallbacks", 0) for bank in report.banks)
+    if fallbacks:
+        console.print(
+            f"note            {fallbacks} adapter solves needed more than a Cholesky factorisation", style="yellow"
+        )
+    broken = [describe_report(bank.layers, bank.families) for bank in report.banks if bank.outcome == "non_finite"]
+    if broken:
+        console.print(
+            f"note            these fits met NaN or Inf and kept their best step: {'; '.join(broken)}", style="yellow"
+        )
+    _show_fallbacks(console, report.uncalibrated_because, report.uniform_because, report.config)
+    _show_notes(console, report.notes)
+    console.print(f"next            globe evaluate {shlex.quote(str(output))}", soft_wrap=True)
+
+
+def describe_report(layers: list[int], families: list[str]) -> str:
+    return f"layers {compact(layers)} {'+'.join(families)}"
+
+
+def show_evaluation(
+    console: Terminal,
+    model: str,
+    reference: str | None,
+    prompt: str | None,
+    config: EvaluateConfig,
+    compose_cache: int = 0,
+    *,
+    verify: bool = True,
+) -> None:
+    """Perplexity and size of a model, beside its reference where there is one, and the text that both write."""
+    model = str(resolve_model(model))
+    checkpoint = open_checkpoint(model)  # says of a folder that is none what loading it would not
+    if verify and checkpoint.repo is None:
+        verify_model(checkpoint.folder)
+    against = _reference(console, model, reference)
+    tokenizer = load_tokenizer(checkpoint.folder, config.trust_remote_code)
+    windows, bytes_per_token = token_windows(tokenizer, read_text(config.text, config.num_characters), config)
+    if against is not None:
+        check_reference(against, model, windows, config)
+    compressed = load(model, config.device)
+    cache = set_compose_cache(compressed, compose_cache) if compose_cache else None
+    other = None if against is None else load(against.model, config.device)
+    ours = evaluate_model(compressed, windows, bytes_per_token, batch=config.batch, reference=other)
+    results: dict[str, tuple[str, Evaluation]] = {}
+    if other is not None and against is not None:
+        theirs = evaluate_model(other, windows, bytes_per_token, batch=config.batch)
+        results["original" if against.is_original else against.model] = against.model, theirs
+    results["compressed" if is_compressed(model) else "model"] = model, ours
+
+    place = "" if compressed.device.type == "cpu" else f" on {compressed.device}"
+    table = Table(title=f"{ours.num_tokens} tokens of {config.text}{place}")
+    table.add_column("")
+    for name in results:
+        table.add_column(name, justify="right")
+    table.add_row("size on disk", *(megabytes(_size(path)) for path, _ in results.values()))
+    table.add_row("perplexity", *(f"{result.perplexity:.3f}" for _, result in results.values()))
+    table.add_row("bits per byte", *(f"{result.bits_per_byte:.4f}" for _, result in results.values()))
+    if against is not None and ours.kl is not None and ours.agreement is not None:
+        table.add_row(f"KL to {against.name} (nats per token)", "0", f"{ours.kl:.5f}")
+        table.add_row("same next token", "100 %", f"{ours.agreement:.2%}")
+    if (report := report_of(model)) is not None:
+        for family, error in report.family_errors().items():
+            table.add_row(f"relative error, {family}", *([""] * (len(results) - 1)), f"{error:.4f}")
+    console.print(table)
+    if against is not None and against.is_original:
+        console.print(f"original: {against.model}", soft_wrap=True)
+    if cache is not None:
+        console.print(
+            f"composed experts kept: {megabytes(cache.resident_bytes)} of {megabytes(cache.num_bytes)}, which served "
+            f"{cache.hit_rate:.1%} of what was needed"
+        )
+    if prompt is not None:
+        models = dict(zip(results, (other, compressed) if other is not None else (compressed,), strict=True))
+        texts = Table(show_lines=True)
+        for name in models:
+            texts.add_column(name, ratio=1, overflow="fold")
+        texts.add_row(*(Text(prompt + generate(one, tokenizer, prompt)) for one in models.values()))
+        console.print(texts)
+
+
+def _reference(console: Terminal, model: str, asked: str | None) -> Reference | None:
+    """The model to compare with: the one asked for, or the source of a compressed model if it is at hand."""
+    if asked is not None:
+        return None if asked == "none" else named_reference(model, asked)
+    try:
+        return source_reference(model)
+    except CheckpointError as error:
+        console.print(f"note: compared with nothing: {error}", style="yellow", soft_wrap=True)
+        return None
+
+
+def _size(model: str) -> int:
+    checkpoint = open_checkpoint(model)
+    return sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+
+
+def show_inspection(console: Terminal, model: str, config: CompressConfig) -> None:
+    """A model's experts, and the plan of a compression with these settings."""
+    folder = resolve_model(model)
+    if is_compressed(str(folder)):
+        _show_compressed(console, Report.read(Path(folder)))
+        return
+    checkpoint = open_source(folder)
+    layers = expert_layers(checkpoint)
+    job = make_job(model, config)
+    _show_experts(console, checkpoint, layers)
+    preparation = None if checkpoint.repo is not None else prepare(job, Observers(()))
+    scopes = job.scopes if preparation is None else preparation.scopes
+    _show_plan(console, scopes)
+    if preparation is not None:
+        because = preparation.calibration.uncalibrated_because
+        _show_fallbacks(console, because, preparation.uniform_because, dataclasses.asdict(config))
+    elif config.allocation == "sensitivity":
+        console.print("note: banks get their shares of the budget when the weights are here", style="yellow")
+    _show_notes(console, job.notes)
+    original, predicted = job.original_bytes(), job.predicted_bytes(scopes)
+    console.print(f"whole model {megabytes(original)} -> {megabytes(predicted)} ({predicted / original:.1%})")
+    device = usable_device(config.device)
+    work = config.steps * sum(bank.step_multiply_adds for scope in scopes for bank in scope.banks)
+    seconds = work / multiply_add_rate(device)
+    console.print(f"fits        at least {clock(seconds)} for {config.steps} steps of each bank on this {device}")
+    if config.precision != Precision():
+        console.print(
+            "note: factors in few bits lose less than GPTQ on the shipped model, and more on SmolLM2's weights cut "
+            "into a mixture (1.7 times its KL at 4 bits); compare on your model before you decide",
+            style="yellow",
+            soft_wrap=True,
+        )
+    first = layers[0]
+    ratio = first.intermediate_size / first.hidden_size
+    if ratio >= 0.9:
+        console.print(
+            f"note: these experts are coarse (P/D = {ratio:.2f}). The bank is shared along D and every adapter carries "
+            "P, so expect a high error unless little is removed; look at the errors of one layer first (--layers)",
+            style="yellow",
+            soft_wrap=True,
+        )
+
+
+def _show_fallbacks(
+    console: Terminal, uncalibrated: str | None, uniform: str | None, settings: Mapping[str, object]
+) -> None:
+    """Say it where a fit was not calibrated or its budget not allocated although the settings ask for that."""
+    if uncalibrated is not None and settings.get("calibrate") != "none":
+        console.print(f"note            fitted to the weights alone: {uncalibrated}", style="yellow", soft_wrap=True)
+    if uniform is not None and settings.get("allocation") == "sensitivity":
+        console.print(f"note            every bank keeps the same share: {uniform}", style="yellow", soft_wrap=True)
+
+
+def _show_notes(console: Terminal, notes: Iterable[str]) -> None:
+    """What was passed over in the model's files, or done otherwise than asked."""
+    for note in notes:
+        console.print(f"note            {note}", style="yellow", soft_wrap=True)
+
+
+def _show_experts(console: Terminal, checkpoint: Checkpoint, layers: list[ExpertLayer]) -> None:
+    first = layers[0]
+    table = Table(title=f"{checkpoint.folder}: {checkpoint.config.get('model_type')}")
+    for name in ("layers", "experts", "P (rows)", "D (columns)", "P/D", "dtype", "on disk"):
+        table.add_column(name, justify="right")
+    table.add_row(
+        compact([layer.index for layer in layers]),
+        str(first.num_experts),
+        str(first.intermediate_size),
+        str(first.hidden_size),
+        f"{first.intermediate_size / first.hidden_size:.3f}",
+        first.dtype,
+        first.layout.replace("_", " "),
+    )
+    console.print(table)
+
+
+def _show_plan(console: Terminal, scopes: Sequence[Scope]) -> None:
+    table = Table(title="plan", caption="error: to expect of a fit to the weights alone")
+    for name in ("bank", "matrices", "rank", "bases", "kept", "error"):
+        table.add_column(name, justify="right")
+    banks = [bank for scope in scopes for bank in scope.banks]
+    for bank in banks if len(banks) <= 8 else [*banks[:4], None, *banks[-3:]]:
+        if bank is None:
+            table.add_row("...", *[""] * 5)
+        else:
+            kept = bank.stored_parameters / bank.original_parameters
+            error = "" if bank.predicted_error is None else f"{bank.predicted_error:.3f}"
+            shape = (str(bank.num_matrices), str(bank.rank), str(bank.num_bases))
+            table.add_row(describe(bank), *shape, f"{kept:.4f}", error)
+    console.print(table)
+
+
+def _show_compressed(console: Terminal, report: Report) -> None:
+    table = Table(title=f"compressed from {report.source}")
+    for name in ("bank", "rank", "bases", "error", "outcome"):
+        table.add_column(name, justify="right")
+    for bank in report.banks:
+        table.add_row(
+            describe_report(bank.layers, bank.families),
+            str(bank.rank),
+            str(bank.num_bases),
+            f"{bank.error:.4f}",
+            bank.outcome,
+        )
+    console.print(table)
+    console.print(
+        f"kept {report.kept:.4f} of the compressed families; whole model {megabytes(report.original_bytes)} -> "
+        f"{megabytes(report.compressed_bytes)}"
+    )
+
+
+def show_verification(console: Terminal, folder: Path) -> None:
+    """What a folder's files are, compared with what was written; `CheckpointError` for any that differ."""
+    found = verify_files(folder)
+    size = megabytes(found.num_bytes)
+    console.print(f"{found.num_files} files, {size}: every byte is as run {found.run} wrote it", soft_wrap=True)
+    if found.unlisted:
+        names = ", ".join(found.unlisted)
+        console.print(f"put there later, and not checked: {names}", style="yellow", soft_wrap=True)
+
+
+def show_environment(console: Terminal) -> None:
+    """Versions, devices and optional packages."""
+    table = Table(show_header=False)
+    for name, version in versions().items():
+        table.add_row(name, version)
+    table.add_row("cpu threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores")
+    table.add_row("cuda", torch.cuda.get_device_name() if torch.cuda.is_available() else "no")
+    table.add_row("mps", "yes" if torch.backends.mps.is_available() else "no")
+    for package in ("wandb", "trackio", "tensorboard"):
+        table.add_row(package, "installed" if importlib.util.find_spec(package) else "not installed")
+    table.add_row("memory so far", megabytes(peak_memory()))
+    table.add_row("shipped model", "present" if _shipped_present() else "missing: reinstall globe-moe")
+    console.print(table)
+
+
+def _shipped_present() -> bool:
+    try:
+        open_checkpoint(resolve_model("shipped"))
+    except GlobeError:
+        return False
+    return True

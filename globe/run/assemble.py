@@ -1,0 +1,82 @@
+"""The output made whole: everything that is not a factor, and the record of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from globe.checkpoint.manifest import MANIFEST
+from globe.checkpoint.reader import INDEX, open_checkpoint
+from globe.checkpoint.report import REPORT, BankReport, Report
+from globe.checkpoint.side_files import CONFIG
+from globe.checkpoint.source_layout import SOURCE_LAYOUT, write_source_layout
+from globe.checkpoint.writer import (
+    copy_side_files,
+    copy_tensors,
+    write_index,
+    write_json,
+)
+from globe.machine.memory import peak_memory
+from globe.model.autoload import AUTO_MAP, AUTOLOAD, write_autoload
+from globe.model.loading import (
+    in_json,
+)
+from globe.model.quantization_config import GlobeQuantizationConfig
+from globe.run.folder import RunFolder
+from globe.run.job import Job
+from globe.run.prepare import Preparation
+from globe.run.records import as_json
+from globe.run.scope import scope_record
+from globe.version import versions
+
+
+def assemble(job: Job, preparation: Preparation, folder: RunFolder) -> None:
+    """Add everything that is not a factor, check that the whole opens, and record it."""
+    weight_map: dict[str, str] = {}
+    compressed_bytes = 0
+    banks: list[BankReport] = []
+    files: dict[str, str] = {}
+    for number in range(len(preparation.scopes)):
+        record = folder.records.read(scope_record(number))
+        assert record is not None
+        banks += [BankReport(**bank) for bank in record["banks"]]
+        for file, content in record["files"].items():
+            files[file] = content["sha256"]
+            weight_map |= dict.fromkeys(content["tensors"], file)
+            compressed_bytes += sum(content["tensors"].values())
+    kept = job.kept()
+    for shard, file in job.kept_files().items():
+        files[file] = copy_tensors(job.checkpoint, shard, kept[shard], folder.path / file)
+        weight_map |= dict.fromkeys(kept[shard], file)
+        compressed_bytes += sum(job.checkpoint.tensors[name].nbytes for name in kept[shard])
+    calibration = preparation.calibration
+    report = Report(
+        job.source,
+        folder.records.run["fingerprint"],
+        as_json(dataclasses.asdict(job.config)),
+        versions(),
+        banks,
+        job.original_bytes(),
+        compressed_bytes,
+        preparation.seconds + sum(bank.seconds for bank in banks),
+        peak_memory(),
+        calibration.report,
+        calibration.uncalibrated_because,
+        preparation.uniform_because,
+        list(job.notes),
+    )
+    files |= copy_side_files(job.checkpoint, folder.path, leave_out=(MANIFEST,))
+    files[SOURCE_LAYOUT] = write_source_layout(folder.path, job.checkpoint)
+    files[INDEX] = write_index(folder.path, weight_map, compressed_bytes)
+    files[REPORT] = write_json(folder.path / REPORT, report.to_json())
+    section = GlobeQuantizationConfig(
+        job.specs(preparation.scopes),
+        job.config.activation,
+        globe_version=versions()["globe"],
+        run=folder.records.identity,
+    ).to_dict()
+    files[AUTOLOAD] = write_autoload(folder.path)
+    config = {**in_json(job.checkpoint.config), "auto_map": AUTO_MAP, "quantization_config": section}
+    files[CONFIG] = write_json(folder.path / CONFIG, config)
+    open_checkpoint(folder.path)
+    job.check_unchanged(folder.records.run["fingerprint"])
+    folder.complete(files)

@@ -1,0 +1,77 @@
+"""From a checkpoint to a compressed one, a scope at a time.
+
+Calibration, plan and scopes are phases. A phase is finished when its record is on disk, after its files and with their
+SHA-256; a killed run goes on after what is finished, and only the whole output gets its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from globe.checkpoint.report import Report
+from globe.checkpoint.writer import (
+    require_space,
+)
+from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
+from globe.plan.settings import CompressConfig
+from globe.run.assemble import assemble
+from globe.run.folder import RunFolder, open_run
+from globe.run.job import Job, make_job
+from globe.run.observer import Observer, Observers
+from globe.run.prepare import prepare
+from globe.run.scope import fit_scope, is_finished
+
+
+def compress(
+    model: str | Path,
+    output: str | Path,
+    config: CompressConfig = CompressConfig(),  # noqa: B008
+    observers: Iterable[Observer] = (),
+    *,
+    overwrite: bool = False,
+) -> Report:
+    """Compress the routed experts of `model` (a local folder, a Hub id, or "shipped") into the folder `output`.
+
+    The output is a Hugging Face checkpoint that `AutoModelForCausalLM` loads after `import globe`. Memory follows the
+    largest scope, and the model itself where that is run: to calibrate and to plan, if it takes less than half of the
+    machine's. A run on the output of a killed one goes on after what that finished; what was damaged since is done
+    again. With `overwrite`, an output that GloBE wrote earlier is replaced when the new one is whole, and an unfinished
+    run with other settings is started anew.
+
+    Raises, all of them `GlobeError`: `SettingsError` for settings that do not fit the model or differ from those of the
+    run to go on with; `CheckpointError` for damaged files, weights that are not finite, and a source that changes
+    while it is read; `UnsupportedModelError` for what is no mixture of experts that GloBE knows; `OutputError` if the
+    output exists, another process writes it, or the disk is full.
+    """
+    watch = Observers(observers)
+    try:
+        job = make_job(model, config)
+        for note in job.notes:
+            watch.note(note)
+        watch.prepare("reading the source")
+        run = job.run()
+        source = job.checkpoint.folder if job.checkpoint.repo is None else None
+        with open_run(Path(output), run, overwrite=overwrite, source=source) as folder:
+            if not folder.whole():
+                _work(job, folder, watch)
+            folder.publish()
+        return Report.read(folder.output)
+    finally:
+        watch.stop()
+
+
+def _work(job: Job, folder: RunFolder, watch: Observer) -> None:
+    """All phases that are not finished yet."""
+    written = sum(path.stat().st_size for path in folder.path.glob("model-*.safetensors"))
+    require_space(folder.path, job.predicted_bytes(job.scopes) - written)
+    preparation = prepare(job, watch, folder)
+    scopes = preparation.scopes
+    left = [number for number in range(len(scopes)) if not is_finished(folder, number, watch)]
+    finished = [number for number in range(len(scopes)) if number not in left]
+    watch.start([scopes[number] for number in (*finished, *left)], len(finished))
+    for number in left:
+        with explained_exhaustion(f"fitting scope {number + 1} on {job.config.device}", FITS_EXHAUSTED):
+            fit_scope(job, preparation, folder, number, watch)
+        watch.scope(scopes[number])
+    assemble(job, preparation, folder)

@@ -1,0 +1,155 @@
+"""What a compression does, decided before any work: settings, files and transformers' model of them fit each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from globe.checkpoint.header import TORCH_DTYPES
+from globe.checkpoint.layout import ExpertLayer, dtype_notes, source_names
+from globe.checkpoint.reader import Checkpoint
+from globe.checkpoint.shipped import resolve_model
+from globe.errors import CheckpointError, UntrustedCodeError
+from globe.measure.calibrate import CalibrationText, read_calibration_text
+from globe.model.bank_spec import BankSpec, encoding_of
+from globe.model.empty_model import check_same_experts
+from globe.model.expert_modules import factor_names, find_experts
+from globe.model.loading import (
+    check_language_model,
+    check_weights,
+    empty_model,
+    expert_layers,
+    open_source,
+)
+from globe.model.names import FactorNames, dense_halves
+from globe.plan.scopes import BankPlan, Scope, make_plan
+from globe.plan.settings import CompressConfig
+from globe.run import allocation
+from globe.terms import Family
+from globe.version import versions
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a compression does, decided before any work."""
+
+    source: str
+    """The model as it was named."""
+    checkpoint: Checkpoint
+    config: CompressConfig
+    """Resolved."""
+    layers: Mapping[int, ExpertLayer]
+    """By number, those that hold experts."""
+    names: FactorNames
+    scopes: tuple[Scope, ...]
+    """Every bank with the same share of the budget."""
+    calibration_text: CalibrationText | None
+    """Where one is given; the model's own samples are not known yet."""
+    notes: tuple[str, ...]
+    """What is done otherwise than one might expect."""
+
+    def run(self) -> dict[str, Any]:
+        """What the run is made of: only the same run goes on in an unfinished output."""
+        return {
+            "command": "compress",
+            "source": self.source,
+            "fingerprint": self.checkpoint.fingerprint(),
+            "globe_version": versions()["globe"],
+            "config": dataclasses.asdict(self.config),
+            "calibration": None if self.calibration_text is None else self.calibration_text.fingerprint,
+        }
+
+    def check_unchanged(self, fingerprint: str) -> None:
+        """Raise `CheckpointError` if the source is not what it was when the run began."""
+        if self.checkpoint.fingerprint() != fingerprint:
+            raise CheckpointError(
+                f"{self.checkpoint.folder} changed while it was read: what was finished before is kept; put the files "
+                "back and run the same command again, or give --overwrite to start anew"
+            )
+
+    def dtype(self, layer: int) -> torch.dtype:
+        """What a layer's factors in floating point are stored in."""
+        if self.config.factor_dtype in ("float32", "bfloat16", "float16"):
+            return getattr(torch, self.config.factor_dtype)
+        return TORCH_DTYPES[self.layers[layer].dtype]
+
+    def predicted_bytes(self, scopes: Sequence[Scope]) -> int:
+        """Of the output's tensors, with banks as in `scopes`."""
+        kept = sum(self.checkpoint.tensors[name].nbytes for names in self.kept().values() for name in names)
+        factors = sum(
+            bank.stored_bytes(self.config.precision, self.dtype(bank.layers[0]).itemsize)
+            for scope in scopes
+            for bank in scope.banks
+        )
+        halves = sum(
+            layer.num_experts * layer.intermediate_size * layer.hidden_size * TORCH_DTYPES[layer.dtype].itemsize
+            for scope in scopes
+            for layer in (self.layers[index] for index in scope.layers)
+            for _ in dense_halves(self.config.families)
+        )
+        return kept + factors + halves
+
+    def original_bytes(self) -> int:
+        """Of the source's tensors."""
+        return sum(tensor.nbytes for tensor in self.checkpoint.tensors.values())
+
+    def kept(self) -> dict[str, list[str]]:
+        """The tensors that stay as they are, by shard; shards that keep none are left out."""
+        replaced = {name for scope in self.scopes for index in scope.layers for name in self._sources(index)}
+        kept = {
+            shard: [t.name for t in self.checkpoint.shard_tensors(shard) if t.name not in replaced]
+            for shard in self.checkpoint.shards
+        }
+        return {shard: names for shard, names in kept.items() if names}
+
+    def factor_files(self, number: int) -> list[str]:
+        """The output's files with the factors of a scope: one, or one for each layer where layers are streamed."""
+        counts = [len(scope.layers) if self.config.stream else 1 for scope in self.scopes]
+        first, total = sum(counts[:number]), sum(counts) + len(self.kept())
+        return [_file(first + piece, total) for piece in range(counts[number])]
+
+    def kept_files(self) -> dict[str, str]:
+        """The output's files with the tensors that stay, by the shard that they come from."""
+        before, kept = sum(len(self.factor_files(number)) for number in range(len(self.scopes))), self.kept()
+        return {shard: _file(before + offset, before + len(kept)) for offset, shard in enumerate(kept)}
+
+    def spec(self, bank: BankPlan) -> BankSpec:
+        return BankSpec(bank.layers, bank.families, bank.rank, bank.num_bases, encoding_of(self.config.precision))
+
+    def specs(self, scopes: Sequence[Scope]) -> list[BankSpec]:
+        return [self.spec(bank) for scope in scopes for bank in scope.banks]
+
+    def _sources(self, index: int) -> list[str]:
+        """The layer's source tensors that the output replaces: of its families in banks and of the dense halves."""
+        families: set[Family] = {*self.config.families, *dense_halves(self.config.families)}
+        return [name for family in families for name in source_names(self.layers[index], family)]
+
+
+def make_job(model: str | Path, config: CompressConfig) -> Job:
+    """Open the source and check that settings, files and transformers' model of it fit each other; raises otherwise as
+    `compress` does."""
+    checkpoint, config = open_source(resolve_model(model)), config.resolved()
+    layers = {layer.index: layer for layer in expert_layers(checkpoint)}
+    scopes = make_plan(list(layers.values()), config)
+    empty = empty_model(checkpoint)
+    check_same_experts(layers, find_experts(empty))
+    check_weights(checkpoint, empty)
+    num_banks = sum(len(scope.banks) for scope in scopes)
+    if config.calibrate != "none" or allocation.obstacle(checkpoint, config, num_banks) is None:
+        check_language_model(checkpoint, empty)
+    notes, text = [*checkpoint.notes, *dtype_notes(layers.values()), *checkpoint.side_files().left_out], None
+    if (name := config.calibrate) not in ("samples", "none"):
+        try:
+            text = read_calibration_text(checkpoint.folder, name, config.calibration_tokens, config.trust_remote_code)
+        except UntrustedCodeError as error:
+            notes.append(f"calibrated on samples of the model itself, not on {name}: {error}")
+    source = str(model).encode(errors="backslashreplace").decode()  # a path that is not UTF-8
+    return Job(source, checkpoint, config, layers, factor_names(empty), tuple(scopes), text, tuple(notes))
+
+
+def _file(number: int, total: int) -> str:
+    return f"model-{number + 1:05d}-of-{total:05d}.safetensors"

@@ -1,0 +1,80 @@
+"""What a compression tells those who watch it: a terminal, a log, a tracker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from globe.plan.scopes import BankPlan, Scope, compact
+from globe.train.result import StepRecord
+
+
+class Observer:
+    """Told, in this order: note…, prepare…, start, then for each bank step…, bank; scope after its banks; stop at the
+    end or on a fault. Does nothing itself: override what you care for."""
+
+    def prepare(self, task: str) -> None:
+        """What is done now, before the first bank; none where an earlier run has prepared."""
+
+    def note(self, text: str) -> None:
+        """Something to know that changes nothing, before any work."""
+
+    def start(self, scopes: Sequence[Scope], num_finished: int) -> None:
+        """The plan is made; the first `num_finished` scopes were finished by an earlier run."""
+
+    def step(self, bank: BankPlan, record: StepRecord) -> None:
+        """A step of a bank's fit."""
+
+    def bank(self, bank: BankPlan, error: float, seconds: float) -> None:
+        """A bank is fitted and rounded; `error` is the relative error as stored."""
+
+    def scope(self, scope: Scope) -> None:
+        """A scope's factors are on disk."""
+
+    def stop(self) -> None:
+        """Nothing more follows."""
+
+
+class Observers(Observer):
+    """Several observers as one."""
+
+    def __init__(self, observers: Iterable[Observer]) -> None:
+        self._observers = tuple(observers)
+
+    def prepare(self, task: str) -> None:
+        for observer in self._observers:
+            observer.prepare(task)
+
+    def note(self, text: str) -> None:
+        for observer in self._observers:
+            observer.note(text)
+
+    def start(self, scopes: Sequence[Scope], num_finished: int) -> None:
+        for observer in self._observers:
+            observer.start(scopes, num_finished)
+
+    def step(self, bank: BankPlan, record: StepRecord) -> None:
+        for observer in self._observers:
+            observer.step(bank, record)
+
+    def bank(self, bank: BankPlan, error: float, seconds: float) -> None:
+        for observer in self._observers:
+            observer.bank(bank, error, seconds)
+
+    def scope(self, scope: Scope) -> None:
+        for observer in self._observers:
+            observer.scope(scope)
+
+    def stop(self) -> None:
+        for observer in self._observers:
+            observer.stop()
+
+
+def describe(bank: BankPlan) -> str:
+    noun = "layer" if len(bank.layers) == 1 else "layers"
+    return f"{noun} {compact(bank.layers)} {'+'.join(bank.families)}"
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,160 @@
+"""Before the first fit: what running the model says of its experts, and the budget shared out among the banks."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from globe.checkpoint.digest import file_sha256
+from globe.checkpoint.report import CalibrationReport
+from globe.checkpoint.writer import (
+    save_tensors,
+)
+from globe.errors import UnsupportedModelError
+from globe.experts.metric import LayerStatistics
+from globe.measure.calibrate import CalibrationText, calibrate, load_statistics, save_statistics
+from globe.measure.runnable import find_place
+from globe.measure.samples import sample_windows
+from globe.model.loading import (
+    load,
+)
+from globe.plan.scopes import Scope, scope_from_json
+from globe.run import allocation
+from globe.run.folder import RunFolder
+from globe.run.job import Job
+from globe.run.observer import Observer
+from globe.run.records import as_json
+
+_STATISTICS, _WINDOWS = "calibration.safetensors", "windows.safetensors"
+"""In an unfinished output: what the calibration text said of the layers, and its tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What running the model said of its experts, or the reason why it was not run."""
+
+    statistics: Mapping[int, LayerStatistics] | None = None
+    report: CalibrationReport | None = None
+    windows: Tensor | None = None
+    """The tokens (N, length)."""
+    uncalibrated_because: str | None = None
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """What is known before the first fit."""
+
+    calibration: Calibration
+    scopes: tuple[Scope, ...]
+    """With the budget shared out."""
+    uniform_because: str | None
+    """Why it was shared out evenly; None where it was allocated."""
+    seconds: float
+    """Calibration and planning, over all runs that they took."""
+
+
+def prepare(job: Job, watch: Observer, folder: RunFolder | None = None) -> Preparation:
+    """Calibrate and make the plan, or take up those that are finished in the `folder`."""
+    calibration = None if folder is None else _load_calibration(folder, watch)
+    if calibration is None:
+        if job.config.calibrate != "none":
+            watch.prepare("running the model to calibrate")
+        calibration = run_calibration(job)
+        if folder is not None:
+            _save_calibration(folder, calibration)
+    record = None if folder is None else folder.records.read("plan")
+    if record is None:
+        watch.prepare("planning")
+        began = time.monotonic()
+        scopes, because = share_budget(job, calibration)
+        record = {
+            "scopes": [dataclasses.asdict(scope) for scope in scopes],
+            "uniform_because": because,
+            "seconds": time.monotonic() - began,
+        }
+        if folder is not None:
+            job.check_unchanged(folder.records.run["fingerprint"])
+            folder.records.write("plan", record)
+    scopes = tuple(scope_from_json(scope) for scope in as_json(record["scopes"]))
+    return Preparation(calibration, scopes, record["uniform_because"], calibration.seconds + record["seconds"])
+
+
+def run_calibration(job: Job) -> Calibration:
+    """Run the model on the calibration text, or on samples of its own, if that is asked for.
+
+    A model that cannot be run is fitted uncalibrated where the samples are no more than the default; the reason is
+    kept.
+    """
+    began, text = time.monotonic(), job.calibration_text
+    if job.config.calibrate == "none":
+        return Calibration(uncalibrated_because="that is asked for")
+    place = find_place(job.checkpoint, job.config.device)
+    if text is None and place.device is None:
+        return Calibration(uncalibrated_because=place.obstacle)
+    model = load(job.checkpoint.fetched(), place.device or job.config.device)
+    if text is None:
+        try:
+            text = CalibrationText("samples", sample_windows(model, job.config.seed))
+        except UnsupportedModelError as error:
+            return Calibration(uncalibrated_because=str(error), seconds=time.monotonic() - began)
+    statistics = calibrate(model, text.windows, {index for scope in job.scopes for index in scope.layers})
+    report = CalibrationReport(
+        text.name,
+        text.fingerprint,
+        text.windows.numel(),
+        sum(len(found.counts) for found in statistics.values()),
+        {str(layer): found.unreached for layer, found in statistics.items() if found.unreached},
+        place.obstacle if place.device is not None else None,
+    )
+    return Calibration(statistics, report, text.windows, None, time.monotonic() - began)
+
+
+def _save_calibration(folder: RunFolder, calibration: Calibration) -> None:
+    files: dict[str, str] = {}
+    if calibration.statistics is not None and calibration.windows is not None:
+        files[_STATISTICS] = save_statistics(folder.file(_STATISTICS), calibration.statistics)
+        files[_WINDOWS] = save_tensors(folder.file(_WINDOWS), {"windows": calibration.windows})
+    record = {
+        "report": calibration.report and dataclasses.asdict(calibration.report),
+        "uncalibrated_because": calibration.uncalibrated_because,
+        "seconds": calibration.seconds,
+        "files": files,
+    }
+    folder.records.write("calibration", record)
+
+
+def _load_calibration(folder: RunFolder, watch: Observer) -> Calibration | None:
+    """The finished calibration of an earlier try; None if there is none, or it was damaged since."""
+    record = folder.records.read("calibration")
+    if record is None:
+        return None
+    if not record["files"]:
+        return Calibration(uncalibrated_because=record["uncalibrated_because"], seconds=record["seconds"])
+    if any(
+        not folder.file(name).is_file() or file_sha256(folder.file(name)) != sha
+        for name, sha in record["files"].items()
+    ):
+        watch.prepare("the finished calibration has been damaged since: calibrating again")
+        return None
+    return Calibration(
+        load_statistics(folder.file(_STATISTICS)),
+        CalibrationReport(**record["report"]),
+        load_file(folder.file(_WINDOWS))["windows"],
+        None,
+        record["seconds"],
+    )
+
+
+def share_budget(job: Job, calibration: Calibration) -> tuple[Sequence[Scope], str | None]:
+    """The scopes with the budget shared out among the banks, or as they are and the reason for that."""
+    because = allocation.obstacle(job.checkpoint, job.config, len(job.specs(job.scopes)))
+    if because is not None:
+        return job.scopes, because
+    text = job.calibration_text
+    windows = calibration.windows if text is None else text.windows
+    return allocation.allocated(job.checkpoint, job.layers, job.scopes, job.config, windows), None

@@ -1,0 +1,174 @@
+"""One scope: its experts are read, fitted, written and forgotten."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from globe.checkpoint.report import BankReport
+from globe.checkpoint.stacks import read_family
+from globe.checkpoint.writer import (
+    save_tensors,
+)
+from globe.experts.stack import read_stack
+from globe.experts.storage import StoredFactors, to_storage
+from globe.experts.streamed import StreamedExperts, is_intact
+from globe.model.factor_check import RUN_METADATA
+from globe.model.names import dense_halves, tripwire_tensor
+from globe.plan.scopes import BankPlan
+from globe.run.folder import RunFolder
+from globe.run.job import Job
+from globe.run.observer import Observer, describe
+from globe.run.phases import PhaseClock
+from globe.run.prepare import Preparation
+from globe.train.fit_banks import fit_bank
+from globe.train.result import FitResult, StepRecord
+
+
+def is_finished(folder: RunFolder, number: int, watch: Observer) -> bool:
+    """Whether a scope's record is there and its files are as they were written."""
+    record = folder.records.read(scope_record(number))
+    if record is None:
+        return False
+    if folder.holds({file: content["sha256"] for file, content in record["files"].items()}):
+        return True
+    folder.records.remove(scope_record(number))
+    watch.prepare(f"finished scope {number} has been damaged since: fitting it again")
+    return False
+
+
+def fit_scope(job: Job, preparation: Preparation, folder: RunFolder, number: int, watch: Observer) -> None:
+    """Fit the banks of one scope and write their factors, then their record."""
+    scope, reports, files = preparation.scopes[number], list[BankReport](), dict[str, dict[str, Any]]()
+    fit = _stream if job.config.stream else _fit
+    run = fit(job, preparation, folder, number, watch, reports)
+    for piece, (file, tensors) in enumerate(zip(job.factor_files(number), run, strict=True)):
+        for index in scope.layers[piece : piece + 1] if job.config.stream else scope.layers:
+            for family in dense_halves(job.config.families):
+                tensors[job.names.dense(index, family)] = read_family(job.checkpoint, job.layers[index], family)
+        if number == piece == 0:
+            tensors[job.names.tripwire(job.specs(job.scopes))] = tripwire_tensor(job.dtype(scope.layers[0]))
+        sha256 = save_tensors(folder.path / file, tensors, {RUN_METADATA: folder.records.identity})
+        files[file] = {"sha256": sha256, "tensors": {name: tensor.nbytes for name, tensor in tensors.items()}}
+    job.check_unchanged(folder.records.run["fingerprint"])
+    record = {"banks": [dataclasses.asdict(report) for report in reports], "files": files}
+    folder.records.write(scope_record(number), record)
+    for path in folder.records.folder.glob("state-*.safetensors"):
+        path.unlink()
+
+
+def _fit(
+    job: Job, preparation: Preparation, folder: RunFolder, number: int, watch: Observer, reports: list[BankReport]
+) -> Iterator[dict[str, Tensor]]:
+    """All tensors of a scope's banks at once; the banks' reports are added to `reports`."""
+    del folder
+    tensors: dict[str, Tensor] = {}
+    for bank in preparation.scopes[number].banks:
+        phases = PhaseClock()
+        stack = read_stack(job.checkpoint, job.layers, bank, preparation.calibration.statistics)
+        config = job.config.fit_config(bank.rank, bank.num_bases)
+        phases.end("reading")
+        result = fit_bank(stack.weights, config, _watch_steps(bank, watch, phases, 0), metric=stack.metric)
+        phases.end("fit")
+        stored = to_storage(stack, result.factors, job.dtype(bank.layers[0]), job.config.precision)
+        phases.end("storing")
+        tensors |= {job.names.bases(job.spec(bank)): stored.bases, **_named(job, stored)}
+        reports.append(_report(bank, result, [stored], phases, watch))
+    yield tensors
+
+
+def _stream(
+    job: Job, preparation: Preparation, folder: RunFolder, number: int, watch: Observer, reports: list[BankReport]
+) -> Iterator[dict[str, Tensor]]:
+    """The same, a layer at a time, no more than one of them in memory; the bases come with the first."""
+    scope, precision = preparation.scopes[number], job.config.precision
+    statistics = preparation.calibration.statistics
+    streams = [StreamedExperts(job.checkpoint, job.layers, bank, statistics) for bank in scope.banks]
+    results, clocks = list[FitResult](), list[PhaseClock]()
+    for place, (bank, stream) in enumerate(zip(scope.banks, streams, strict=True)):
+        clocks.append(PhaseClock())
+        config, state = (
+            job.config.fit_config(bank.rank, bank.num_bases),
+            folder.file(f"state-{number}-{place}.safetensors"),
+        )
+        if state.exists() and not is_intact(state):
+            watch.prepare(
+                f"the saved state of the fit of {describe(bank)} has been damaged since: fitting it from the start"
+            )
+            state.unlink()
+        results.append(stream.fit(config, _watch_steps(bank, watch, clocks[-1], 1), state))
+        clocks[-1].end("fit")
+    stores = [
+        stream.store(result.factors, job.dtype(scope.layers[0]), precision)
+        for stream, result in zip(streams, results, strict=True)
+    ]
+    kept: list[list[StoredFactors]] = [[] for _ in streams]
+    for layer in zip(*stores, strict=True):
+        tensors: dict[str, Tensor] = {}
+        for bank, stored, errors in zip(scope.banks, layer, kept, strict=True):
+            tensors |= _named(job, stored)
+            if not errors:
+                tensors[job.names.bases(job.spec(bank))] = stored.bases
+            errors.append(dataclasses.replace(stored, adapters={}, codes={}, bases=stored.bases.new_empty(0)))
+        yield tensors
+    for bank, result, stored, phases in zip(scope.banks, results, kept, clocks, strict=True):
+        reports.append(_report(bank, result, stored, phases, watch))
+
+
+def _named(job: Job, stored: StoredFactors) -> dict[str, Tensor]:
+    """Adapters and codes by their names in the output."""
+    adapters = {job.names.adapters(*key): tensor for key, tensor in stored.adapters.items()}
+    return adapters | {job.names.codes(*key): tensor for key, tensor in stored.codes.items()}
+
+
+def _report(
+    bank: BankPlan, result: FitResult, stored: Sequence[StoredFactors], phases: PhaseClock, watch: Observer
+) -> BankReport:
+    errors: dict[str, dict[str, float]] = {}
+    expert_errors: dict[str, dict[str, list[float]]] = {}
+    for part in stored:
+        for layer, family in part.errors:
+            errors.setdefault(str(layer), {})[family] = part.errors[layer, family]
+            expert_errors.setdefault(str(layer), {})[family] = part.expert_errors[layer, family]
+    metrics = {name: value for name, value in result.metrics.items() if name != "trajectory"}  # is in the steps
+    report = BankReport(
+        list(bank.layers),
+        list(bank.families),
+        bank.rank,
+        bank.num_bases,
+        bank.num_matrices,
+        bank.original_parameters,
+        bank.stored_parameters,
+        result.outcome,
+        sum(phases.seconds.values()),
+        errors,
+        expert_errors,
+        step_columns(result),
+        {**metrics, "phases": phases.seconds},
+    )
+    watch.bank(bank, report.error, report.seconds)
+    return report
+
+
+def _watch_steps(bank: BankPlan, watch: Observer, phases: PhaseClock, first: int) -> Callable[[StepRecord], None]:
+    """Pass a fit's records on; the warm start ends with the one numbered `first`."""
+
+    def on_step(record: StepRecord) -> None:
+        if record.step == first:
+            phases.end("warm start")
+        watch.step(bank, record)
+
+    return on_step
+
+
+def step_columns(result: FitResult) -> dict[str, list[float]]:
+    """The step records as columns, rounded to six significant digits."""
+    names = [field.name for field in dataclasses.fields(StepRecord)]
+    return {name: [float(f"{getattr(record, name):.6g}") for record in result.steps] for name in names}
+
+
+def scope_record(number: int) -> str:
+    return f"scope-{number:05d}"

@@ -1,0 +1,250 @@
+"""Compressed models inside vLLM: what its `vllm.general_plugins` load.
+
+vLLM's own loader fills everything but the factors, which each layer reads by name. They stay in memory as they are
+stored, and the experts that a batch hits are composed and run by the code that does so in transformers. Written for
+vLLM 0.32; the interfaces used are not promised to stay.
+"""
+
+# vLLM is not among the dependencies:
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from globe.checkpoint.reader import Checkpoint, open_checkpoint
+from globe.errors import CheckpointError, UnsupportedModelError
+from globe.model import QUANT_METHOD, BankSpec, ExpertsLayout, FactorNames, GlobeQuantizationConfig
+from globe.model.bank_module import Bank, BankUse
+from globe.model.experts import factorise
+from globe.model.names import BANKS, DENSE_PARAMETER, is_factor
+
+_VLLM_PARAMETER = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
+"""vLLM's names of the dense parameters, which it lays out as transformers does."""
+
+
+def register() -> None:
+    """The entry point: make vLLM understand `"quant_method": "globe"`. May be called more than once."""
+    register_quantization_config(QUANT_METHOD)(VllmGlobeConfig)
+    if not hasattr(torch.ops.vllm, "globe_experts"):
+        direct_register_custom_op("globe_experts", _run_experts, fake_impl=_outputs_like)
+
+
+class VllmGlobeConfig(QuantizationConfig):
+    """The `quantization_config` of config.json, as vLLM asks about it.
+
+    Args:
+        section: the section, understood.
+    """
+
+    def __init__(self, section: GlobeQuantizationConfig) -> None:
+        super().__init__()
+        self.section = section
+        self.shared: dict[str, Bank] = {}
+        """Banks of several layers that a layer already has; their owner is the first one built."""
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> VllmGlobeConfig:
+        """Parse the section; raises as `GlobeQuantizationConfig` does."""
+        return cls(GlobeQuantizationConfig(**config))
+
+    @classmethod
+    def get_name(cls) -> str:
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+        """Keep the factors and the tripwire from vLLM's loader, which has no place for them."""
+        layers = {layer for bank in self.section.banks for layer in bank.layers}
+        tripwire = FactorNames({layer: str(layer) for layer in layers}, base="").tripwire(self.section.banks)
+        layer, parameter = tripwire.split(".")
+        ignored = (r"(^|\.)globe_", rf"(^|\.)layers\.{layer}\.(.+\.)?{parameter}$")
+        return WeightsMapper(orig_to_new_regex={re.compile(pattern): None for pattern in ignored})
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of a layer: GloBE's for experts in a bank, vLLM's own for everything else."""
+        if isinstance(layer, RoutedExperts):
+            number = extract_layer_index(prefix)
+            in_bank = bool(self.section.banks_of(number))
+            return GlobeExpertsMethod(layer, self, number) if in_bank else UnquantizedFusedMoEMethod(layer.moe_config)
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+
+class GlobeExpertsMethod(FusedMoEMethodBase):
+    """Runs the routed experts of one layer from factors.
+
+    Args:
+        layer: the experts; `UnsupportedModelError` if they or the server's settings ask for what is not there.
+        config: of the model.
+        number: of the decoder layer.
+    """
+
+    def __init__(self, layer: RoutedExperts, config: VllmGlobeConfig, number: int) -> None:
+        super().__init__(layer.moe_config)
+        _refuse_unsupported(layer)
+        model = get_current_vllm_config().model_config
+        self._model, self._revision = model.model, model.revision
+        self._config, self._number = config, number
+        self._owned: dict[str, Bank] = {}
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Give the layer empty factors, and dense parameters, for vLLM's loader, of families that are in no bank."""
+        layout = ExpertsLayout(
+            num_experts,
+            intermediate_size_per_partition,
+            hidden_size,
+            is_transposed=False,
+            is_concatenated=True,
+            has_bias=False,
+        )
+        banks = self._config.section.banks_of(self._number)
+        replaced = {DENSE_PARAMETER[family] for bank in banks for family in bank.families}
+        experts = _SwiGLUExperts()
+        for name, shape in layout.dense_parameters.items():
+            empty = torch.empty(0 if name in replaced else shape, dtype=params_dtype)
+            parameter = nn.Parameter(empty, requires_grad=False)
+            experts.register_parameter(name, parameter)
+            if name not in replaced:
+                layer.register_parameter(_VLLM_PARAMETER[name], parameter)
+                set_weight_attrs(parameter, extra_weight_attrs)
+        factorise(experts, layout, [self._bank_use(bank, experts, hidden_size) for bank in banks])
+        layer.add_module("globe_experts", experts.requires_grad_(False))
+        layer.add_module(BANKS, nn.ModuleDict(self._owned).requires_grad_(False))
+
+    def _bank_use(self, bank: BankSpec, experts: nn.Module, hidden_size: int) -> BankUse:
+        shared = self._config.shared
+        if bank.name in shared:
+            return BankUse(shared[bank.name], bank.families, own=None)
+        like = next(experts.parameters())
+        module = Bank(
+            bank.num_bases,
+            bank.rank,
+            hidden_size,
+            self._config.section.activation,
+            dtype=like.dtype,
+            device=like.device,
+            precision=bank.precision,
+        )
+        if not bank.shared:
+            return BankUse(module, bank.families, own=bank.name)
+        shared[bank.name] = self._owned[bank.name] = module
+        return BankUse(module, bank.families, own=None)
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Read the factors; `CheckpointError` names one that is missing or of another shape."""
+        checkpoint, names = _factors(self._model, self._revision)
+        wanted: dict[tuple[int | None, str], Tensor] = {
+            (self._number, name): parameter
+            for name, parameter in layer.globe_experts.named_parameters()
+            if is_factor(name)
+        }
+        wanted |= {(None, f"{BANKS}.{name}.bases"): bank.bases for name, bank in self._owned.items()}
+        for place, parameter in wanted.items():
+            found = checkpoint.tensors[names[place]].shape if place in names else None
+            if found != tuple(parameter.shape):
+                raise CheckpointError(
+                    f"{self._model}, layer {self._number}: expected {place[1]} of shape {tuple(parameter.shape)}, "
+                    f"found {found or 'none'}; fetch the checkpoint again or repeat the compression"
+                )
+            parameter.data.copy_(checkpoint.read(names[place]))
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:  # noqa: ARG002
+        """None: no kernel of vLLM's runs these experts."""
+        return
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any,  # noqa: ARG002
+        shared_experts_input: Tensor | None,  # noqa: ARG002
+    ) -> Tensor:
+        """Weighted sum over each token's experts: (T, D), (T, K), (T, K) -> (T, D). vLLM's runner adds shared ones."""
+        return torch.ops.vllm.globe_experts(x, topk_weights, topk_ids, layer.layer_name)
+
+
+class _SwiGLUExperts(nn.Module):
+    """What `factorise` makes experts of: the activation, and parameters put there by name."""
+
+    act_fn = staticmethod(nn.functional.silu)
+
+
+def _run_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str) -> Tensor:
+    """The custom op, which torch.compile does not look into: which experts are hit is read back to the host."""
+    layer = get_forward_context().no_compile_layers[layer_name].routed_experts
+    return layer.globe_experts(x, topk_ids, topk_weights)
+
+
+def _outputs_like(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(x)
+
+
+@functools.lru_cache(maxsize=1)
+def _factors(model: str, revision: str | None) -> tuple[Checkpoint, dict[tuple[int | None, str], str]]:
+    """The checkpoint, and its factors' names by layer (None for what layers share) and name inside the experts."""
+    checkpoint = open_checkpoint(model, revision)
+    names: dict[tuple[int | None, str], str] = {}
+    for name in filter(is_factor, checkpoint.tensors):
+        place, _, rest = name.partition("globe_")
+        number = next((int(part) for part in place.split(".") if part.isdigit()), None)
+        names[number, f"globe_{rest}"] = name
+    return checkpoint, names
+
+
+def _refuse_unsupported(layer: RoutedExperts) -> None:
+    moe, parallel = layer.moe_config, layer.moe_config.moe_parallel_config
+    eager = current_platform.is_cpu() or get_current_vllm_config().model_config.enforce_eager
+    sizes = (parallel.tp_size, parallel.ep_size, parallel.dp_size, parallel.pcp_size, parallel.sp_size)
+    found = {
+        "tensor, expert, data or context parallelism": max(sizes) > 1,
+        "CUDA graphs (give --enforce-eager)": not eager,
+        "experts with biases": moe.has_bias,
+        f"the activation {moe.activation.value}": moe.activation is not MoEActivation.SILU,
+        "a limit or slope in the gate": (moe.swiglu_limit, moe.swiglu_alpha, moe.swiglu_beta) != (None, None, None),
+        "router weights applied to the input": layer.apply_router_weight_on_input,
+        "LoRA": moe.is_lora_enabled,
+        "redundant experts": moe.num_experts != moe.num_logical_experts,
+    }
+    if unsupported := [problem for problem, is_there in found.items() if is_there]:
+        raise UnsupportedModelError(
+            f"{layer.layer_name}: GloBE's experts in vLLM do not support {', '.join(unsupported)}; "
+            "change that, or serve what `globe export` writes, which needs no plugin"
+        )

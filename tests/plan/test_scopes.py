@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from globe.bank.precision import Precision
+from globe.errors import SettingsError
+from globe.plan.scopes import (
+    choose_shape,
+    choose_shape_for_bits,
+    compact,
+    make_plan,
+    stored_bytes,
+    stored_parameters,
+)
+from globe.plan.settings import CompressConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    index: int
+    num_experts: int = 4
+    intermediate_size: int = 6
+    hidden_size: int = 16
+
+
+@given(
+    num_matrices=st.integers(1, 400),
+    rows=st.integers(1, 300),
+    columns=st.integers(1, 300),
+    keep=st.floats(0.001, 1.2),
+)
+def test_a_chosen_shape_stays_within_the_budget_or_the_range_is_named(
+    num_matrices: int, rows: int, columns: int, keep: float
+) -> None:
+    total = num_matrices * rows * columns
+    if not stored_parameters(num_matrices, rows, columns, 1, 1) / total <= keep < 1:
+        with pytest.raises(SettingsError, match="out of reach"):
+            choose_shape(num_matrices, rows, columns, keep)
+        return
+    rank, num_bases = choose_shape(num_matrices, rows, columns, keep)
+    assert 1 <= rank <= rows
+    assert 1 <= num_bases <= num_matrices
+    assert stored_parameters(num_matrices, rows, columns, rank, num_bases) <= keep * total * (1 + 1e-9)
+
+
+def test_real_shapes_use_nearly_all_of_the_budget() -> None:
+    for num_matrices, rows, columns in ((384, 768, 2048), (192, 1024, 2048), (180, 1408, 2048), (24, 14336, 4096)):
+        for keep in (0.75, 0.5, 0.35):
+            rank, num_bases = choose_shape(num_matrices, rows, columns, keep)
+            kept = stored_parameters(num_matrices, rows, columns, rank, num_bases) / (num_matrices * rows * columns)
+            assert 0.98 * keep < kept <= keep
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [(0,), (1,), (2,), (3,), (5,)]),
+        ({"scope": "model"}, [(0, 1, 2, 3, 5)]),
+        ({"scope": "2"}, [(0, 1), (2, 3), (5,)]),
+        ({"scope": "model", "max_experts": 24}, [(0, 1), (2, 3), (5,)]),
+        ({"layers": (5, 1)}, [(1,), (5,)]),
+    ],
+)
+def test_scopes_are_runs_of_the_layers_that_hold_experts(
+    settings: dict[str, object], expected: list[tuple[int, ...]]
+) -> None:
+    layers = [Layer(index) for index in (0, 1, 2, 3, 5)]
+    scopes = make_plan(layers, CompressConfig(keep=0.7, **settings))  # pyright: ignore[reportArgumentType]
+    assert [scope.layers for scope in scopes] == expected
+
+
+def test_families_share_a_bank_or_have_their_own() -> None:
+    together = make_plan([Layer(0)], CompressConfig(keep=0.7))[0].banks
+    assert [(bank.families, bank.num_matrices) for bank in together] == [(("gate", "up", "down"), 12)]
+    apart = make_plan([Layer(0)], CompressConfig(keep=0.7, share_families=False))[0].banks
+    assert [(bank.families, bank.num_matrices) for bank in apart] == [(("gate",), 4), (("up",), 4), (("down",), 4)]
+
+
+def test_ratios_set_the_shape_directly() -> None:
+    (scope,) = make_plan([Layer(0)], CompressConfig(rank_ratio=0.5, basis_ratio=0.25))
+    assert (scope.banks[0].rank, scope.banks[0].num_bases) == (3, 3)
+
+
+def test_a_rank_above_the_columns_is_refused_before_any_work() -> None:
+    coarse = [Layer(0, intermediate_size=64, hidden_size=16)]
+    with pytest.raises(SettingsError, match="16 columns"):
+        make_plan(coarse, CompressConfig(rank_ratio=0.5, basis_ratio=0.5))
+
+
+def test_experts_of_different_shapes_do_not_share_a_bank() -> None:
+    layers = [Layer(0), Layer(1, intermediate_size=8)]
+    with pytest.raises(SettingsError, match="different shapes"):
+        make_plan(layers, CompressConfig(keep=0.7, scope="model"))
+    assert len(make_plan(layers, CompressConfig(keep=0.7))) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank_ratio": 0.5}, "go together"),
+        ({"keep": 0.5, "rank_ratio": 0.5, "basis_ratio": 0.5}, "give one of keep, bits"),
+        ({"rank_ratio": 1.5, "basis_ratio": 0.5}, "at most 1"),
+        ({"keep": 0.5, "bits": 3}, "give one of keep, bits"),
+        ({"bits": 3, "factor_dtype": "int4"}, "bits chooses the factors' dtype"),
+        ({"bits": 0}, "above 0"),
+        ({"factor_dtype": "int4", "solver": "am"}, "am does not round the bank"),
+        ({"families": ("gate", "side")}, "side"),
+        ({"families": ()}, "none"),
+        ({"scope": "half"}, "half"),
+        ({"activation": "gelu"}, "gelu"),
+        ({"codes": "topk"}, "topk"),
+    ],
+)
+def test_settings_at_odds_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        CompressConfig(**settings)  # pyright: ignore[reportArgumentType]
+
+
+def test_indices_are_shown_as_runs() -> None:
+    assert compact([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert compact([]) == "none"
+
+
+@given(
+    num_matrices=st.integers(2, 400),
+    rows=st.integers(4, 200),
+    columns=st.integers(8, 300),
+    bits=st.floats(0.5, 9),
+    packed=st.sampled_from([(3, 8, 4), (4, 8, 4), (8, 8, 8), (None, None, None)]),
+)
+def test_a_shape_chosen_for_bits_takes_no_more_of_them(
+    num_matrices: int, rows: int, columns: int, bits: float, packed: tuple[int | None, ...]
+) -> None:
+    precision, total = Precision(*packed), num_matrices * rows * columns
+    if stored_bytes(num_matrices, rows, columns, 1, 1, precision, 2) * 8 > bits * total:
+        with pytest.raises(SettingsError, match="out of reach"):
+            choose_shape_for_bits(num_matrices, rows, columns, bits, precision, 2)
+        return
+    rank, num_bases = choose_shape_for_bits(num_matrices, rows, columns, bits, precision, 2)
+    assert 1 <= rank <= min(rows, columns)
+    assert 1 <= num_bases <= num_matrices
+    assert stored_bytes(num_matrices, rows, columns, rank, num_bases, precision, 2) * 8 <= bits * total
+    if num_bases < num_matrices:  # one basis more is too many
+        assert stored_bytes(num_matrices, rows, columns, rank, num_bases + 1, precision, 2) * 8 > bits * total

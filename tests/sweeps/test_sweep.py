@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from globe import CompressConfig, EvaluateConfig, OutputError, SettingsError, SweepConfig, compress, evaluate, sweep
+from globe.cli.main import main
+from globe.plan.scopes import compact
+from globe.sweeps import sweep as sweep_module
+from globe.sweeps.settings import parse_layers
+from globe.sweeps.view import draw_sweep, sweep_table, write_table
+
+QUICK = EvaluateConfig(max_tokens=256, length=64)
+GRID = SweepConfig(
+    keep=(0.7, 1e-5), layers=("3", "5"), common=CompressConfig(steps=2, calibrate="none"), evaluate=QUICK
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep") / "grid"
+    sweep("shipped", folder, GRID)
+    return folder
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file() and "models" not in path.parts
+    }
+
+
+def without_seconds(content: str) -> dict[str, Any]:
+    record = json.loads(content)["record"]
+    return {name: value for name, value in record.items() if name != "seconds"}
+
+
+def test_a_point_is_what_compress_and_evaluate_give(folder: Path, tmp_path: Path) -> None:
+    report = compress("shipped", tmp_path / "out", CompressConfig(keep=0.7, layers=(5,), steps=2, calibrate="none"))
+    expected = evaluate(tmp_path / "out", QUICK, reference="shipped")
+    result = sweep("shipped", folder, GRID)
+    assert [point.settings["keep"] for point in result.points] == [0.7, 0.7, 1e-5, 1e-5]
+    assert [point.settings["layers"] for point in result.points] == ["3", "5"] * 2
+    point = result.points[1]
+    assert point.evaluation == expected
+    assert (point.error, point.kept, point.compressed_bytes) == (report.error, report.kept, report.compressed_bytes)
+    assert result.original == evaluate("shipped", QUICK)
+    assert result.original_bytes == report.original_bytes
+
+
+def test_a_point_out_of_reach_is_recorded_and_the_sweep_goes_on(folder: Path) -> None:
+    failed = [point for point in sweep("shipped", folder, GRID).points if point.failure is not None]
+    assert [point.settings["keep"] for point in failed] == [1e-5, 1e-5]
+    assert all("out of reach" in str(point.failure) and point.evaluation is None for point in failed)
+
+
+def test_only_records_are_left(folder: Path) -> None:
+    records = {f"points/{number:05d}.json" for number in range(4)}
+    assert files(folder).keys() == {"run.json", "original.json", "globe_manifest.json", *records}
+
+
+def test_models_are_kept_when_asked_for(tmp_path: Path) -> None:
+    config = dataclasses.replace(GRID, keep=(0.7,), layers=("3",), save_models=True)
+    result = sweep("shipped", tmp_path / "grid", config)
+    again = evaluate(tmp_path / "grid" / "models" / "00000", QUICK, reference="shipped")
+    assert again == result.points[0].evaluation
+
+
+@pytest.mark.parametrize(("stage", "after"), [("compress", 1), ("evaluate_model", 2)])
+def test_a_killed_sweep_goes_on_after_the_last_finished_point(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, after: int
+) -> None:
+    calls: list[object] = []
+    real = getattr(sweep_module, stage)
+
+    def killed(*arguments: Any, **settings: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return real(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_module, stage, killed)
+        with pytest.raises(KeyboardInterrupt):
+            sweep("shipped", tmp_path / "grid", GRID)
+    before = {name: text for name, text in files(tmp_path / "grid").items() if name.startswith("points")}
+    assert len(before) == 1
+    sweep("shipped", tmp_path / "grid", GRID)
+    now, expected = files(tmp_path / "grid"), files(folder)
+    assert before.items() <= now.items()
+    assert now.keys() == expected.keys()
+    assert not (tmp_path / "grid" / "models").exists()
+    for name, text in expected.items():
+        if name == "globe_manifest.json":
+            continue  # sums over the seconds too
+        assert without_seconds(now[name]) == without_seconds(text)
+
+
+def test_a_finished_sweep_loads_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_module, "load", None)
+    monkeypatch.setattr(sweep_module, "compress", None)
+    assert len(sweep("shipped", folder, GRID).points) == 4
+
+
+def test_other_settings_in_the_same_folder_are_named(folder: Path) -> None:
+    other = dataclasses.replace(GRID, keep=(0.7,), common=CompressConfig(steps=3, calibrate="none"))
+    with pytest.raises(SettingsError, match=r"keep was \[0.7, 1e-05\], now \[0.7\]; steps was 2, now 3"):
+        sweep("shipped", folder, other)
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(OutputError, match="holds files"):
+        sweep("shipped", tmp_path, GRID)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": ()}, "keep holds"),
+        ({"codes": ("ridge", "ridge")}, "each once"),
+        ({"layers": ("first",)}, "layers 'first' is not understood"),
+        ({"common": CompressConfig(keep=0.5)}, "keep is an axis"),
+        ({"common": CompressConfig(layers=(1,))}, "layers is an axis"),
+        ({"common": CompressConfig(rank_ratio=0.5, basis_ratio=0.5)}, "leave out rank_ratio"),
+    ],
+)
+def test_a_grid_that_makes_no_sense_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        SweepConfig(**settings)
+
+
+@given(st.sets(st.integers(0, 40), min_size=1))
+def test_layers_are_read_as_they_are_written(indices: set[int]) -> None:
+    assert parse_layers(compact(sorted(indices)).replace(" ", "")) == tuple(sorted(indices))
+
+
+def test_the_table_holds_every_point(folder: Path, tmp_path: Path) -> None:
+    result = sweep("shipped", folder, GRID)
+    write_table(result, tmp_path / "sweep.csv")
+    with (tmp_path / "sweep.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["keep"] for row in rows] == ["original", "0.7", "0.7", "1e-05", "1e-05"]
+    for row, point in zip(rows[1:], result.points, strict=True):
+        assert row["failure"] == (point.failure or "")
+        if point.evaluation is not None:
+            assert float(row["kl"]) == point.evaluation.kl
+            assert float(row["error_down"]) == (point.family_errors or {})["down"]
+
+    table = sweep_table(result)
+    assert table.row_count == 5
+    assert "out of reach" in str(table.caption)
+
+
+@pytest.mark.parametrize("change", [{}, {"keep": (0.7,)}, {"layers": ("3",)}, {"keep": (0.7,), "layers": ("3",)}])
+def test_every_shape_of_grid_is_drawn(folder: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    result = sweep("shipped", folder, GRID)
+    config = dataclasses.replace(GRID, **change)
+    points = [p for p in result.points if p.settings in config.points()]
+    shown = dataclasses.replace(result, config=config, points=points, source="$a_{ [/x]\x1b[2J\u202e")  # no mathematics
+    draw_sweep(shown, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_prints_the_table_and_writes_the_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (
+        "--keep",
+        "0.7",
+        "0.00001",
+        "--layers",
+        "3",
+        "--common.steps",
+        "2",
+        "--common.calibrate",
+        "none",
+        "--evaluate.max-tokens",
+        "256",
+    )
+    status = main(["sweep", "-o", str(tmp_path / "grid"), *arguments])
+    out = capsys.readouterr().out
+    assert status == 0
+    assert "keep 1e-05: failed" in out
+    assert "1 of 2 points failed" in out
+    assert {"sweep.csv", "sweep.png"} < {path.name for path in (tmp_path / "grid").iterdir()}
+    assert main(["sweep", "-o", str(tmp_path / "grid"), *arguments]) == 0
+    assert "going on after 2 of 2 points" in capsys.readouterr().out
