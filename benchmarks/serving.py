@@ -28,6 +28,8 @@ from typing import Any
 import matplotlib as mpl
 import torch
 import tyro
+from globe.bank.precision import Precision
+from globe.bank.rounding import encode
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -36,8 +38,6 @@ from transformers.utils import logging
 from benchmarks.record import RESULTS, Claim, write_record
 from benchmarks.tables import Column, print_claims, print_table
 from globe import CompressConfig, compress, set_compose_cache
-from globe.bank.precision import Precision
-from globe.bank.rounding import encode
 from globe.checkpoint.shipped import resolve_model
 from globe.model import ComposeCache, find_experts
 from globe.model.bank_module import Bank, BankUse

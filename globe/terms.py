@@ -20,5 +20,3 @@ Solver = Literal["varpro", "am"]
 """varpro: adapters eliminated, accelerated steps; am: closed-form alternating minimisation."""
 Track = Literal["none", "wandb", "trackio", "tensorboard"]
 """Experiment tracker."""
-BITS = (8, 5, 4, 3, 2)
-"""Of a factor that is not stored in floating point."""

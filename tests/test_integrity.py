@@ -306,7 +306,7 @@ def test_a_sweep_is_verified_and_damaged_records_are_made_again(tmp_path: Path) 
     grid = SweepConfig(
         keep=(0.7,),
         layers=("3",),
-        common=CompressConfig(steps=1, calibrate="none"),
+        common=CompressConfig(keep=0.75, steps=1, calibrate="none"),
         evaluate=EvaluateConfig(max_tokens=64, length=32),
     )
     first = sweep("shipped", tmp_path / "grid", grid)

@@ -43,10 +43,10 @@ class LayerStatistics:
     """C, (D, D): mean of x xᵀ over all tokens."""
     counts: Tensor
     """Tokens routed to each expert, (E,)."""
-    output_norms: Tensor
-    """Sum over an expert's tokens of router weight times norm of the output, (E,)."""
     rows: Mapping[Family, Tensor]
     """s of every family, (E, P), summed over an expert's tokens."""
+    inner: Tensor | None = None
+    """Sum over an expert's tokens of γ² h hᵀ, (E, P, P): what down is multiplied with; None where nobody asked."""
 
     @property
     def unreached(self) -> list[int]:

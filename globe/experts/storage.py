@@ -12,8 +12,6 @@ from globe.bank.activations import activate
 from globe.bank.adapters import refit_adapters
 from globe.bank.factors import Factors, compose, mix
 from globe.bank.objective import expert_chunks, missed_and_sizes
-from globe.bank.precision import Precision
-from globe.bank.rounding import decoded, encode, encode_with_feedback
 from globe.errors import SettingsError
 from globe.experts.stack import ExpertStack
 from globe.terms import Family
@@ -24,11 +22,11 @@ class StoredFactors:
     """Factors in the precision they are stored in, and what that costs."""
 
     adapters: dict[tuple[int, Family], Tensor]
-    """A (E, P, R) by layer and family, in the units of the weights; in few bits, rows are encoded."""
+    """A (E, P, R) by layer and family, in the units of the weights."""
     codes: dict[tuple[int, Family], Tensor]
-    """a (E, M) by layer and family, likewise."""
+    """a (E, M) by layer and family."""
     bases: Tensor
-    """B (M, R, D), likewise."""
+    """B (M, R, D)."""
     errors: dict[tuple[int, Family], float]
     """‖W − What‖_F / ‖W‖_F of each layer and family, after rounding."""
     expert_errors: dict[tuple[int, Family], list[float]]
@@ -40,18 +38,16 @@ def to_storage(
     stack: ExpertStack,
     factors: Factors,
     dtype: torch.dtype,
-    precision: Precision = Precision(),  # noqa: B008
     lambda_a: float = 1e-6,
 ) -> StoredFactors:
     """Round codes and bases, refit the adapters to what was rounded, fold σ in and round them too.
 
-    Factors without bits in `precision` are rounded to `dtype`. The adapters are ill-conditioned enough to amplify the
-    bank's rounding; refitted, in the metric of the fit, they make up for most of it. Rounded to few bits, their later
-    columns make up for the error of the earlier ones. The errors are in plain Frobenius norms; that of zeros, whose
+    The adapters are ill-conditioned enough to amplify the bank's rounding; refitted, in the metric of the fit, they
+    make up for most of it. The errors are in plain Frobenius norms; that of zeros, whose
     factors are exact, is 0. Raises `SettingsError` for adapters that leave the range of `dtype`.
     """
-    codes, wide_codes = _stored(factors.codes, precision.codes, dtype)
-    bases, wide_bases = _stored(factors.bases, precision.bases, dtype)
+    codes, bases = factors.codes.to(dtype), factors.bases.to(dtype)
+    wide_codes, wide_bases = codes.to(factors.codes.dtype), bases.to(factors.bases.dtype)
     stored = StoredFactors({}, {}, bases, {}, {})
     for group in stack.groups:
         key: tuple[int, Family] = (group.layer, group.family)
@@ -62,12 +58,8 @@ def to_storage(
             place = slice(group.part.start + part.start, group.part.start + part.stop)
             weighed = features if stack.metric is None else stack.metric.weigh(features, place)
             exact, _ = refit_adapters(weights[part], features, lambda_a=lambda_a, weighed=weighed)
-            exact = group.restore(exact, part)
-            if precision.adapters is None:
-                adapters.append(exact.to(dtype))
-            else:
-                adapters.append(encode_with_feedback(exact, weighed @ features.mT, precision.adapters))
-            approximation = decoded(adapters[-1], factors.bases.shape[1], precision.adapters).to(features) @ features
+            adapters.append(group.restore(exact, part).to(dtype))
+            approximation = adapters[-1].to(features) @ features
             own_missed, sizes = missed_and_sizes(group.restore(weights[part], part), approximation)
             if not bool(own_missed.isfinite().all()):
                 raise SettingsError(
@@ -85,27 +77,9 @@ def to_storage(
     return stored
 
 
-def _stored(factor: Tensor, bits: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A factor as it is stored, and what it is then worth."""
-    stored = factor.to(dtype) if bits is None else encode(factor, bits)
-    return stored, decoded(stored, factor.shape[-1], bits).to(factor.dtype)
-
-
-def restore(
-    adapters: Tensor, codes: Tensor, bases: Tensor, activation: str, shape: tuple[int, int, int], precision: Precision
-) -> Tensor:
-    """The experts (E, P, D) of one layer and family from stored factors of a bank of `shape` (M, R, D), composed in
-    float32."""
-    num_bases, rank, columns = shape
-    wide_bases = decoded(bases, columns, precision.bases)
+def restore(adapters: Tensor, codes: Tensor, bases: Tensor, activation: str) -> Tensor:
+    """The experts (E, P, D) of one layer and family from the factors as they are stored, composed in float32."""
+    wide = bases.float()
     return torch.cat(
-        [
-            compose(
-                decoded(adapters[part], rank, precision.adapters),
-                decoded(codes[part], num_bases, precision.codes),
-                wide_bases,
-                activation,
-            )
-            for part in expert_chunks(adapters)
-        ]
+        [compose(adapters[part].float(), codes[part].float(), wide, activation) for part in expert_chunks(adapters)]
     )

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from globe.bank.factors import Factors
 from globe.bank.objective import Problem
-from globe.bank.precision import Precision
 from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.reader import Checkpoint
 from globe.checkpoint.writer import save_tensors, tensor_bytes
@@ -23,8 +22,9 @@ from globe.experts.stack import ExpertStack, read_stack
 from globe.experts.storage import StoredFactors, to_storage
 from globe.plan.scopes import BankPlan
 from globe.train.config import FitConfig
+from globe.train.parts import ExpertParts
 from globe.train.result import FitResult, StepRecord
-from globe.train.stream import ExpertParts, State, fit_parts
+from globe.train.stream import State, fit_parts
 
 _DIGEST = "sha256"
 SAVE_SECONDS = 300.0
@@ -73,11 +73,11 @@ class StreamedExperts:
 
         return fit_parts(self.parts(), config, on_step, state=load_file(state) if state.exists() else None, save=save)
 
-    def store(self, factors: Factors, dtype: torch.dtype, precision: Precision) -> Iterator[StoredFactors]:
+    def store(self, factors: Factors, dtype: torch.dtype) -> Iterator[StoredFactors]:
         """Layer after layer, exact adapters to the rounded codes and bases."""
         for number, place in enumerate(self.parts().slices()):
             own = dataclasses.replace(factors, codes=factors.codes[place])
-            yield to_storage(self.stack(number), own, dtype, precision)
+            yield to_storage(self.stack(number), own, dtype)
 
 
 def is_intact(state: Path) -> bool:

@@ -80,7 +80,7 @@ def routed_tokens(layout: ExpertsLayout, arguments: tuple[Tensor, ...]) -> tuple
 class _Sums:
     """Sums over the tokens of one layer, on the device of its experts."""
 
-    def __init__(self, experts: RoutedExperts) -> None:
+    def __init__(self, experts: RoutedExperts, *, inner: bool) -> None:
         self._layout = layout = experts.layout
         like = next(experts.module.parameters())
         E, P, D = layout.num_experts, layout.intermediate_size, layout.hidden_size
@@ -89,7 +89,8 @@ class _Sums:
             return torch.zeros(shape, device=like.device)
 
         self._num_tokens = 0
-        self._inputs, self._counts, self._norms = zeros(D, D), zeros(E), zeros(E)
+        self._inputs, self._counts = zeros(D, D), zeros(E)
+        self._inner = zeros(E, P, P) if inner else None
         self._rows: dict[Family, Tensor] = {family: zeros(E, P) for family in FAMILIES}
 
     def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -103,16 +104,19 @@ class _Sums:
                 continue
             router_weights, inner = weights[token, place].float(), run_expert(module, self._layout, expert, x[token])
             self._counts[expert] += len(token)
-            self._norms[expert] += router_weights @ inner.outputs.norm(dim=1)
             energy = inner.down.square().sum(1)
             self._rows["gate"][expert] += energy * (router_weights.square() @ inner.by_gate.square())
             self._rows["up"][expert] += energy * (router_weights.square() @ inner.by_up.square())
             self._rows["down"][expert] += router_weights.square() @ inner.activations.square()
+            if self._inner is not None:
+                weighted = router_weights[:, None] * inner.activations
+                self._inner[expert].addmm_(weighted.mT, weighted)
 
     def statistics(self) -> LayerStatistics:
         rows: dict[Family, Tensor] = {family: self._rows[family].cpu() for family in FAMILIES}
         inputs = self._inputs / self._num_tokens
-        return LayerStatistics(self._num_tokens, inputs.cpu(), self._counts.cpu(), self._norms.cpu(), rows)
+        inner = None if self._inner is None else self._inner.cpu()
+        return LayerStatistics(self._num_tokens, inputs.cpu(), self._counts.cpu(), rows, inner)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,16 +146,20 @@ def read_calibration_text(folder: Path, name: str, max_tokens: int, trust_remote
 
 
 @torch.no_grad()
-def calibrate(model: Any, windows: Tensor, layers: Collection[int], batch: int = 8) -> dict[int, LayerStatistics]:
+def calibrate(
+    model: Any, windows: Tensor, layers: Collection[int], batch: int = 8, *, inner: bool = False
+) -> dict[int, LayerStatistics]:
     """Run a causal language model over token windows (N, length) and collect the statistics of `layers`.
 
-    Beside the model, D² + 3·E·P numbers for each layer are kept, however long the text. Raises `UnsupportedModelError`
-    as `find_experts` does, and `CheckpointError` for tokens that the model does not know, and naming the layer whose
-    statistics are not finite.
+    Beside the model, D² + 3·E·P numbers for each layer are kept, however long the text, and with `inner` E·P² more.
+    Raises `UnsupportedModelError` as `find_experts` does, and `CheckpointError` for tokens that the model does not
+    know, and naming the layer whose statistics are not finite.
     """
     check_vocabulary(windows, model, "the model")
     with explained_exhaustion(f"calibrating on {model.device}", OUT_OF_MEMORY):
-        sums = {experts.layer: _Sums(experts) for experts in find_experts(model) if experts.layer in layers}
+        sums = {
+            experts.layer: _Sums(experts, inner=inner) for experts in find_experts(model) if experts.layer in layers
+        }
         run_hooked(model, windows, sums, batch)
     found = {layer: total.statistics() for layer, total in sums.items()}
     for layer, statistics in found.items():
@@ -189,7 +197,7 @@ def save_statistics(path: Path, layers: Mapping[int, LayerStatistics]) -> str:
                 "num_tokens": torch.tensor(found.num_tokens),
                 "inputs": found.inputs,
                 "counts": found.counts,
-                "output_norms": found.output_norms,
+                **({} if found.inner is None else {"inner": found.inner}),
                 **{f"rows.{family}": rows for family, rows in found.rows.items()},
             }.items()
         },
@@ -204,8 +212,8 @@ def load_statistics(path: Path) -> dict[int, LayerStatistics]:
             int(tensors[f"{layer}.num_tokens"]),
             tensors[f"{layer}.inputs"],
             tensors[f"{layer}.counts"],
-            tensors[f"{layer}.output_norms"],
             {family: tensors[f"{layer}.rows.{family}"] for family in FAMILIES},
+            tensors.get(f"{layer}.inner"),
         )
         for layer in sorted({int(name.partition(".")[0]) for name in tensors})
     }

@@ -7,24 +7,19 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from globe.bank.precision import Precision
 from globe.errors import CheckpointError
-from globe.terms import BITS, FAMILIES
+from globe.terms import FAMILIES
 from globe.typed import parsed, shown
 
 _LARGEST = 1 << 20
 """Of layer numbers, ranks and bases: a bank of more has more parameters than torch can address."""
-PLAIN = {"bases": "plain", "codes": "plain", "adapters": "plain"}
-"""The encoding of factors as they are, in a floating-point dtype."""
-_BITS: Mapping[str, int | None] = {"plain": None, **{f"int{bits}": bits for bits in BITS}}
-"""What this version reads: plain, or rows of few bits (`globe.bank.rounding`)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BankSpec:
-    """One bank: whom it serves, its shape, and how its factors are stored.
+    """One bank: whom it serves, and its shape.
 
-    Raises `CheckpointError` if a field is out of its domain or the encoding is not known.
+    Raises `CheckpointError` if a field is out of its domain.
     """
 
     layers: tuple[int, ...]
@@ -35,8 +30,6 @@ class BankSpec:
     """R."""
     num_bases: int
     """M."""
-    encoding: Mapping[str, str] = dataclasses.field(default_factory=PLAIN.copy, hash=False)
-    """How bases, codes and adapters are stored."""
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     """What else the entry held; written back unchanged."""
 
@@ -54,17 +47,6 @@ class BankSpec:
                     f"bank {self.name}: {name} must be a positive int, of {_LARGEST} at most; found "
                     f"{shown(getattr(self, name))}"
                 )
-        if self.encoding.keys() != PLAIN.keys() or not set(self.encoding.values()) <= _BITS.keys():
-            raise CheckpointError(
-                f"bank {self.name}: this version reads encodings of {', '.join(PLAIN)}, each one of "
-                f"{', '.join(_BITS)}; found {shown(dict(self.encoding))}. Install the version of globe-moe that wrote "
-                "the checkpoint"
-            )
-
-    @property
-    def precision(self) -> Precision:
-        """The bits of each factor."""
-        return Precision(**{factor: _BITS[name] for factor, name in self.encoding.items()})
 
     @property
     def shared(self) -> bool:
@@ -92,7 +74,6 @@ class BankSpec:
             "families": list(self.families),
             "rank": self.rank,
             "num_bases": self.num_bases,
-            "encoding": dict(self.encoding),
         }
 
 
@@ -102,7 +83,6 @@ class _Entry:
     families: tuple[str, ...]
     rank: int
     num_bases: int
-    encoding: dict[str, str]
 
 
 def _is_count(value: object, least: int) -> bool:
@@ -111,9 +91,3 @@ def _is_count(value: object, least: int) -> bool:
 
 def _increasing(numbers: tuple[int, ...]) -> bool:
     return all(low < high for low, high in itertools.pairwise(numbers))
-
-
-def encoding_of(precision: Precision) -> dict[str, str]:
-    """The entry of config.json for factors of so many bits."""
-    bits = dataclasses.asdict(precision)
-    return {factor: "plain" if bits[factor] is None else f"int{bits[factor]}" for factor in PLAIN}

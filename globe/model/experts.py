@@ -270,19 +270,19 @@ def factorise(module: nn.Module, layout: ExpertsLayout, uses: Sequence[BankUse])
     """
     like = next(module.parameters(recurse=False))
     E, P, D = layout.num_experts, layout.intermediate_size, layout.hidden_size
-    factors: dict[str, tuple[tuple[int, ...], int | None]] = {}
+    factors: dict[str, tuple[int, ...]] = {}
     for use in uses:
         bank = use.bank
         for family in use.families:
-            factors[adapters_parameter(family)] = (E, P, bank.rank), bank.precision.adapters
-            factors[codes_parameter(family)] = (E, bank.num_bases), bank.precision.codes
+            factors[adapters_parameter(family)] = (E, P, bank.rank)
+            factors[codes_parameter(family)] = (E, bank.num_bases)
     factorised = {family for use in uses for family in use.families}
     for half in dense_halves(factorised):
-        factors[dense_parameter(half)] = (E, P, D), None
+        factors[dense_parameter(half)] = (E, P, D)
     for parameter in {DENSE_PARAMETER[family] for family in factorised}:
         delattr(module, parameter)
-    for name, (shape, bits) in factors.items():
-        module.register_parameter(name, factor_parameter(shape, bits, like.dtype, like.device))
+    for name, shape in factors.items():
+        module.register_parameter(name, factor_parameter(shape, like.dtype, like.device))
     own = {use.own: use.bank for use in uses if use.own is not None}
     if own:
         module.add_module(BANKS, nn.ModuleDict(own))

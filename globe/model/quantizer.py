@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.quantizers.base import HfQuantizer
 
-from globe.bank.precision import Precision
 from globe.checkpoint.manifest import MANIFEST
 from globe.errors import CheckpointError, SettingsError
 from globe.model.autoload import save_with_autoload, save_without_autoload, write_autoload
@@ -104,7 +103,6 @@ class GlobeQuantizer(HfQuantizer):
             self.quantization_config.activation,
             dtype=like.dtype,
             device=like.device,
-            precision=bank.precision,
         )
 
     def update_weight_conversions(
@@ -165,7 +163,7 @@ class GlobeQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         """Whether the factors are ordinary parameters, so that training needs no adapters beside them."""
-        return all(bank.precision == Precision() for bank in self.quantization_config.banks)
+        return not self.quantization_config.coded
 
     @property
     def is_compileable(self) -> bool:

@@ -40,7 +40,7 @@ def is_cheaper(
     """Whether sharing takes fewer multiply-adds, weighted by the bytes of an operand, than composing what is hit.
 
     `num_pairs` are the pairs of a token and one of its experts. Experts are composed in float32, whatever the `dtype`
-    of the states is, and packed bases are multiplied in it.
+    of the states is.
     """
     P, D = layout.intermediate_size, layout.hidden_size
     exact = torch.promote_types(dtype, torch.float32).itemsize
@@ -48,8 +48,9 @@ def is_cheaper(
     for use in uses:
         M, R, families = use.bank.num_bases, use.bank.rank, len(use.families)
         directions = len({family == "down" for family in use.families})
-        of_bases = dtype.itemsize if use.bank.precision.bases is None else exact
-        shared += of_bases * num_tokens * directions * M * R * D + dtype.itemsize * num_pairs * families * (M + P) * R
+        shared += (
+            dtype.itemsize * num_tokens * directions * M * R * D + dtype.itemsize * num_pairs * families * (M + P) * R
+        )
         composed += exact * num_hit * families * (M + P) * R * D + dtype.itemsize * num_pairs * families * P * D
     return shared < composed
 
@@ -78,18 +79,15 @@ def run_shared(
     if not len(slots):
         return torch.zeros_like(states)
     weights, index = weights.where(index < E, 0).to(exact), index.clamp_max(E - 1)
-    hit = counts.nonzero().flatten()
     banks = {family: use.bank for use in uses for family in use.families}
 
     def mixtures(family: str) -> Tensor:
         """Codes of each token's experts, (T, K, M)."""
-        return banks[family].plain_codes(parameters[codes_parameter(family)][index]).to(exact)
+        return parameters[codes_parameter(family)][index].to(exact)
 
     def adapted(rows: Tensor, family: str, *, transposed: bool) -> Tensor:
         """Rows in the order of `slots`, times A_eᵀ, or A_e if transposed."""
         adapters, ends = parameters[adapters_parameter(family)], counts.cumsum(0, dtype=torch.int32)
-        if banks[family].precision.adapters is not None:  # decode those that are hit alone
-            adapters, ends = banks[family].plain_adapters(adapters[hit]), ends[hit]
         adapters = adapters.to(rows.dtype)
         return grouped_mm(rows, adapters if transposed else adapters.mT, ends)
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from globe.bank.precision import Precision
-from globe.bank.rounding import num_bytes
 from globe.errors import SettingsError
 from globe.plan.settings import CompressConfig
 from globe.terms import Family
 
 ADAPTER_SHARE = 0.68
 """Share of the kept parameters that goes to the adapters while R < P; measured, see docs/log.md."""
-
-SOURCE_ITEMSIZE = 2
-"""Bytes of a factor's entry in floating point where a budget of bits is spent: with one, no factor is."""
 
 
 class ExpertShape(Protocol):
@@ -68,10 +61,6 @@ class BankPlan:
         E, P, D, R, M = self.num_matrices, self.rows, self.columns, self.rank, self.num_bases
         return E * R * D * (M + 6 * P + R)
 
-    def stored_bytes(self, precision: Precision, itemsize: int) -> int:
-        """Of the factors, those in floating point taking `itemsize` each."""
-        return stored_bytes(self.num_matrices, self.rows, self.columns, self.rank, self.num_bases, precision, itemsize)
-
 
 @dataclasses.dataclass(frozen=True)
 class Scope:
@@ -90,48 +79,6 @@ def scope_from_json(record: Mapping[str, Any]) -> Scope:
 def stored_parameters(num_matrices: int, rows: int, columns: int, rank: int, num_bases: int) -> int:
     """E·P·R + M·R·D + E·M."""
     return num_matrices * rows * rank + num_bases * rank * columns + num_matrices * num_bases
-
-
-def stored_bytes(
-    num_matrices: int, rows: int, columns: int, rank: int, num_bases: int, precision: Precision, itemsize: int
-) -> int:
-    """Of adapters, bank and codes, those without bits in `precision` taking `itemsize` each."""
-
-    def row(length: int, bits: int | None) -> int:
-        return length * itemsize if bits is None else num_bytes(length, bits)
-
-    adapters = num_matrices * rows * row(rank, precision.adapters)
-    return adapters + num_bases * rank * row(columns, precision.bases) + num_matrices * row(num_bases, precision.codes)
-
-
-def choose_shape_for_bits(
-    num_matrices: int, rows: int, columns: int, bits: float, precision: Precision, itemsize: int
-) -> tuple[int, int]:
-    """Rank and number of bases whose factors take at most `bits` per original weight, by the rule of `choose_shape`.
-
-    Raises `SettingsError` when no bank fits.
-    """
-    budget = bits * num_matrices * rows * columns / 8
-
-    def cost(rank: int, num_bases: int) -> int:
-        return stored_bytes(num_matrices, rows, columns, rank, num_bases, precision, itemsize)
-
-    per_entry = (precision.adapters or 8 * itemsize) / bits  # bits of an adapter's entry over those of a weight
-    highest = min(rows, columns, max(1, round(ADAPTER_SHARE * columns / per_entry)))
-    shapes: list[tuple[int, int, int]] = []
-    for rank in range(highest, 0, -1):
-        num_bases = bisect.bisect_right(range(1, num_matrices + 1), budget, key=functools.partial(cost, rank))
-        if num_bases >= 1:
-            shapes.append((cost(rank, num_bases), rank, num_bases))
-        if shapes and rank < 0.95 * shapes[0][1]:
-            break
-    if not shapes:
-        least = _rounded_up(8 * cost(1, 1) / (num_matrices * rows * columns))
-        raise SettingsError(
-            f"{bits:g} bits per weight are out of reach for {num_matrices} experts of {rows} x {columns}: give "
-            f"{least:g} or more, which the least bank takes"
-        )
-    return max(shapes)[1:]
 
 
 def lowest_keep(num_matrices: int, rows: int, columns: int) -> float:
@@ -239,10 +186,6 @@ def _scope(layers: list[ExpertShape], config: CompressConfig) -> Scope:
     for families, num_matrices, rows, columns in _banks(layers, config):
         if config.keep is not None:
             rank, num_bases = choose_shape(num_matrices, rows, columns, config.keep)
-        elif config.bits is not None:
-            rank, num_bases = choose_shape_for_bits(
-                num_matrices, rows, columns, config.bits, config.precision, SOURCE_ITEMSIZE
-            )
         else:
             assert config.rank_ratio is not None
             assert config.basis_ratio is not None

@@ -6,7 +6,6 @@ import dataclasses
 import re
 from typing import Literal
 
-from globe.bank.precision import Precision
 from globe.errors import SettingsError
 from globe.machine.device import AUTO, usable_device
 from globe.terms import FAMILIES, Activation, CodeMap, Family, Solver, WarmStartName
@@ -14,13 +13,26 @@ from globe.train.config import FitConfig
 from globe.typed import fit_settings, shown
 
 FloatDtype = Literal["source", "float32", "bfloat16", "float16"]
-PackedDtype = Literal["int8", "int5", "int4", "int3", "int2"]
 
-_SOURCE_BITS = 16
-"""Of a weight in the precision that models are released in."""
-
-_PRECISION_OF_BUDGET = ((7.0, 8, 8), (4.6, 5, 5), (2.8, 4, 5), (2.2, 4, 4), (1.8, 3, 4), (0.0, 3, 3))
-"""From so many bits per weight on, the bits of bank and adapters that lose least; measured, see docs/log.md."""
+LEAST_BITS, MOST_BITS = 1.5, 8.0
+"""Bits per weight that experts are coded in."""
+DEFAULT_BITS = 4.0
+"""What is spent where nothing is asked: measured, see docs/log.md."""
+_OF_BANKS = (
+    "allocation",
+    "scope",
+    "share_families",
+    "max_experts",
+    "stream",
+    "activation",
+    "codes",
+    "support",
+    "solver",
+    "warm_start",
+    "steps",
+    "factor_dtype",
+)
+"""What is said of banks in floating point: with `bits` there are none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +40,11 @@ class CompressConfig:
     """How a model is compressed."""
 
     keep: float | None = None
-    """Share of the compressed families' parameters that stays, above 0 and below 1; chooses rank and bases. 0.75 unless
-    bits or ratios are given."""
+    """Share of the compressed families' parameters that stays, above 0 and below 1, in banks of floating-point factors;
+    chooses rank and bases."""
     bits: float | None = None
-    """Stored bits per original weight of the compressed families, everything counted, instead of `keep`; chooses rank,
-    bases and `factor_dtype`."""
+    """Stored bits per original weight of the compressed families, everything counted, from 1.5 to 8: each expert is
+    coded, with more bits where an error costs the model more. 4 unless keep or ratios are given."""
     rank_ratio: float | None = None
     """R / P, with `basis_ratio`, instead of `keep`."""
     basis_ratio: float | None = None
@@ -77,11 +89,8 @@ class CompressConfig:
     """Seeds what is random in a warm start."""
     device: str = AUTO
     """Where the fits run: cpu, cuda, mps, or auto: the GPU where there is one."""
-    factor_dtype: FloatDtype | PackedDtype = "source"
-    """What the factors are stored in: the dtype of the weights (source), a floating-point dtype, or few bits with a
-    scale for each group of 64; below 8 bits the fit knows."""
-    bank_dtype: PackedDtype | None = None
-    """Bits of the bank alone; None: as `factor_dtype`."""
+    factor_dtype: FloatDtype = "source"
+    """What the factors of a bank are stored in: the dtype of the weights (source) or another."""
 
     def __post_init__(self) -> None:
         fit_settings(self, SettingsError, support=1, max_experts=1, steps=1, calibration_tokens=1)
@@ -90,21 +99,15 @@ class CompressConfig:
             raise SettingsError("rank_ratio and basis_ratio go together; give both, or keep alone")
         if (self.keep is not None) + (self.bits is not None) + (ratios != (None, None)) > 1:
             raise SettingsError("give one of keep, bits, or rank_ratio with basis_ratio")
-        if self.bits is not None and (self.factor_dtype != "source" or self.bank_dtype is not None):
-            raise SettingsError("bits chooses the factors' dtype; give keep with factor_dtype to choose it yourself")
         if self.keep is not None and not 0 < self.keep < 1:
             raise SettingsError(
                 f"keep is {self.keep:g}; it must be above 0 and below 1"
                 + (f" ({self.keep:g} % is {self.keep / 100:g})" if 1 < self.keep < 100 else "")
             )
-        if self.bits is not None and not 0 < self.bits < _SOURCE_BITS:
+        if self.bits is not None and not LEAST_BITS <= self.bits <= MOST_BITS:
             raise SettingsError(
-                f"bits is {self.bits:g}; stored bits per original weight must be above 0 and below {_SOURCE_BITS}, "
-                "which a weight has itself; for factors in floating point give keep, in 8 bits each factor_dtype int8"
-            )
-        if self.bank_bits is not None and self.solver != "varpro":
-            raise SettingsError(
-                f"solver {self.solver} does not round the bank inside the fit; use varpro, or a floating-point dtype"
+                f"bits is {self.bits:g}; stored bits per original weight must be from {LEAST_BITS:g} to {MOST_BITS:g}: "
+                "for more, give keep, for less, choose a smaller model"
             )
         for name in ("rank_ratio", "basis_ratio"):
             value = getattr(self, name)
@@ -117,32 +120,26 @@ class CompressConfig:
             raise SettingsError(f"scope {shown(self.scope)} is unknown; choose layer, model or a number of layers")
         if self.layers is not None and any(index < 0 for index in self.layers):
             raise SettingsError(f"layers {shown(list(self.layers))} has a negative one; layers count from 0")
+        if self.is_coded and (said := [name for name in _OF_BANKS if getattr(self, name) != _default(name)]):
+            raise SettingsError(
+                f"{said[0]} is a setting of banks, which bits has none of: give keep with it, or leave it out"
+            )
         fit = self.fit_config(rank=1, num_bases=self.support or 1)
         if self.stream:
             fit.check_streamed()
 
     def resolved(self) -> CompressConfig:
-        """The same settings with `keep` filled in where nothing says how much to keep, and the device that `auto` is.
+        """The same settings with `bits` filled in where nothing says how much to keep, and the device that `auto` is.
 
         Raises `SettingsError` unless torch can compute on the device here.
         """
-        sized = self.keep is not None or self.bits is not None or self.rank_ratio is not None
-        return dataclasses.replace(self, keep=self.keep if sized else 0.75, device=usable_device(self.device))
+        bits = DEFAULT_BITS if self.is_coded and self.bits is None else self.bits
+        return dataclasses.replace(self, bits=bits, device=usable_device(self.device))
 
     @property
-    def precision(self) -> Precision:
-        """Bits of the stored factors; codes are encoded in 8 bits where any factor is in few."""
-        if self.bits is not None:
-            bases, adapters = next((b, a) for least, b, a in _PRECISION_OF_BUDGET if self.bits >= least)
-            return Precision(bases, 8, adapters)
-        adapters = _num_bits(self.factor_dtype)
-        bases = adapters if self.bank_dtype is None else _num_bits(self.bank_dtype)
-        return Precision(bases, None if (bases, adapters) == (None, None) else 8, adapters)
-
-    @property
-    def bank_bits(self) -> int | None:
-        """Bits that the fit rounds the bank to; 8 are not worth knowing."""
-        return None if self.precision.bases == 8 else self.precision.bases
+    def is_coded(self) -> bool:
+        """Whether experts are coded in few bits, and not put into banks of floating-point factors."""
+        return self.keep is None and self.rank_ratio is None
 
     def fit_config(self, rank: int, num_bases: int) -> FitConfig:
         """The settings of one bank's fit."""
@@ -151,7 +148,6 @@ class CompressConfig:
             num_bases=num_bases,
             activation=self.activation,
             codes=self.codes,
-            bank_bits=self.bank_bits,
             support=None if self.support is None else min(self.support, num_bases),
             solver=self.solver,
             warm_start=self.warm_start,
@@ -161,5 +157,5 @@ class CompressConfig:
         )
 
 
-def _num_bits(dtype: str) -> int | None:
-    return int(dtype.removeprefix("int")) if dtype.startswith("int") else None
+def _default(name: str) -> object:
+    return next(field.default for field in dataclasses.fields(CompressConfig) if field.name == name)

@@ -9,7 +9,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from globe.bank.rounding import decoded, stored_shape
 from globe.checkpoint.layout import ExpertLayer, source_names
 from globe.checkpoint.reader import Checkpoint
 from globe.checkpoint.source_layout import read_source_layout
@@ -106,29 +105,27 @@ def read_spectra(compressed: Checkpoint) -> Iterator[Spectra]:
 
 
 def _spectra(compressed: Checkpoint, names: FactorNames, bank: BankSpec, layers: Mapping[int, ExpertLayer]) -> Spectra:
-    def read(name: str, shape: tuple[int, ...], bits: int | None, chosen: Sequence[int] | None = None) -> Tensor:
+    def read(name: str, shape: tuple[int, ...], chosen: Sequence[int] | None = None) -> Tensor:
         stored = compressed.read(name)
-        wanted = stored_shape(shape, bits)
-        if stored.shape != wanted or stored.is_floating_point() != (bits is None):
-            raise CheckpointError(f"{name} is {stored.dtype} of shape {tuple(stored.shape)}; config.json says {wanted}")
-        factor = decoded(stored if chosen is None else stored[chosen], shape[-1], bits)
+        if stored.shape != shape or not stored.is_floating_point():
+            raise CheckpointError(f"{name} is {stored.dtype} of shape {tuple(stored.shape)}; config.json says {shape}")
+        factor = (stored if chosen is None else stored[chosen]).float()
         check_finite(factor, name)
         return factor
 
     stacks = [(layer, family) for layer in bank.layers for family in bank.families]
-    first, precision = layers[bank.layers[0]], bank.precision
+    first = layers[bank.layers[0]]
     num_experts = {layer: layers[layer].num_experts for layer in bank.layers}
-    codes = [read(names.codes(*s), (num_experts[s[0]], bank.num_bases), precision.codes) for s in stacks]
+    codes = [read(names.codes(*s), (num_experts[s[0]], bank.num_bases)) for s in stacks]
     adapters = [
         read(
             names.adapters(layer, family),
             (num_experts[layer], layers[layer].intermediate_size, bank.rank),
-            precision.adapters,
             _some(range(num_experts[layer]), _MAX_EXPERTS),
         )
         for layer, family in _some(stacks, _MAX_STACKS)
     ]
-    bases = read(names.bases(bank), (bank.num_bases, bank.rank, first.hidden_size), precision.bases)
+    bases = read(names.bases(bank), (bank.num_bases, bank.rank, first.hidden_size))
     return Spectra(
         bank,
         singular_values(bases.flatten(1)).tolist(),

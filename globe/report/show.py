@@ -13,7 +13,6 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from globe.bank.precision import Precision
 from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.manifest import verify_files, verify_model
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
@@ -184,13 +183,6 @@ def show_inspection(console: Terminal, model: str, config: CompressConfig) -> No
     work = config.steps * sum(bank.step_multiply_adds for scope in scopes for bank in scope.banks)
     seconds = work / multiply_add_rate(device)
     console.print(f"fits        at least {clock(seconds)} for {config.steps} steps of each bank on this {device}")
-    if config.precision != Precision():
-        console.print(
-            "note: factors in few bits lose less than GPTQ on the shipped model, and more on SmolLM2's weights cut "
-            "into a mixture (1.7 times its KL at 4 bits); compare on your model before you decide",
-            style="yellow",
-            soft_wrap=True,
-        )
     first = layers[0]
     ratio = first.intermediate_size / first.hidden_size
     if ratio >= 0.9:

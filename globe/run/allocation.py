@@ -39,8 +39,6 @@ def obstacle(checkpoint: Checkpoint, config: CompressConfig, num_banks: int) -> 
         return "the settings give it a shape" if config.keep is None else "that is asked for"
     if num_banks == 1:
         return "there is one bank"
-    if config.factor_dtype.startswith("int"):
-        return "with factors in few bits it has not been measured what an allocation is worth"
     place = _place(checkpoint, config)
     return place.obstacle if place.device is None else None
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from globe.bank.rounding import stored_shape
 from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.layout import source_names
 from globe.checkpoint.manifest import MANIFEST, verify_model
@@ -114,24 +113,22 @@ class DenseView:
         bank, layer, names = self._banks.get((index, family)), self._layers[index], self._names
         E, P, D = layer.num_experts, layer.intermediate_size, layer.hidden_size
         if bank is None:
-            return self._factor(names.dense(index, family), (E, P, D), None)
-        R, M, precision = bank.rank, bank.num_bases, bank.precision
-        adapters = self._factor(names.adapters(index, family), (E, P, R), precision.adapters)
-        codes = self._factor(names.codes(index, family), (E, M), precision.codes)
-        bases = self._factor(names.bases(bank), (M, R, D), precision.bases)
+            return self._factor(names.dense(index, family), (E, P, D))
+        R, M = bank.rank, bank.num_bases
+        adapters = self._factor(names.adapters(index, family), (E, P, R))
+        codes = self._factor(names.codes(index, family), (E, M))
+        bases = self._factor(names.bases(bank), (M, R, D))
         with torch.no_grad():
-            stack = restore(adapters, codes, bases, self._config.activation, (M, R, D), precision)
+            stack = restore(adapters, codes, bases, self._config.activation)
         return stack.to(TORCH_DTYPES[layer.dtype])
 
-    def _factor(self, name: str, shape: tuple[int, ...], bits: int | None) -> Tensor:
+    def _factor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A stored factor; `CheckpointError` unless it is what config.json says, and finite."""
         factor = self.compressed.read(name)
-        expected = stored_shape(shape, bits)
-        if factor.shape != expected or factor.is_floating_point() != (bits is None):
+        if factor.shape != shape or not factor.is_floating_point():
             raise CheckpointError(
-                f"{name} is {factor.dtype} of shape {tuple(factor.shape)}; config.json describes {expected}"
-                f"{'' if bits is None else f' bytes of {bits} bits'}: fetch the checkpoint again"
+                f"{name} is {factor.dtype} of shape {tuple(factor.shape)}; config.json describes {shape}: "
+                "fetch the checkpoint again"
             )
-        if bits is None:
-            check_finite(factor, name)
+        check_finite(factor, name)
         return factor

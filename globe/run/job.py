@@ -15,7 +15,7 @@ from globe.checkpoint.reader import Checkpoint
 from globe.checkpoint.shipped import resolve_model
 from globe.errors import CheckpointError, UntrustedCodeError
 from globe.measure.calibrate import CalibrationText, read_calibration_text
-from globe.model.bank_spec import BankSpec, encoding_of
+from globe.model.bank_spec import BankSpec
 from globe.model.empty_model import check_same_experts
 from globe.model.expert_modules import factor_names, find_experts
 from globe.model.loading import (
@@ -81,9 +81,7 @@ class Job:
         """Of the output's tensors, with banks as in `scopes`."""
         kept = sum(self.checkpoint.tensors[name].nbytes for names in self.kept().values() for name in names)
         factors = sum(
-            bank.stored_bytes(self.config.precision, self.dtype(bank.layers[0]).itemsize)
-            for scope in scopes
-            for bank in scope.banks
+            bank.stored_parameters * self.dtype(bank.layers[0]).itemsize for scope in scopes for bank in scope.banks
         )
         halves = sum(
             layer.num_experts * layer.intermediate_size * layer.hidden_size * TORCH_DTYPES[layer.dtype].itemsize
@@ -118,7 +116,7 @@ class Job:
         return {shard: _file(before + offset, before + len(kept)) for offset, shard in enumerate(kept)}
 
     def spec(self, bank: BankPlan) -> BankSpec:
-        return BankSpec(bank.layers, bank.families, bank.rank, bank.num_bases, encoding_of(self.config.precision))
+        return BankSpec(bank.layers, bank.families, bank.rank, bank.num_bases)
 
     def specs(self, scopes: Sequence[Scope]) -> list[BankSpec]:
         return [self.spec(bank) for scope in scopes for bank in scope.banks]

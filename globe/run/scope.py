@@ -71,9 +71,9 @@ def _fit(
         stack = read_stack(job.checkpoint, job.layers, bank, preparation.calibration.statistics)
         config = job.config.fit_config(bank.rank, bank.num_bases)
         phases.end("reading")
-        result = fit_bank(stack.weights, config, _watch_steps(bank, watch, phases, 0), metric=stack.metric)
+        result = fit_bank(stack.weights, config, _watch_steps(bank, watch, phases), metric=stack.metric)
         phases.end("fit")
-        stored = to_storage(stack, result.factors, job.dtype(bank.layers[0]), job.config.precision)
+        stored = to_storage(stack, result.factors, job.dtype(bank.layers[0]))
         phases.end("storing")
         tensors |= {job.names.bases(job.spec(bank)): stored.bases, **_named(job, stored)}
         reports.append(_report(bank, result, [stored], phases, watch))
@@ -84,7 +84,7 @@ def _stream(
     job: Job, preparation: Preparation, folder: RunFolder, number: int, watch: Observer, reports: list[BankReport]
 ) -> Iterator[dict[str, Tensor]]:
     """The same, a layer at a time, no more than one of them in memory; the bases come with the first."""
-    scope, precision = preparation.scopes[number], job.config.precision
+    scope = preparation.scopes[number]
     statistics = preparation.calibration.statistics
     streams = [StreamedExperts(job.checkpoint, job.layers, bank, statistics) for bank in scope.banks]
     results, clocks = list[FitResult](), list[PhaseClock]()
@@ -99,10 +99,10 @@ def _stream(
                 f"the saved state of the fit of {describe(bank)} has been damaged since: fitting it from the start"
             )
             state.unlink()
-        results.append(stream.fit(config, _watch_steps(bank, watch, clocks[-1], 1), state))
+        results.append(stream.fit(config, _watch_steps(bank, watch, clocks[-1]), state))
         clocks[-1].end("fit")
     stores = [
-        stream.store(result.factors, job.dtype(scope.layers[0]), precision)
+        stream.store(result.factors, job.dtype(scope.layers[0]))
         for stream, result in zip(streams, results, strict=True)
     ]
     kept: list[list[StoredFactors]] = [[] for _ in streams]
@@ -133,7 +133,6 @@ def _report(
         for layer, family in part.errors:
             errors.setdefault(str(layer), {})[family] = part.errors[layer, family]
             expert_errors.setdefault(str(layer), {})[family] = part.expert_errors[layer, family]
-    metrics = {name: value for name, value in result.metrics.items() if name != "trajectory"}  # is in the steps
     report = BankReport(
         list(bank.layers),
         list(bank.families),
@@ -147,17 +146,17 @@ def _report(
         errors,
         expert_errors,
         step_columns(result),
-        {**metrics, "phases": phases.seconds},
+        {**dataclasses.asdict(result.stats), "phases": phases.seconds},
     )
     watch.bank(bank, report.error, report.seconds)
     return report
 
 
-def _watch_steps(bank: BankPlan, watch: Observer, phases: PhaseClock, first: int) -> Callable[[StepRecord], None]:
-    """Pass a fit's records on; the warm start ends with the one numbered `first`."""
+def _watch_steps(bank: BankPlan, watch: Observer, phases: PhaseClock) -> Callable[[StepRecord], None]:
+    """Pass a fit's records on; the warm start ends with the first."""
 
     def on_step(record: StepRecord) -> None:
-        if record.step == first:
+        if record.step == 0:
             phases.end("warm start")
         watch.step(bank, record)
 

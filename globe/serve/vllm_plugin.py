@@ -159,7 +159,6 @@ class GlobeExpertsMethod(FusedMoEMethodBase):
             self._config.section.activation,
             dtype=like.dtype,
             device=like.device,
-            precision=bank.precision,
         )
         if not bank.shared:
             return BankUse(module, bank.families, own=bank.name)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from globe.errors import SettingsError
 from globe.machine.device import AUTO, check_device_word
-from globe.terms import BITS, Activation, CodeMap, Solver, WarmStartName
+from globe.terms import Activation, CodeMap, Solver, WarmStartName
 from globe.typed import fit_settings
 
 if TYPE_CHECKING:
@@ -46,8 +46,6 @@ class FitConfig:
     """Steps over which progress is judged."""
     window: float = 0.25
     """varpro: how far, as a share, the error may rise above the best before the solver returns to it."""
-    bank_bits: int | None = None
-    """varpro: bits that the bank is rounded to at every evaluation, so that the fit knows; None: not rounded."""
     lambda_a: float = 1e-6
     """Ridge of the adapters, relative to the mean diagonal of their Gram matrices."""
     lambda_b: float = 1e-4
@@ -67,11 +65,6 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         fit_settings(self, SettingsError, rank=1, num_bases=1, max_steps=1, align_steps=1, patience=1, **_LEAST)
-        if self.bank_bits is not None and (self.solver != "varpro" or self.bank_bits not in BITS):
-            raise SettingsError(
-                f"bank_bits {self.bank_bits} with solver {self.solver}: a bank is rounded inside a fit by varpro only, "
-                f"to one of {', '.join(map(str, BITS))} bits"
-            )
         check_device_word(self.device)
         if self.support is not None and not 1 <= self.support <= self.num_bases:
             raise SettingsError(

@@ -1,4 +1,4 @@
-"""Fitting a bank: scheduling, acceptance and stopping for both solvers.
+"""Fitting a bank: scheduling, acceptance and stopping, in one loop for both solvers and for streams.
 
 Everything that changes from step to step is decided here: the homotopy λ, the blending β, the switch to Route-W, the
 temperature, the step size and its backtracking, when to stop and which factors to keep.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ from globe.init.init_bank import AMStep, BankUpdate, am_step
 from globe.init.warm_start import WarmStart, warm_start
 from globe.machine.device import usable_device
 from globe.train.config import FitConfig
-from globe.train.result import FitResult, Outcome, StepRecord
-from globe.train.varpro import VariableProjection, rounded_bank
+from globe.train.parts import ExpertParts
+from globe.train.result import FitResult, FitStats, Outcome, StepRecord
+from globe.train.varpro import VariableProjection
 
 SAFE_DEVIATION = (1e-4, 1e4)
 """Experts whose standard deviation lies between these are fitted as they are, others divided by it: their squares would
@@ -36,8 +37,6 @@ TEMPERATURE_RATE = 0.3
 BACKTRACKS = (1.0, 0.5, 0.25)
 SLOW = 0.99
 MAX_REJECTED = 5
-ROUND_FROM = 0.4
-"""Share of varpro's steps after which the bank is rounded; measured, see docs/log.md."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +103,111 @@ def step_length(step: int, max_steps: int, warm_up: int = 10) -> float:
 class Best:
     """The best feasible factors so far, a copy of its own; `objective` is f at λ = 1 and never rises."""
 
-    objective: float
     codes: Tensor
     bases: Tensor
+    objective: float = math.inf
 
     def offer(self, objective: float, codes: Tensor, bases: Tensor) -> None:
         if objective < self.objective:
             self.objective = objective
             self.codes.copy_(codes)
             self.bases.copy_(bases)
+
+
+@dataclasses.dataclass(frozen=True)
+class Iterate:
+    """Where a solver is, and how it came there."""
+
+    objective: float
+    """f at λ = 1: what the best is chosen by."""
+    raw: float
+    """f under the step's own λ."""
+    schedule: Schedule
+    """What the step was taken under."""
+    step_size: float = 0.0
+    """Share of the full step; 0 where none was accepted."""
+    accepted: bool = True
+    median_support: float | None = None
+    """What steers the temperature, where that is not the iterate's own support."""
+    num_fallbacks: int = 0
+
+
+class Solver(Protocol):
+    """An algorithm that `run` moves: it starts at a warm start and knows nothing of best factors, records and ends."""
+
+    @property
+    def codes(self) -> Tensor: ...
+    @property
+    def bases(self) -> Tensor: ...
+
+    def evaluate(self) -> Iterate:
+        """Where the solver is."""
+        ...
+
+    def move(self, step: int, schedule: Schedule) -> None:
+        """Take step `step`, counted from 1; what it evaluates to may be NaN."""
+        ...
+
+    def fall_back(self, best: Best, now: Iterate, num_eligible: int) -> bool:
+        """Return to the best factors if the iterate has strayed too far from them; whether it did."""
+        ...
+
+    def settled(self, records: Sequence[StepRecord], num_eligible: int) -> Outcome | None:
+        """Why no further step is worth taking, when the last `num_eligible` could lower the error; None if one is."""
+        ...
+
+
+@dataclasses.dataclass
+class Progress:
+    """A run between two steps, all of it."""
+
+    best: Best
+    schedule: Schedule
+    records: list[StepRecord] = dataclasses.field(default_factory=list[StepRecord])
+    num_eligible: int = 0
+    """Steps so far that could lower the error."""
+    num_fallbacks: int = 0
+    num_restarts: int = 0
+    num_rejected: int = 0
+
+
+def run(
+    solver: Solver,
+    progress: Progress,
+    config: FitConfig,
+    on_step: Callable[[StepRecord], None],
+    save: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """The loop of every fit: evaluate, keep the best, record, decide, move. Returns why it ended.
+
+    Step 0 is the warm start. `progress` is where the run begins, and is moved; `save` is called after every move.
+    """
+    best = progress.best
+    for step in range(len(progress.records), config.max_steps + 1):
+        now = solver.evaluate()
+        if not math.isfinite(now.objective) and step > 0:
+            return "non_finite"
+        progress.num_fallbacks += now.num_fallbacks
+        progress.num_rejected += not now.accepted
+        if step == 0:
+            best.offer(now.objective, solver.codes, solver.bases)
+        elif _feasible(solver.codes, config):
+            progress.num_eligible += now.schedule == last_schedule(now.schedule)
+            best.offer(now.objective, solver.codes, solver.bases)
+        progress.records.append(_record(step, best, now, solver.codes))
+        on_step(progress.records[-1])
+        if not math.isfinite(now.objective):
+            return "non_finite"
+        if step > 0:
+            median = progress.records[-1].median_support if now.median_support is None else now.median_support
+            progress.schedule = next_schedule(now.schedule, step, now.accepted, median, config)
+            progress.num_restarts += solver.fall_back(best, now, progress.num_eligible)
+            if outcome := solver.settled(progress.records, progress.num_eligible):
+                return outcome
+        if step < config.max_steps:
+            solver.move(step + 1, progress.schedule)
+            save()
+    return "max_steps"
 
 
 @torch.no_grad()
@@ -127,8 +222,7 @@ def fit_bank(
 
     C is each expert's in `metric`, by default the identity. `on_step` sees every record as it is made. The factors
     returned are in the units and on the device of `experts`, in the precision of the fit; their error is the last entry
-    of `history`, which never rises. With `bank_bits` the adapters are those of the rounded bank, and the bases returned
-    are the ones behind it, which round to it. The same input and settings give the same bytes on the same machine.
+    of `history`, which never rises. The same input and settings give the same bytes on the same machine.
     Experts that are all zero get factors that are: outcome `zero`. `experts` are neither changed nor, where they are on
     the fit's device in its precision, copied; varpro keeps four tensors of the bank's size beside them. Raises
     `SettingsError` for settings that do not fit the shape or a device that is not here, and `GlobeError` for experts
@@ -140,14 +234,7 @@ def fit_bank(
     weights = experts.detach().to(usable_device(config.device), config.torch_dtype)
     sigma = _root_mean_square(weights)
     if sigma == 0:
-        num_experts, rows, columns = experts.shape
-        factors = Factors(
-            weights.new_zeros(num_experts, rows, config.rank).to(experts.device),
-            weights.new_zeros(num_experts, config.num_bases).to(experts.device),
-            weights.new_zeros(config.num_bases, config.rank, columns).to(experts.device),
-            config.activation,
-        )
-        result = FitResult.of_zeros(factors, config.temperature, num_fallbacks=0)
+        result = FitResult.of_zeros(_zero_factors(experts, config), config.temperature)
         (on_step or _ignore)(result.steps[0])
         return result
     if not SAFE_DEVIATION[0] < sigma < SAFE_DEVIATION[1]:
@@ -166,19 +253,14 @@ def fit_bank(
         align_steps=config.align_steps,
         seed=config.seed,
     )
-    start_metrics, notify = start.metrics, on_step or _ignore
-    if config.solver == "varpro":  # needs no targets, which are as large as the experts
-        start = dataclasses.replace(start, targets=start.targets[:0].clone())
-    best, num_fallbacks = _feasible_start(problem, start, config)
-    if config.solver == "am":
-        outcome, steps, metrics = _alternate(problem, best, start.targets, config, notify)
-    else:
-        del start
-        outcome, steps, metrics = _varpro(problem, best, config, notify)
-    metrics["num_fallbacks"] += num_fallbacks
-    bases = rounded_bank(best.bases, config.bank_bits)
-    final = project(problem, best.codes, bases, config.activation, adapters=True)
-    del bases
+    solver = _solver(problem, start, config)
+    progress = Progress(Best(solver.codes.clone(), solver.bases.clone()), first_schedule(config))
+    quality = start.metrics
+    del start
+    outcome = run(solver, progress, config, on_step or _ignore)
+    del solver
+    best = progress.best
+    final = project(problem, best.codes, best.bases, config.activation, adapters=True)
     assert final.adapters is not None
     factors = Factors(
         final.adapters.mul_(sigma * back).to(experts.device),
@@ -186,12 +268,24 @@ def fit_bank(
         best.bases.to(experts.device),
         config.activation,
     )
-    metrics |= {
-        "trajectory": [record.raw_error for record in steps],
-        "warm_start": start_metrics,
-        "popularity": [float(share) for share in popularity(best.codes)],
-    }
-    return FitResult(factors, outcome, tuple(steps), metrics)
+    return FitResult(factors, outcome, tuple(progress.records), stats_of(progress, quality))
+
+
+def stats_of(progress: Progress, warm_start: Mapping[str, float]) -> FitStats:
+    """What a run tells beside its records."""
+    shares = tuple(float(share) for share in popularity(progress.best.codes))
+    return FitStats(warm_start, shares, progress.num_fallbacks, progress.num_restarts, progress.num_rejected)
+
+
+def _zero_factors(experts: Tensor, config: FitConfig) -> Factors:
+    num_experts, rows, columns = experts.shape
+    like = torch.zeros((), dtype=config.torch_dtype, device=experts.device)
+    return Factors(
+        like.new_zeros(num_experts, rows, config.rank),
+        like.new_zeros(num_experts, config.num_bases),
+        like.new_zeros(config.num_bases, config.rank, columns),
+        config.activation,
+    )
 
 
 def _root_mean_square(weights: Tensor) -> Tensor:
@@ -231,13 +325,14 @@ def _ignore(_: StepRecord) -> None:
     pass
 
 
-def _feasible_start(problem: Problem, start: WarmStart, config: FitConfig) -> tuple[Best, int]:
-    """The warm start, codes on the simplex cut or spread to the support: what a fit must improve on."""
+def _solver(problem: Problem, start: WarmStart, config: FitConfig) -> Solver:
+    """At the warm start, codes on the simplex cut or spread to the support: what a fit must improve on."""
     codes = start.codes
     if config.codes != "ridge" and config.support is not None:
         codes = spread_codes(codes, config.support)
-    first = project(problem, codes, rounded_bank(start.bases, config.bank_bits), config.activation)
-    return Best(first.objective, codes, start.bases), first.num_fallbacks
+    if config.solver == "am":
+        return Alternation(problem, codes, start.bases, start.targets, config)
+    return Projected(ExpertParts.in_memory(problem), codes, start.bases, config, float(problem.energy()))
 
 
 def _feasible(codes: Tensor, config: FitConfig) -> bool:
@@ -247,71 +342,78 @@ def _feasible(codes: Tensor, config: FitConfig) -> bool:
     return abs(float(support(codes).double().median()) - config.support) <= 1
 
 
-def _record(step: int, best: Best, raw: float, codes: Tensor, schedule: Schedule, step_size: float) -> StepRecord:
+def _record(step: int, best: Best, now: Iterate, codes: Tensor) -> StepRecord:
     return StepRecord(
         step,
         best.objective**0.5,
-        raw**0.5,
-        schedule.activation_lambda,
-        schedule.route_beta,
-        schedule.temperature,
+        now.raw**0.5,
+        now.schedule.activation_lambda,
+        now.schedule.route_beta,
+        now.schedule.temperature,
         float(support(codes).double().median()),
         float(entropy(codes).mean()),
-        step_size,
+        now.step_size,
     )
 
 
-def _settled(steps: list[StepRecord], num_eligible: int, patience: int, config: FitConfig) -> bool:
+def _settled(records: Sequence[StepRecord], num_eligible: int, patience: int, config: FitConfig) -> bool:
     """Whether the error has stopped falling over `patience` steps, when the last `num_eligible` could lower it."""
     if num_eligible <= patience:
         return False
-    earlier = steps[-1 - patience].error
-    return earlier - steps[-1].error <= config.tolerance * earlier
+    earlier = records[-1 - patience].error
+    return earlier - records[-1].error <= config.tolerance * earlier
 
 
-Run = tuple[Outcome, list[StepRecord], dict[str, Any]]
+class Projected:
+    """`VariableProjection` as `run` moves it: warm-up, cosine, and returns to the best factors at half the step."""
 
+    def __init__(self, parts: ExpertParts, codes: Tensor, bases: Tensor, config: FitConfig, energy: float) -> None:
+        self._config = config
+        self._schedule, self._length, self.shrink, self._num_fallbacks = first_schedule(config), 0.0, 1.0, 0
+        self.projection = VariableProjection(
+            parts,
+            codes,
+            bases,
+            config.activation,
+            config.codes,
+            config.learning_rate,
+            config.temperature,
+            energy=energy,
+            fixed_support=config.codes == "ridge" and config.support is not None,
+        )
 
-def _varpro(problem: Problem, best: Best, config: FitConfig, on_step: Callable[[StepRecord], None]) -> Run:
-    """Move `best`."""
-    solver = VariableProjection(
-        problem,
-        best.codes,
-        best.bases,
-        config.activation,
-        config.codes,
-        config.learning_rate,
-        config.temperature,
-        fixed_support=config.codes == "ridge" and config.support is not None,
-    )
-    schedule, shrink, num_restarts, num_feasible, num_fallbacks = first_schedule(config), 1.0, 0, 0, 0
-    steps = [_record(0, best, best.objective, best.codes, schedule, 0.0)]
-    on_step(steps[0])
-    outcome: Outcome = "max_steps"
-    if not math.isfinite(best.objective):
-        return "non_finite", steps, {"num_fallbacks": 0, "num_restarts": 0}
-    for step in range(1, config.max_steps + 1):
-        length = shrink * step_length(step, config.max_steps)
-        bank_bits = config.bank_bits if step >= ROUND_FROM * config.max_steps else None
-        solver.step(length, schedule.temperature, bank_bits)
-        num_fallbacks += solver.num_fallbacks
-        if not math.isfinite(solver.objective):
-            outcome = "non_finite"
-            break
-        if _feasible(solver.codes, config) and bank_bits == config.bank_bits:
-            num_feasible += 1
-            best.offer(solver.objective, solver.codes, solver.bases)
-        steps.append(_record(step, best, solver.objective, solver.codes, schedule, length))
-        on_step(steps[-1])
-        schedule = next_schedule(schedule, step, True, steps[-1].median_support, config)
-        if num_feasible > config.patience and solver.objective > best.objective * (1 + config.window) ** 2:
-            solver.restart(best.codes, best.bases, schedule.temperature)
-            shrink, num_restarts = shrink / 2, num_restarts + 1
-        # long steps far from the end may find nothing better for a while
-        if _settled(steps, num_feasible, max(config.patience, config.max_steps // 4), config):
-            outcome = "converged"
-            break
-    return outcome, steps, {"num_fallbacks": num_fallbacks, "num_restarts": num_restarts}
+    @property
+    def codes(self) -> Tensor:
+        return self.projection.codes
+
+    @property
+    def bases(self) -> Tensor:
+        return self.projection.bases
+
+    def evaluate(self) -> Iterate:
+        found = self.projection.evaluate()
+        return Iterate(
+            found.objective, found.objective, self._schedule, self._length, num_fallbacks=found.num_fallbacks
+        )
+
+    def move(self, step: int, schedule: Schedule) -> None:
+        self._schedule, self._length = schedule, self.shrink * step_length(step, self._config.max_steps)
+        self.projection.move(self._length, schedule.temperature)
+
+    def resume(self, step: int, schedule: Schedule) -> None:
+        """Be where the move of step `step` led, its factors and moments being set already."""
+        self._schedule, self._length = schedule, self.shrink * step_length(step, self._config.max_steps)
+
+    def fall_back(self, best: Best, now: Iterate, num_eligible: int) -> bool:
+        if num_eligible <= self._config.patience or now.objective <= best.objective * (1 + self._config.window) ** 2:
+            return False
+        self.projection.restart(best.codes, best.bases, now.schedule.temperature)
+        self.shrink /= 2
+        return True
+
+    def settled(self, records: Sequence[StepRecord], num_eligible: int) -> Outcome | None:
+        patience = max(self._config.patience, self._config.max_steps // 4)  # long steps may find nothing for a while
+        return "converged" if _settled(records, num_eligible, patience, self._config) else None
 
 
 def _backtrack(
@@ -368,50 +470,51 @@ def _backtrack(
     return taken, size, medians[0]
 
 
-def _alternate(
-    problem: Problem, best: Best, warm_targets: Tensor, config: FitConfig, on_step: Callable[[StepRecord], None]
-) -> Run:
-    """Move `best`; `warm_targets` are S_L."""
-    alpha, bases, schedule, num_fallbacks = best.codes.clone(), best.bases.clone(), first_schedule(config), 0
-    steps = [_record(0, best, best.objective, alpha, schedule, 0.0)]
-    on_step(steps[0])
-    outcome: Outcome = "max_steps"
-    if not math.isfinite(best.objective):
-        return "non_finite", steps, {"num_fallbacks": 0, "num_rejected": 0}
-    num_rejected = rejected_in_a_row = num_final = 0
+class Alternation:
+    """`am_step` as `run` moves it: backtracked, under its schedule or where that ends, whichever is lower there."""
 
-    def take(schedule: Schedule) -> tuple[AMStep, float, float, float]:
-        """A step under a schedule as `_backtrack` returns it, and f at λ = 1 of where it ends."""
-        now = project(problem, alpha, bases, config.activation, schedule.activation_lambda, adapters=True)
-        assert now.adapters is not None
-        found = _backtrack(problem, now.adapters, alpha, bases, warm_targets, schedule, config)
-        if schedule.activation_lambda == 1.0 or not math.isfinite(found[0].candidate_objective):
-            return *found, found[0].objective
-        return *found, project(problem, found[0].alpha, found[0].bases, config.activation).objective
+    def __init__(self, problem: Problem, codes: Tensor, bases: Tensor, warm_targets: Tensor, config: FitConfig) -> None:
+        self._problem, self._warm_targets, self._config = problem, warm_targets, config
+        self.codes, self.bases, self._rejected_in_a_row = codes, bases, 0
+        first = project(problem, codes, bases, config.activation)
+        self._now = Iterate(first.objective, first.objective, first_schedule(config), num_fallbacks=first.num_fallbacks)
 
-    for step in range(1, config.max_steps + 1):
-        taken, size, wanted_support, final = take(schedule)
+    def evaluate(self) -> Iterate:
+        return self._now
+
+    def move(self, step: int, schedule: Schedule) -> None:
+        del step
+        taken, now = self._take(schedule)
         if schedule != (end := last_schedule(schedule)):
-            sooner = take(end)
-            if sooner[-1] <= final:
-                schedule, (taken, size, wanted_support, final) = end, sooner
+            sooner = self._take(end)
+            if math.isnan(now.objective) or sooner[1].objective <= now.objective:
+                taken, now = sooner
+        self.codes, self.bases, self._now = taken.alpha, taken.bases, now
+        self._rejected_in_a_row = 0 if now.accepted else self._rejected_in_a_row + 1
+
+    def fall_back(self, best: Best, now: Iterate, num_eligible: int) -> bool:
+        del best, now, num_eligible
+        return False
+
+    def settled(self, records: Sequence[StepRecord], num_eligible: int) -> Outcome | None:
+        if self._now.schedule != last_schedule(self._now.schedule):
+            return None
+        if self._rejected_in_a_row >= MAX_REJECTED:
+            return "stalled"
+        return "converged" if _settled(records, num_eligible, self._config.patience, self._config) else None
+
+    def _take(self, schedule: Schedule) -> tuple[AMStep, Iterate]:
+        """A step under a schedule, and where it ends."""
+        problem, config, lambda_ = self._problem, self._config, schedule.activation_lambda
+        now = project(problem, self.codes, self.bases, config.activation, lambda_, adapters=True)
+        assert now.adapters is not None
+        taken, size, median = _backtrack(
+            problem, now.adapters, self.codes, self.bases, self._warm_targets, schedule, config
+        )
+        final = taken.objective
         if not math.isfinite(taken.candidate_objective):
-            outcome = "non_finite"
-            break
-        alpha, bases = taken.alpha, taken.bases
-        num_fallbacks += taken.num_fallbacks
-        best.offer(final, alpha, bases)
-        rejected_in_a_row = 0 if taken.accepted else rejected_in_a_row + 1
-        num_rejected += not taken.accepted
-        steps.append(_record(step, best, taken.objective, alpha, schedule, size if taken.accepted else 0.0))
-        on_step(steps[-1])
-        if schedule.activation_lambda == 1.0 and schedule.use_weight_aware_targets:
-            num_final += 1
-            if rejected_in_a_row >= MAX_REJECTED:
-                outcome = "stalled"
-                break
-            if _settled(steps, num_final, config.patience, config):
-                outcome = "converged"
-                break
-        schedule = next_schedule(schedule, step, taken.accepted, wanted_support, config)
-    return outcome, steps, {"num_fallbacks": num_fallbacks, "num_rejected": num_rejected}
+            final = math.nan
+        elif lambda_ != 1.0:
+            final = project(problem, taken.alpha, taken.bases, config.activation).objective
+        step_size = size if taken.accepted else 0.0
+        return taken, Iterate(final, taken.objective, schedule, step_size, taken.accepted, median, taken.num_fallbacks)

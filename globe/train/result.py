@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 from globe.bank.factors import Factors
 
@@ -37,6 +38,22 @@ class StepRecord:
 
 
 @dataclasses.dataclass(frozen=True)
+class FitStats:
+    """What else a fit tells of itself."""
+
+    warm_start: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
+    """Quality of the warm start."""
+    popularity: tuple[float, ...] = ()
+    """Each basis' share of the mixtures."""
+    num_fallbacks: int = 0
+    """Adapters that had no Cholesky factor, over all evaluations."""
+    num_restarts: int = 0
+    """varpro: returns to the best factors."""
+    num_rejected: int = 0
+    """am: steps that would have raised the objective."""
+
+
+@dataclasses.dataclass(frozen=True)
 class FitResult:
     """The best factors of a fit and how it went."""
 
@@ -46,16 +63,13 @@ class FitResult:
     """Why the fit stopped; `MEANING` says it in words."""
     steps: tuple[StepRecord, ...]
     """One record per step, the warm start as step 0."""
-    metrics: dict[str, Any]
-    """`trajectory` (relative error of every iterate), `warm_start` (its quality), `popularity` of the bases,
-    `num_fallbacks` (adapters without a Cholesky factor), `num_restarts` or `num_rejected`."""
+    stats: FitStats
 
     @classmethod
-    def of_zeros(cls, factors: Factors, temperature: float, **metrics: Any) -> FitResult:
+    def of_zeros(cls, factors: Factors, temperature: float) -> FitResult:
         """That of experts that are all zero, from factors that are zero as well."""
         step = StepRecord(0, 0.0, 0.0, 1.0, 1.0, temperature, 0.0, 0.0, 0.0)
-        unused: dict[str, Any] = {"trajectory": [0.0], "warm_start": {}, "popularity": [0.0] * len(factors.bases)}
-        return cls(factors, "zero", (step,), {**unused, **metrics})
+        return cls(factors, "zero", (step,), FitStats(popularity=(0.0,) * len(factors.bases)))
 
     @property
     def history(self) -> list[float]:

@@ -8,13 +8,14 @@ the weights.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from globe.bank.codes import CODE_FLOOR, on_simplex, prune, simplex_preimage
-from globe.bank.objective import Problem, Projection, expert_chunks, project
-from globe.bank.rounding import round_nearest
+from globe.bank.objective import Projection, expert_chunks, project
+from globe.train.parts import ExpertParts
 
 FIRST_DECAY, SECOND_DECAY = 0.85, 0.9
 """Measured, see docs/log.md."""
@@ -60,26 +61,21 @@ class Accelerated:
         self.count = 0
 
 
-def rounded_bank(bases: Tensor, bits: int | None) -> Tensor:
-    """The bank as it will be stored: rounded to `bits`, or as it is."""
-    return bases if bits is None else round_nearest(bases, bits)
-
-
 def spread(factor: Tensor) -> float:
     """The standard deviation of a factor's entries, by which its steps are measured; 1 for a single entry."""
     return float(factor.std()) if factor.numel() > 1 else 1.0
 
 
 class VariableProjection:
-    """The iterate (a, B) of the solver, its exact adapters implied.
+    """The iterate (a, B) of the solver, its exact adapters implied: evaluated in one pass over the parts, then moved.
 
     Signed codes are moved themselves, with `fixed_support` only where they are not 0; codes on the simplex are moved
-    through scores z with a = map(z / T).
+    through scores z with a = map(z / T). Holds the bank, its first moments and its gradient.
     """
 
     def __init__(
         self,
-        problem: Problem,
+        parts: ExpertParts,
         codes: Tensor,
         bases: Tensor,
         activation: str,
@@ -87,41 +83,49 @@ class VariableProjection:
         learning_rate: float,
         temperature: float,
         *,
+        energy: float,
         fixed_support: bool = False,
     ) -> None:
-        self._problem, self._activation, self._code_map = problem, activation, code_map
-        self._bank_bits: int | None = None
-        self._energy = problem.energy()
+        self._parts, self._activation, self._code_map = parts, activation, code_map
+        self._energy = codes.new_tensor(energy)
         self.codes = codes
         self._mask = codes != 0 if fixed_support else None
-        self._bases = Accelerated(bases.clone(), learning_rate * spread(bases))
+        self._bases = Accelerated(bases, learning_rate * spread(bases))
         scores = self._scores_of(codes, temperature)
         self._scores = Accelerated(scores, learning_rate * max(spread(scores), 1e-3))
-        self._projection = self._project()
+        self._projection: Projection | None = None
 
     @property
     def bases(self) -> Tensor:
         return self._bases.value
 
-    @property
-    def objective(self) -> float:
-        return self._projection.objective
+    def evaluate(self) -> Projection:
+        """The objective of the iterate, with the gradients that the next move follows."""
+        total, num_fallbacks = 0.0, 0
+        grad_codes, grad_bases = torch.empty_like(self.codes), torch.zeros_like(self.bases)
+        for index, own in enumerate(self._parts.slices()):
+            found = project(
+                self._parts.read(index),
+                self.codes[own],
+                self.bases,
+                self._activation,
+                energy=self._energy,
+                gradient=True,
+                grad_bases=grad_bases,
+            )
+            assert found.grad_codes is not None
+            grad_codes[own] = found.grad_codes
+            total, num_fallbacks = total + found.objective, num_fallbacks + found.num_fallbacks
+        self._projection = Projection(total, num_fallbacks, grad_codes, grad_bases)
+        return self._projection
 
-    @property
-    def num_fallbacks(self) -> int:
-        return self._projection.num_fallbacks
-
-    def step(self, length: float, temperature: float, bank_bits: int | None = None) -> None:
-        """Move codes and bases by `length` of the full step; a fixed support stays what it was.
-
-        With `bank_bits` the objective and its gradient are from now on those of the rounded bank, and the gradient
-        moves the bank behind it (the straight-through estimator; Bengio et al. 2013).
-        """
-        self._bank_bits = bank_bits
+    def move(self, length: float, temperature: float) -> None:
+        """Move codes and bases by `length` of the full step; a fixed support stays what it was."""
+        assert self._projection is not None
         grad_codes, grad_bases = self._projection.grad_codes, self._projection.grad_bases
         assert grad_codes is not None
         assert grad_bases is not None
-        self._projection = dataclasses.replace(self._projection, grad_codes=None, grad_bases=None)
+        self._projection = None
         if self._code_map == "ridge":
             self._scores.step(grad_codes, length)
             if self._mask is not None:
@@ -131,15 +135,39 @@ class VariableProjection:
             self._scores.step(self._through_map(grad_codes, temperature), length)
             self.codes = prune(on_simplex(self._scores.value / temperature, self._code_map), CODE_FLOOR)
         self._bases.step(grad_bases, length)
-        del grad_bases  # a bank's size: let it go before the next one is made
-        self._projection = self._project()
 
     def restart(self, codes: Tensor, bases: Tensor, temperature: float) -> None:
-        """Return to given factors with the moments forgotten."""
+        """Return to given factors with the moments forgotten, and evaluate them."""
         self._scores.restart(self._scores_of(codes, temperature))
         self._bases.restart(bases)
         self.codes = codes.clone() if self._code_map != "ridge" else self._scores.value
-        self._projection = self._project()
+        self._projection = None
+        self.evaluate()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that moves, for signed codes."""
+        return {
+            "codes": self._scores.value,
+            "codes.first": self._scores.first,
+            "codes.second": self._scores.second,
+            "bases": self._bases.value,
+            "bases.first": self._bases.first,
+            "bases.second": self._bases.second,
+            "scales": torch.tensor([self._scores.scale, self._bases.scale], dtype=torch.float64),
+            "count": torch.tensor(self._bases.count),
+        }
+
+    def resume(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned, which becomes this solver's own."""
+        for name, factor in (("codes", self._scores), ("bases", self._bases)):
+            factor.value, factor.first, factor.second = (
+                state[name],
+                state[f"{name}.first"],
+                state[f"{name}.second"],
+            )
+            factor.count = int(state["count"])
+        self._scores.scale, self._bases.scale = map(float, state["scales"])
+        self.codes = self._scores.value
 
     def _scores_of(self, codes: Tensor, temperature: float) -> Tensor:
         if self._code_map == "ridge":
@@ -147,10 +175,6 @@ class VariableProjection:
         if self._code_map == "softmax":  # reaches no zero: a tenth of the floor, from where a pruned code can return
             codes = codes.clamp_min(0.1 * CODE_FLOOR)
         return simplex_preimage(codes, self._code_map) * temperature
-
-    def _project(self) -> Projection:
-        bases = rounded_bank(self.bases, self._bank_bits)
-        return project(self._problem, self.codes, bases, self._activation, energy=self._energy, gradient=True)
 
     def _through_map(self, grad_codes: Tensor, temperature: float) -> Tensor:
         scores = self._scores.value.detach().requires_grad_()

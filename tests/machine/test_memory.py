@@ -139,7 +139,7 @@ def test_exhaustion_is_said_with_what_to_do(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(OutOfMemoryError, match="smaller --batch"):
             evaluate("shipped", EvaluateConfig(max_tokens=8, length=8))
     monkeypatch.setattr("globe.run.scope.fit_bank", exhausted)  # its name is the function in globe
-    settings = CompressConfig(layers=(1,), steps=1, calibrate="none", allocation="uniform")
+    settings = CompressConfig(keep=0.75, layers=(1,), steps=1, calibrate="none", allocation="uniform")
     with pytest.raises(OutOfMemoryError, match=r"fitting scope 1 on cpu .*--scope"):
         compress("shipped", tmp_path / "out", settings)
 
@@ -166,18 +166,18 @@ def test_what_is_no_device_is_no_setting(device: str) -> None:
 
 def test_a_device_is_checked_when_work_begins(tmp_path: Path) -> None:
     device = "cuda:99"
-    CompressConfig(device=device), EvaluateConfig(device=device)  # settings can be made anywhere
+    CompressConfig(keep=0.75, device=device), EvaluateConfig(device=device)  # settings can be made anywhere
     with pytest.raises(SettingsError, match="choose cpu, cuda or mps"):
         fit_bank(torch.randn(2, 4, 4), FitConfig(rank=1, num_bases=1, device=device))
     with pytest.raises(SettingsError, match="choose cpu, cuda or mps"):
-        compress("shipped", tmp_path / "out", CompressConfig(device=device))
+        compress("shipped", tmp_path / "out", CompressConfig(keep=0.75, device=device))
     assert not list(tmp_path.iterdir())
     with pytest.raises(SettingsError, match="choose cpu, cuda or mps"):
         evaluate("shipped", EvaluateConfig(device=device))
 
 
 def test_a_record_has_the_device_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = CompressConfig(layers=(1,), steps=1, calibrate="none", allocation="uniform")
+    settings = CompressConfig(keep=0.75, layers=(1,), steps=1, calibrate="none", allocation="uniform")
     assert settings.device == "auto"
     assert compress("shipped", tmp_path / "out", settings).config["device"] == "cpu"
     common, judged = dataclasses.replace(settings, layers=None), EvaluateConfig(max_tokens=8, length=8)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from globe.bank.precision import Precision
+from globe.bank.rounding import encode
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -12,8 +14,6 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from globe import set_compose_cache
-from globe.bank.precision import Precision
-from globe.bank.rounding import encode
 from globe.model import bank_module, experts_layout
 from globe.model.bank_module import Bank, BankUse
 from globe.model.compose_cache import split_whole

@@ -3,10 +3,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from globe.bank.precision import Precision
 from hypothesis import given
 from hypothesis import strategies as st
 
-from globe.bank.precision import Precision
 from globe.errors import SettingsError
 from globe.plan.scopes import (
     choose_shape,

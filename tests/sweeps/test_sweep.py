@@ -19,7 +19,7 @@ from globe.sweeps.view import draw_sweep, sweep_table, write_table
 
 QUICK = EvaluateConfig(max_tokens=256, length=64)
 GRID = SweepConfig(
-    keep=(0.7, 1e-5), layers=("3", "5"), common=CompressConfig(steps=2, calibrate="none"), evaluate=QUICK
+    keep=(0.7, 1e-5), layers=("3", "5"), common=CompressConfig(keep=0.75, steps=2, calibrate="none"), evaluate=QUICK
 )
 
 
@@ -111,7 +111,7 @@ def test_a_finished_sweep_loads_nothing(folder: Path, monkeypatch: pytest.Monkey
 
 
 def test_other_settings_in_the_same_folder_are_named(folder: Path) -> None:
-    other = dataclasses.replace(GRID, keep=(0.7,), common=CompressConfig(steps=3, calibrate="none"))
+    other = dataclasses.replace(GRID, keep=(0.7,), common=CompressConfig(keep=0.75, steps=3, calibrate="none"))
     with pytest.raises(SettingsError, match=r"keep was \[0.7, 1e-05\], now \[0.7\]; steps was 2, now 3"):
         sweep("shipped", folder, other)
 
@@ -129,7 +129,7 @@ def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
         ({"codes": ("ridge", "ridge")}, "each once"),
         ({"layers": ("first",)}, "layers 'first' is not understood"),
         ({"common": CompressConfig(keep=0.5)}, "keep is an axis"),
-        ({"common": CompressConfig(layers=(1,))}, "layers is an axis"),
+        ({"common": CompressConfig(keep=0.75, layers=(1,))}, "layers is an axis"),
         ({"common": CompressConfig(rank_ratio=0.5, basis_ratio=0.5)}, "leave out rank_ratio"),
     ],
 )

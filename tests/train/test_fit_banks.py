@@ -52,9 +52,8 @@ def check_record(experts: Tensor, config: FitConfig, result: FitResult) -> None:
     assert relative_error(experts, result) == pytest.approx(history[-1], abs=1e-5)
     assert [record.step for record in result.steps] == list(range(len(history)))
     assert len(history) <= config.max_steps + 1
-    assert result.metrics["trajectory"] == [record.raw_error for record in result.steps]
-    assert all(math.isfinite(raw) for raw in result.metrics["trajectory"])
-    assert sum(result.metrics["popularity"]) == pytest.approx(1, abs=1e-5)
+    assert all(math.isfinite(raw) for raw in (record.raw_error for record in result.steps))
+    assert sum(result.stats.popularity) == pytest.approx(1, abs=1e-5)
     for record in result.steps:
         assert config.min_temperature <= record.temperature <= config.max_temperature
         assert 0 <= record.activation_lambda <= 1
@@ -82,7 +81,7 @@ def test_every_solver_warm_start_and_code_map(experts: Tensor, solver: str, name
     start = warm_start(normalised, config.rank, config.num_bases, name, codes=codes, align_steps=4)
     first = project(Problem(normalised), start.codes, start.bases, config.activation).objective ** 0.5
     assert result.history[0] == pytest.approx(first, rel=1e-4)
-    assert result.metrics["warm_start"] == pytest.approx(start.metrics, rel=1e-3, abs=1e-4)
+    assert result.stats.warm_start == pytest.approx(start.metrics, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("activation", ["identity", "silu", "tanh"])
@@ -342,7 +341,7 @@ def test_am_stalls_where_no_step_lowers_the_objective(experts: Tensor, monkeypat
     assert result.outcome == "stalled"
     assert result.history == [result.history[0]] * len(result.history)
     assert all(record.step_size == 0 for record in result.steps)
-    assert result.metrics["num_rejected"] == len(result.steps) - 1
+    assert result.stats.num_rejected == len(result.steps) - 1
     assert result.steps[-1].activation_lambda == 1
     assert relative_error(experts, result) == pytest.approx(result.history[-1], abs=1e-5)
 
@@ -390,8 +389,8 @@ def test_varpro_returns_to_the_best_when_it_leaves_the_window(experts: Tensor):
     config = configure(learning_rate=30.0, patience=3, max_steps=40, window=0.05)
     result = fit_bank(experts, config)
     check_record(experts, config, result)
-    assert result.metrics["num_restarts"] > 0
-    assert max(result.metrics["trajectory"]) > 1.05 * min(result.history)
+    assert result.stats.num_restarts > 0
+    assert max(record.raw_error for record in result.steps) > 1.05 * min(result.history)
 
 
 def test_fallbacks_are_counted(experts: Tensor, monkeypatch: pytest.MonkeyPatch):
@@ -400,6 +399,6 @@ def test_fallbacks_are_counted(experts: Tensor, monkeypatch: pytest.MonkeyPatch)
     def counting(*args: Any, **settings: Any):
         return dataclasses.replace(true_project(*args, **settings), num_fallbacks=3)
 
-    assert fit_bank(experts, configure()).metrics["num_fallbacks"] == 0
+    assert fit_bank(experts, configure()).stats.num_fallbacks == 0
     monkeypatch.setattr(fit_banks, "project", counting)
-    assert fit_bank(experts, configure()).metrics["num_fallbacks"] == 3
+    assert fit_bank(experts, configure()).stats.num_fallbacks == 3
