@@ -1,0 +1,126 @@
+"""A family of a layer, coded: rows of few bits by feedback and a trellis, and what it takes to read them.
+
+Orientation: X (E experts, N inputs, K outputs). A row is one input of one expert: K numbers, a path, a width, a scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from globe.quant import packing, trellis
+from globe.quant.feedback import Order, code_inputs, expected_energies
+from globe.quant.scales import nearest_exponents, steps
+from globe.quant.side import HEADROOM, SCALES_PER_WIDTH, OwnRows, SharedCosts, SharedRows, share_rows
+from globe.quant.water_fill import log_costs
+
+
+@dataclasses.dataclass(frozen=True)
+class CodedExperts:
+    """Experts (E, N, K) as they are stored."""
+
+    payload: Tensor
+    """uint8: the paths, see `packing`."""
+    side: OwnRows | SharedRows
+    """Widths and scales."""
+    num_outputs: int
+    """K."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Stored, everything counted."""
+        return self.payload.numel() + self.side.num_bytes
+
+    @property
+    def length(self) -> int:
+        """Entries of a path: K, or more where so few cannot close."""
+        return max(self.num_outputs, trellis.LOG_STATES)
+
+    def decode(self, experts: Tensor | None = None) -> Tensor:
+        """The experts with these indices (n,), or all: (n, N, K) float32; the same bits on every machine."""
+        offsets = packing.row_offsets(self.side.widths(), self.length)
+        side = self.side
+        if experts is not None:
+            offsets, side = offsets[experts], side[experts]
+        widths = side.widths()
+        found = packing.decode(
+            self.payload,
+            offsets.flatten(),
+            widths.flatten(),
+            steps(side.exponents(), widths).flatten(),
+            self.length,
+        )
+        return found.view(*widths.shape, self.length)[..., : self.num_outputs]
+
+
+def row_costs(X: Tensor, importance: Tensor, order: Order) -> Tensor:
+    """Log costs (E, N) of leaving rows out: importance (E,) times price times mean square."""
+    prices = torch.empty_like(order.prices).scatter_(1, order.inputs, order.prices)
+    return log_costs(importance[:, None] * prices * X.float().square().mean(2))
+
+
+def code_own(X: Tensor, order: Order, widths: Tensor) -> tuple[CodedExperts, Tensor]:
+    """Code X (E, N, K) with widths (E, N) uint8 and a scale for each row; what is stored, and what it decodes to."""
+    expected = _expected(X, order, widths)
+    largest = torch.where(widths > 0, expected, 0).amax(1)
+    bases = (nearest_exponents(largest.sqrt()) + HEADROOM).clamp(-(2**15), 2**15 - 1).to(torch.int16)
+
+    def exponents(i: int, rows: Tensor) -> Tensor:
+        wanted = nearest_exponents(rows.square().mean(1).sqrt())
+        return bases.int() - (bases.int() - wanted).clamp(0, SCALES_PER_WIDTH - 1)
+
+    symbols, chosen, decoded = _code(X, order, widths, exponents)
+    marks = 1 + (widths.int() - 1) * SCALES_PER_WIDTH + bases[:, None].int() - chosen
+    side = OwnRows(torch.where(widths > 0, marks, 0).to(torch.uint8), bases)
+    return CodedExperts(packing.pack(symbols, widths), side, X.shape[2]), decoded
+
+
+def code_shared(X: Tensor, order: Order, costs: SharedCosts, multiplier: int) -> tuple[CodedExperts, Tensor]:
+    """Code X (E, N, K) with widths and scales that are sums; what is stored, and what it decodes to.
+
+    The scales follow from what rows are expected to be when it is their turn, since they are shared beforehand.
+    """
+    first = share_rows(costs, multiplier, X.square().mean(2))
+    widths = first.widths()
+    side = share_rows(costs, multiplier, _expected(X, order, widths))
+    sorted_exponents = order.sort(side.exponents())
+    symbols, _, decoded = _code(X, order, widths, lambda i, _: sorted_exponents[:, i])
+    return CodedExperts(packing.pack(symbols, widths), side, X.shape[2]), decoded
+
+
+def _expected(X: Tensor, order: Order, widths: Tensor) -> Tensor:
+    """Mean squares (E, N) that rows are expected to have when it is their turn."""
+    losses = torch.tensor(trellis.DISTORTION, device=X.device)[widths.long()]
+    energies = X.float().square().mean(2)
+    return order.unsort(expected_energies(order.sort(energies), order.sort(losses), order))
+
+
+def _code(
+    X: Tensor, order: Order, widths: Tensor, exponents: Callable[[int, Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Symbols (E, N, length), scale exponents (E, N) and decoded X (E, N, K)."""
+    E, N, K = X.shape
+    length = max(K, trellis.LOG_STATES)
+    symbols = torch.zeros(E, N, length, dtype=torch.uint8, device=X.device)
+    chosen = torch.zeros(E, N, dtype=torch.int32, device=X.device)
+    sorted_widths = order.sort(widths)
+    levels = trellis.levels(X.device)
+
+    def code_rows(i: int, rows: Tensor) -> Tensor:
+        chosen[:, i] = exponents(i, rows)
+        step = steps(chosen[:, i], sorted_widths[:, i])[:, None]
+        unit = torch.nn.functional.pad(rows / step, (0, length - K))
+        decoded = torch.zeros_like(rows)
+        for width in sorted_widths[:, i].unique().tolist():
+            if width:
+                who = torch.where(sorted_widths[:, i] == width)[0]
+                found, states = trellis.encode(unit[who], width)
+                symbols[who, i] = found
+                decoded[who] = levels[states[:, :K]].float() * step[who]
+        return decoded
+
+    decoded = code_inputs(order.sort(X.float()), order, code_rows)
+    return order.unsort(symbols), order.unsort(chosen), order.unsort(decoded)

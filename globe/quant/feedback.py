@@ -1,0 +1,105 @@
+"""Error feedback: what is lost in one input is made up for by the inputs still to come.
+
+With C the second moment of the inputs and UᵀU = C⁻¹, U upper triangular, the least of tr((X − Q)ᵀ C (X − Q)) over the
+inputs not yet coded is reached by subtracting U_ij / U_ii times the error of input i from each later input j, and that
+error then costs d_i = 1 / U_ii² instead of C_ii (Frantar et al. 2022, GPTQ; Babai's nearest plane; WaterSIC, arXiv
+2603.04956). Inputs go by growing variance, so that those which carry most can still be adjusted last.
+"""
+
+# `torch.linalg` has no type stubs
+# pyright: reportUnknownMemberType=false
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+"""Inputs between two updates of all inputs to come."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """The order in which inputs are coded, and where their errors go. All with a leading dimension S: 1 or E."""
+
+    inputs: Tensor
+    """(S, N): the input that is coded first, second, ..."""
+    shares: Tensor
+    """(S, N, N), unit upper triangular, in that order: U_ij / U_ii, the part of i's error that j takes away."""
+    prices: Tensor
+    """(S, N), in that order: d_i, what a unit of squared error in i costs."""
+
+    def sort(self, x: Tensor) -> Tensor:
+        """Quantities (E, N, ...) of the inputs in the order of coding."""
+        return x.gather(1, self._index(x))
+
+    def unsort(self, x: Tensor) -> Tensor:
+        """The inverse of `sort`."""
+        return torch.empty_like(x).scatter_(1, self._index(x), x)
+
+    def _index(self, x: Tensor) -> Tensor:
+        index = self.inputs.view(*self.inputs.shape, *([1] * (x.dim() - 2)))
+        return index.expand(x.shape)
+
+
+def order_inputs(second_moments: Tensor) -> Order:
+    """The order for second moments (S, N, N), positive definite: damping is the caller's. Computed in float64.
+
+    Raises `ValueError` when a matrix is not positive definite.
+    """
+    inputs = second_moments.diagonal(dim1=1, dim2=2).argsort(dim=1, stable=True)
+    sorted_ = second_moments.double().gather(1, inputs[:, :, None].expand_as(second_moments))
+    sorted_ = sorted_.gather(2, inputs[:, None, :].expand_as(second_moments))
+    # C = R Rᵀ with R upper triangular is the Cholesky factor of C reversed; then U = R⁻¹, and shares and prices follow
+    factor, info = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(sorted_.flip(1, 2)))
+    failed = torch.where(info > 0)[0].tolist()
+    if failed:
+        raise ValueError(
+            f"second moments {failed} of {len(info)} are not positive definite: add a part of their mean diagonal"
+        )
+    upper = factor.flip(1, 2)
+    diagonal = upper.diagonal(dim1=1, dim2=2)
+    eye = torch.eye(upper.shape[1], dtype=upper.dtype, device=upper.device)
+    shares = cast(
+        Tensor,
+        torch.linalg.solve_triangular(
+            upper / diagonal[:, None, :], eye.expand_as(upper), upper=True, unitriangular=True
+        ),
+    )
+    return Order(inputs, shares.float(), diagonal.square().float())
+
+
+def expected_energies(energies: Tensor, losses: Tensor, order: Order) -> Tensor:
+    """Mean squares of the rows when it is their turn, errors of the earlier ones added: (E, N) in the order of coding.
+
+    energies (E, N) of the rows as they are, losses (E, N): what part of its energy each will lose. Errors are taken
+    for independent.
+    """
+    found = energies.clone()
+    squares = order.shares.square()
+    for i in range(energies.shape[1] - 1):
+        found[:, i + 1 :] += squares[:, i, i + 1 :] * (found[:, i] * losses[:, i])[:, None]
+    return found
+
+
+def code_inputs(rows: Tensor, order: Order, code_rows: Callable[[int, Tensor], Tensor], block: int = BLOCK) -> Tensor:
+    """Code rows (E, N, K), in the order of coding, one input after the other with feedback; what they became.
+
+    `code_rows(i, rows (E, K))` returns the i-th input's rows as they are decoded. The result is in the order of coding.
+    """
+    now, coded = rows.clone(), torch.empty_like(rows)
+    num_inputs = rows.shape[1]
+    for start in range(0, num_inputs, block):
+        stop = min(start + block, num_inputs)
+        for i in range(start, stop):
+            coded[:, i] = code_rows(i, now[:, i])
+            now[:, i] -= coded[:, i]  # the error, from here on
+            now[:, i + 1 : stop] -= order.shares[:, i, i + 1 : stop, None] * now[:, i, None]
+        if stop < num_inputs:
+            shares = order.shares[:, start:stop, stop:].mT.expand(len(rows), -1, -1)
+            now[:, stop:].baddbmm_(shares, now[:, start:stop], alpha=-1)
+    return coded

@@ -1,0 +1,91 @@
+"""Rows of different widths in one string of bytes, and back.
+
+Expert after expert, input after input, a row of K symbols of b bits takes ⌈K·b / 8⌉ bytes; bit j of a row is bit j mod 8
+of its byte ⌊j / 8⌋. Where everything lies follows from the widths, so nothing but the symbols is stored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from globe.quant import trellis
+
+
+def row_bytes(widths: Tensor, length: int) -> Tensor:
+    """Bytes of rows of `length` entries with the given widths, int64, in their shape."""
+    return (widths.long() * length + 7) // 8
+
+
+def row_offsets(widths: Tensor, length: int) -> Tensor:
+    """Where the rows of the given widths begin in a payload, int64, in their shape."""
+    taken = row_bytes(widths, length).flatten()
+    return (taken.cumsum(0) - taken).view(widths.shape)
+
+
+def pack(symbols: Tensor, widths: Tensor) -> Tensor:
+    """The payload, uint8, of rows of symbols (..., K) uint8, each below 2^width of its row; widths (...,)."""
+    length = symbols.shape[-1]
+    rows, flat = symbols.reshape(-1, length), widths.flatten()
+    offsets = row_offsets(flat, length)
+    payload = torch.zeros(int(row_bytes(flat, length).sum()), dtype=torch.uint8, device=symbols.device)
+    places = torch.arange(8, dtype=torch.uint8, device=symbols.device)
+    for width in _present(flat):
+        chosen = torch.where(flat == width)[0]
+        for some in chosen.split(max(1, 2**22 // length)):
+            bits = ((rows[some][..., None] >> places[:width]) & 1).flatten(1)
+            bits = torch.nn.functional.pad(bits, (0, -bits.shape[1] % 8)).view(len(some), -1, 8)
+            packed = (bits << places).sum(2, dtype=torch.uint8)
+            payload[offsets[some, None] + torch.arange(packed.shape[1], device=payload.device)] = packed
+    return payload
+
+
+def unpack(payload: Tensor, widths: Tensor, length: int) -> Tensor:
+    """The symbols (..., K), uint8, that `pack` was given; 0 in rows of width 0."""
+    flat = widths.flatten()
+    offsets = row_offsets(flat, length)
+    rows = torch.zeros(len(flat), length, dtype=torch.uint8, device=payload.device)
+    for width in _present(flat):
+        chosen = torch.where(flat == width)[0]
+        for some in chosen.split(max(1, 2**22 // length)):
+            rows[some] = _symbols(payload, offsets[some], width, length)
+    return rows.view(*widths.shape, length)
+
+
+def decode(payload: Tensor, offsets: Tensor, widths: Tensor, steps: Tensor, length: int) -> Tensor:
+    """The rows (n, K), float32, that begin at `offsets` (n,) of a payload: level times step, 0 in rows of width 0.
+
+    widths (n,) uint8, steps (n,) float32. Integers up to the one product, hence the same bits on every machine.
+    """
+    out = torch.zeros(len(offsets), length, device=payload.device)
+    kernels = trellis.compiled()
+    if kernels is not None and payload.device.type == "cpu":
+        kernels.decode_rows(
+            payload.numpy(),
+            offsets.contiguous().numpy(),
+            widths.contiguous().numpy(),
+            steps.contiguous().numpy(),
+            *(trellis.LOG_STATES, trellis.MULTIPLIER, trellis.ADDEND, trellis.MEAN),
+            out.numpy(),
+        )
+        return out
+    levels = trellis.levels(payload.device)
+    for width in _present(widths):
+        chosen = torch.where(widths == width)[0]
+        for some in chosen.split(max(1, 2**22 // length)):
+            states = trellis.states(_symbols(payload, offsets[some], width, length), width)
+            out[some] = levels[states].float() * steps[some, None]
+    return out
+
+
+def _present(widths: Tensor) -> list[int]:
+    return [width for width in widths.unique().tolist() if width]
+
+
+def _symbols(payload: Tensor, offsets: Tensor, width: int, length: int) -> Tensor:
+    """Symbols (n, K) of rows of one width that begin at `offsets` (n,)."""
+    num_bytes = (length * width + 7) // 8
+    packed = payload[offsets[:, None] + torch.arange(num_bytes, device=payload.device)]
+    places = torch.arange(8, dtype=torch.uint8, device=payload.device)
+    bits = ((packed[..., None] >> places) & 1).flatten(1)[:, : length * width].view(len(offsets), length, width)
+    return (bits << places[:width]).sum(2, dtype=torch.uint8)

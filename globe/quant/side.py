@@ -1,0 +1,129 @@
+"""What is stored beside the paths: widths and scales, of every row by itself or shared by experts and inputs.
+
+A byte for each row is 8/K bits an entry: little where rows are long, and much where they have 48 entries. Where all
+experts have the same inputs (gate and up), width and scale are products of one number for each expert and one for each
+input, hence sums of logarithms, and cost next to nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from globe.quant.scales import PER_OCTAVE, nearest_exponents
+from globe.quant.water_fill import HIGHEST, LOWEST, UNIT, widths_at
+
+SCALES_PER_WIDTH = 31
+"""Scales that a row of its own can have, downwards from its expert's base: 31/6 octaves, a factor of 36."""
+HEADROOM = PER_OCTAVE // 2
+"""Steps from the largest scale that is expected to the base."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnRows:
+    """A byte for each row: 0 where it is left out, else 1 + 31·(width − 1) + (base − scale exponent)."""
+
+    marks: Tensor
+    """(E, N) uint8."""
+    bases: Tensor
+    """(E,) int16: scale exponents."""
+
+    def widths(self) -> Tensor:
+        """(E, N) uint8."""
+        return (self.marks.int() + SCALES_PER_WIDTH - 1).div(SCALES_PER_WIDTH, rounding_mode="floor").to(torch.uint8)
+
+    def exponents(self) -> Tensor:
+        """Scale exponents (E, N), int32; of no meaning where the width is 0."""
+        return self.bases[:, None].int() - (self.marks.int() - 1) % SCALES_PER_WIDTH
+
+    @property
+    def num_bytes(self) -> int:
+        """Stored."""
+        return self.marks.numel() + 2 * self.bases.numel()
+
+    def __getitem__(self, experts: Tensor) -> OwnRows:
+        return OwnRows(self.marks[experts], self.bases[experts])
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedRows:
+    """Log cost over multiplier, and scale exponent, as sums of a number of the expert's and one of the input's."""
+
+    expert_costs: Tensor
+    """(E,) int16: log costs less the log multiplier."""
+    input_costs: Tensor
+    """(N,) int16."""
+    expert_scales: Tensor
+    """(E,) int16: scale exponents."""
+    input_scales: Tensor
+    """(N,) int8."""
+
+    def widths(self) -> Tensor:
+        """(E, N) uint8."""
+        return widths_at(self.expert_costs[:, None].int() + self.input_costs.int(), 0)
+
+    def exponents(self) -> Tensor:
+        """Scale exponents (E, N), int32."""
+        return self.expert_scales[:, None].int() + self.input_scales.int()
+
+    @property
+    def num_bytes(self) -> int:
+        """Stored."""
+        return 4 * self.expert_costs.numel() + 3 * self.input_costs.numel()
+
+    def __getitem__(self, experts: Tensor) -> SharedRows:
+        return dataclasses.replace(
+            self, expert_costs=self.expert_costs[experts], expert_scales=self.expert_scales[experts]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedCosts:
+    """Log costs that are sums, as `SharedRows` stores them, before the multiplier is known."""
+
+    experts: Tensor
+    """(E,) int32."""
+    inputs: Tensor
+    """(N,) int32, within int16."""
+
+    def total(self) -> Tensor:
+        """(E, N) int32."""
+        return self.experts[:, None] + self.inputs
+
+
+def fit_sum(x: Tensor, weights: Tensor | None = None, rounds: int = 20) -> tuple[Tensor, Tensor]:
+    """u (E,) and v (N,), v of mean 0, that minimise Σ w_ei (x_ei − u_e − v_i)², by alternation; weights 1 by default."""
+    if weights is None:
+        u = x.mean(1)
+        return u, x.mean(0) - u.mean()
+    weights = weights + 1e-6  # an expert or an input without weight gets what the others suggest
+    v = torch.zeros_like(x[0])
+    u = x[:, 0]
+    for _ in range(rounds):
+        u = ((x - v) * weights).sum(1) / weights.sum(1)
+        v = ((x - u[:, None]) * weights).sum(0) / weights.sum(0)
+        v = v - v.mean()
+    return u, v
+
+
+def share_costs(costs: Tensor) -> SharedCosts:
+    """The sums nearest to log costs (E, N) in the least-squares sense."""
+    u, v = fit_sum(costs.double())
+    half = 8 * UNIT  # no input's cost is taken for more than 2^±24 of another's
+    v = v.round().clamp(-3 * half, 3 * half)
+    return SharedCosts(u.round().to(torch.int32), v.to(torch.int32))
+
+
+def share_rows(costs: SharedCosts, multiplier: int, mean_squares: Tensor) -> SharedRows:
+    """What is stored for rows (E, N) that are expected to have these mean squares when they are coded."""
+    expert_costs = (costs.experts - multiplier).clamp(LOWEST, HIGHEST).to(torch.int16)
+    widths = widths_at(expert_costs[:, None].int() + costs.inputs, 0)
+    u, v = fit_sum(nearest_exponents(mean_squares.sqrt()).double(), (widths > 0).double())
+    return SharedRows(
+        expert_costs,
+        costs.inputs.to(torch.int16),
+        u.round().to(torch.int16),
+        v.round().clamp(-128, 127).to(torch.int8),
+    )
