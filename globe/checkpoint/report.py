@@ -10,6 +10,7 @@ from typing import Any
 
 from globe.checkpoint.files import read_json
 from globe.errors import CheckpointError
+from globe.terms import FAMILIES
 from globe.typed import parsed, shown
 
 REPORT = "report.json"
@@ -46,6 +47,31 @@ class BankReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class CodedReport:
+    """How a family of a layer was coded."""
+
+    layer: int
+    family: str
+    original_parameters: int
+    stored_bytes: int
+    """Paths, widths and scales."""
+    seconds: float
+    error: float
+    """Relative Frobenius error."""
+    expert_errors: list[float]
+    """The same of every expert."""
+    expert_widths: list[float]
+    """Mean bits of every expert's entries, paths alone."""
+    rows_by_width: list[int]
+    """Rows (an input of an expert) of 0, 1, … 8 bits."""
+
+    @property
+    def bits(self) -> float:
+        """Stored bits of an original weight, everything counted."""
+        return 8 * self.stored_bytes / self.original_parameters
+
+
+@dataclasses.dataclass(frozen=True)
 class CalibrationReport:
     """What a compression was calibrated on."""
 
@@ -78,6 +104,7 @@ class Report:
     """The resolved settings."""
     versions: dict[str, str]
     banks: list[BankReport]
+    coded: list[CodedReport]
     original_bytes: int
     """Of all tensors of the source."""
     compressed_bytes: int
@@ -97,8 +124,16 @@ class Report:
 
     @property
     def kept(self) -> float:
-        """Stored parameters of the compressed families over the original ones."""
-        return sum(bank.stored_parameters for bank in self.banks) / sum(bank.original_parameters for bank in self.banks)
+        """Of the compressed families, stored over original: parameters of banks, or of what is coded bits over 16."""
+        stored = sum(bank.stored_parameters for bank in self.banks) + sum(part.stored_bytes for part in self.coded) / 2
+        original = sum(part.original_parameters for part in (*self.banks, *self.coded))
+        return stored / original
+
+    @property
+    def bits(self) -> float | None:
+        """Stored bits per original weight of the coded families, everything counted; None where nothing is coded."""
+        original = sum(part.original_parameters for part in self.coded)
+        return 8 * sum(part.stored_bytes for part in self.coded) / original if original else None
 
     @property
     def error(self) -> float:
@@ -116,9 +151,10 @@ class Report:
         for bank in self.banks:
             for families in bank.errors.values():
                 yield from families.items()
+        yield from ((part.family, part.error) for part in self.coded)
 
     def to_json(self) -> dict[str, Any]:
-        summary = {"kept": self.kept, "error": self.error, "family_errors": self.family_errors()}
+        summary = {"kept": self.kept, "bits": self.bits, "error": self.error, "family_errors": self.family_errors()}
         return {**summary, **dataclasses.asdict(self)}
 
     @classmethod
@@ -137,8 +173,8 @@ class Report:
 
     def faults(self) -> Iterator[str]:
         """What no compression leaves: sizes of nothing, and errors of layers that are not numbered."""
-        if not self.banks:
-            yield "banks is empty"
+        if not self.banks and not self.coded:
+            yield "banks and coded are empty"
         sizes = {"original_bytes": self.original_bytes, "compressed_bytes": self.compressed_bytes}
         for number, bank in enumerate(self.banks):
             for name in ("rank", "num_bases", "num_matrices", "original_parameters", "stored_parameters"):
@@ -148,8 +184,14 @@ class Report:
                     yield f"banks[{number}].{name} is {shown(errors)}, not by number of the layer and family"
             if not (bank.layers and bank.families and bank.errors):
                 yield f"banks[{number}] has no layers, families or errors"
+        for number, part in enumerate(self.coded):
+            sizes |= {
+                f"coded[{number}].{name}": getattr(part, name) for name in ("original_parameters", "stored_bytes")
+            }
+            if part.layer < 0 or part.family not in FAMILIES or not part.expert_widths or len(part.rows_by_width) != 9:
+                yield f"coded[{number}] is not of a layer and a family with experts"
         yield from (f"{name} is {size}, which cannot be" for name, size in sizes.items() if size < 1)
-        seconds = (self.seconds, *(bank.seconds for bank in self.banks))
+        seconds = (self.seconds, *(part.seconds for part in (*self.banks, *self.coded)))
         yield from (f"{spent} seconds cannot be" for spent in seconds if not 0 <= spent < 1e12)
 
 

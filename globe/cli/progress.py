@@ -7,17 +7,19 @@ from collections.abc import Sequence
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from globe.checkpoint.report import CodedReport
 from globe.plan.scopes import BankPlan, Scope
-from globe.run.observer import Observer, clock, describe
+from globe.run.observer import Observer, clock, describe, describe_coded
 from globe.terminal import Terminal
 from globe.train.result import StepRecord
 
 
 class _Pace:
-    """Matrices fitted so far, and the time that the rest will take at this rate."""
+    """Matrices fitted so far, or layers coded, and the time that the rest will take at this rate."""
 
     def __init__(self, scopes: Sequence[Scope], num_finished: int) -> None:
-        self.total = sum(bank.num_matrices for scope in scopes[num_finished:] for bank in scope.banks)
+        matrices = sum(bank.num_matrices for scope in scopes[num_finished:] for bank in scope.banks)
+        self.total = matrices or len(scopes) - num_finished
         self.done = 0
         self._began = time.monotonic()
 
@@ -61,7 +63,8 @@ class LiveProgress(Observer):
             self._progress.remove_task(self._preparing)
         self._pace = _Pace(scopes, num_finished)
         self._scopes: TaskID = self._progress.add_task("scopes", total=len(scopes), completed=num_finished, state="")
-        self._fit: TaskID = self._progress.add_task("starting", total=self._max_steps, state="")
+        if scopes[0].banks:
+            self._fit: TaskID = self._progress.add_task("starting", total=self._max_steps, state="")
         self._progress.start()
 
     def step(self, bank: BankPlan, record: StepRecord) -> None:
@@ -78,6 +81,11 @@ class LiveProgress(Observer):
         self._progress.console.print(
             f"{describe(bank)}: error {error:.4f}  rank {bank.rank}, {bank.num_bases} bases  {seconds:.1f} s"
         )
+
+    def coded(self, families: Sequence[CodedReport]) -> None:
+        self._pace.done += 1
+        self._progress.console.print(describe_coded(families))
+        self._progress.update(self._scopes, state=f"{self._pace.left()} left")
 
     def scope(self, scope: Scope) -> None:
         self._progress.advance(self._scopes)
@@ -110,3 +118,7 @@ class PlainProgress(Observer):
             f"{self._pace.rate():.1f} matrices/s, {self._pace.left()} left",
             soft_wrap=True,
         )
+
+    def coded(self, families: Sequence[CodedReport]) -> None:
+        self._pace.done += 1
+        self._console.print(f"{describe_coded(families)}, {self._pace.left()} left", soft_wrap=True)

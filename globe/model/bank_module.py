@@ -38,7 +38,7 @@ class Bank(nn.Module):
         super().__init__()
         self.num_bases, self.rank, self.hidden_size = num_bases, rank, hidden_size
         self.activation = activation
-        self.bases = factor_parameter((num_bases, rank, hidden_size), dtype, device)
+        self.bases = nn.Parameter(torch.empty(num_bases, rank, hidden_size, dtype=dtype, device=device))
 
     def forward(self, adapters: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """What_e = A_e φ(Σ_j a_ej B_j) in `dtype`, (E, P, D), from adapters (E, P, R) and codes (E, M).
@@ -87,8 +87,3 @@ class BankUse:
     families: tuple[str, ...]
     own: str | None
     """The bank's name if it belongs to this layer alone; `None` if the base model owns it."""
-
-
-def factor_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """An empty parameter for a factor of `shape`."""
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))

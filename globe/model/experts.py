@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from globe.errors import UnsupportedModelError
 from globe.model import bank_module
-from globe.model.bank_module import BankUse, factor_parameter
+from globe.model.bank_module import BankUse
+from globe.model.coded_spec import CodedSpec
 from globe.model.compose_cache import LayerCache
 from globe.model.expert_modules import ExpertsLayout
 from globe.model.grouped import grouped_mm
@@ -25,11 +26,13 @@ from globe.model.names import (
     BANKS,
     DENSE_PARAMETER,
     adapters_parameter,
+    coded_parameter,
     codes_parameter,
     dense_halves,
     dense_parameter,
 )
 from globe.model.sharing import bytes_per_token, is_cheaper, is_linear, is_readable, run_shared
+from globe.quant.coded import CodedExperts
 
 
 class GlobeExperts(nn.Module):
@@ -38,6 +41,7 @@ class GlobeExperts(nn.Module):
     _is_hf_initialized = True  # the family's _init_weights would look for the dense parameters
     globe_layout: ExpertsLayout
     globe_uses: tuple[BankUse, ...]
+    globe_coded: tuple[CodedSpec, ...]
     globe_cache: LayerCache | None = None
     # what the family's class brings
     _apply_gate: Callable[[Tensor], Tensor]
@@ -58,7 +62,7 @@ class GlobeExperts(nn.Module):
         or for the layout's identity experts.
         """
         top_k = top_k_index.shape[1]
-        num_experts = self._globe_parameters()[codes_parameter(self.globe_uses[0].families[0])].shape[0]
+        num_experts = self._globe_num_experts()
         counts = torch.bincount(top_k_index.flatten(), minlength=num_experts)[:num_experts].tolist()
         if self._globe_shares(counts, hidden_states):
             output = self._globe_shared(hidden_states, top_k_index, top_k_weights)
@@ -70,6 +74,12 @@ class GlobeExperts(nn.Module):
         if self.globe_layout.num_identity:
             output = output + hidden_states * top_k_weights.where(top_k_index >= num_experts, 0).sum(1, keepdim=True)
         return output.to(hidden_states.dtype)
+
+    def _globe_num_experts(self) -> int:
+        """Of this device: under expert parallelism, those whose factors are here."""
+        if not self.globe_uses:
+            return self.globe_layout.num_experts
+        return self.get_parameter(codes_parameter(self.globe_uses[0].families[0])).shape[0]
 
     def _globe_shares(self, counts: Sequence[int], states: Tensor) -> bool:
         """Whether this call is to share products instead of composing: in inference, without a cache, if cheaper."""
@@ -96,6 +106,11 @@ class GlobeExperts(nn.Module):
 
     def _globe_outputs(self, counts: Sequence[int], states: Tensor) -> Tensor:
         """Every expert on its own run of states, as many as its count: (ΣT_e, D) -> (ΣT_e, D)."""
+        if self.globe_coded and getattr(self, "_is_hooked", False):
+            raise UnsupportedModelError(
+                "coded experts cannot be sharded by tensor or expert parallelism: load the model on whole devices "
+                "(device_map), or export it dense"
+            )
         if self.training and torch.is_grad_enabled() and getattr(self, "_is_hooked", False):
             raise UnsupportedModelError(
                 "training GloBE experts under tensor or expert parallelism is not supported: the gradients of codes "
@@ -152,9 +167,10 @@ class GlobeExperts(nn.Module):
 
     def globe_batches(self, parameters: Mapping[str, Tensor], experts: Sequence[int]) -> Iterator[Sequence[int]]:
         """Split the experts so that gate, up and down of a batch fit `WORKING_BYTES`."""
-        adapters = parameters[adapters_parameter(self.globe_uses[0].families[0])]
-        itemsize = adapters.element_size() if adapters.is_floating_point() else 4
-        per_expert = 3 * adapters.shape[1] * self.globe_layout.hidden_size * itemsize
+        adapters = [parameters[adapters_parameter(use.families[0])] for use in self.globe_uses[:1]]
+        rows = adapters[0].shape[1] if adapters else self.globe_layout.intermediate_size
+        itemsize = adapters[0].element_size() if adapters else 4
+        per_expert = 3 * rows * self.globe_layout.hidden_size * itemsize
         size = max(1, bank_module.WORKING_BYTES // per_expert)
         return (experts[start : start + size] for start in range(0, len(experts), size))
 
@@ -230,15 +246,28 @@ class GlobeExperts(nn.Module):
         return gate_up, dense if layout.is_transposed else dense.mT
 
     def _globe_compose(self, parameters: Mapping[str, Tensor], index: Tensor, like: Tensor) -> dict[str, Tensor]:
-        """The experts' matrices of every family in a bank, (e, P, D) each, from one call of each bank."""
+        """The experts' matrices of every compressed family, (e, P, D) each: from one call of each bank, or decoded."""
         matrices: dict[str, Tensor] = {}
         for use in self.globe_uses:
             adapters = torch.cat([parameters[adapters_parameter(family)][index] for family in use.families])
             codes = torch.cat([parameters[codes_parameter(family)][index] for family in use.families])
-            dtype = adapters.dtype if adapters.is_floating_point() else like.dtype
-            composed = use.bank(adapters, codes, dtype).to(like)
+            composed = use.bank(adapters, codes, adapters.dtype).to(like)
             matrices.update(zip(use.families, composed.split(len(index)), strict=True))
+        for spec in self.globe_coded:
+            decoded = self._globe_coded_experts(spec, parameters).decode(index).to(like)
+            matrices[spec.family] = decoded if spec.family == "down" else decoded.mT
         return matrices
+
+    def globe_is_sound(self, spec: CodedSpec) -> bool:
+        """Whether the parts of a coded family fit each other, as far as they are here."""
+        parameters = self._globe_parameters()
+        parts = [parameter for name, parameter in parameters.items() if name.startswith(f"globe_{spec.family}_")]
+        return any(part.is_meta for part in parts) or self._globe_coded_experts(spec, parameters).is_sound()
+
+    def _globe_coded_experts(self, spec: CodedSpec, parameters: Mapping[str, Tensor]) -> CodedExperts:
+        num_inputs, num_outputs = self.globe_layout.sides(spec.family)
+        names = spec.shapes(self.globe_layout.num_experts, num_inputs)
+        return spec.experts({part: parameters[coded_parameter(spec.family, part)] for part in names}, num_outputs)
 
 
 class GlobePresortedExperts(GlobeExperts):
@@ -257,38 +286,46 @@ def _hit(counts: Sequence[int]) -> list[int]:
     return [expert for expert, count in enumerate(counts) if count]
 
 
-def factorise(module: nn.Module, layout: ExpertsLayout, uses: Sequence[BankUse]) -> None:
-    """Swap the dense matrices of an experts module for factors, in place.
+def factorise(
+    module: nn.Module, layout: ExpertsLayout, uses: Sequence[BankUse], coded: Sequence[CodedSpec] = ()
+) -> None:
+    """Swap the dense matrices of an experts module for what is stored of them, in place.
 
-    The factors are made empty, in the dtype and on the device (normally meta) of the parameters they replace; a family
-    that is in no bank stays dense.
+    Everything is made empty, on the device (normally meta) of the parameters that it replaces, factors also in their
+    dtype; a family that is neither in a bank nor coded stays dense.
 
     Args:
         module: an experts module of transformers.
         layout: what `experts_layout` says of it.
-        uses: the banks that serve the layer, at least one; the layer's own ones become part of the module.
+        uses: the banks that serve the layer; the layer's own ones become part of the module.
+        coded: the families of the layer that are coded; with `uses` at least one.
     """
     like = next(module.parameters(recurse=False))
     E, P, D = layout.num_experts, layout.intermediate_size, layout.hidden_size
-    factors: dict[str, tuple[int, ...]] = {}
+    factors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for use in uses:
         bank = use.bank
         for family in use.families:
-            factors[adapters_parameter(family)] = (E, P, bank.rank)
-            factors[codes_parameter(family)] = (E, bank.num_bases)
-    factorised = {family for use in uses for family in use.families}
-    for half in dense_halves(factorised):
-        factors[dense_parameter(half)] = (E, P, D)
-    for parameter in {DENSE_PARAMETER[family] for family in factorised}:
+            factors[adapters_parameter(family)] = (E, P, bank.rank), like.dtype
+            factors[codes_parameter(family)] = (E, bank.num_bases), like.dtype
+    for spec in coded:
+        for part, (shape, dtype) in spec.shapes(E, layout.sides(spec.family)[0]).items():
+            factors[coded_parameter(spec.family, part)] = shape, dtype
+    compressed = {family for use in uses for family in use.families} | {spec.family for spec in coded}
+    for half in dense_halves(compressed):
+        factors[dense_parameter(half)] = (E, P, D), like.dtype
+    for parameter in {DENSE_PARAMETER[family] for family in compressed}:
         delattr(module, parameter)
-    for name, shape in factors.items():
-        module.register_parameter(name, factor_parameter(shape, like.dtype, like.device))
+    for name, (shape, dtype) in factors.items():
+        empty = torch.empty(shape, dtype=dtype, device=like.device)
+        module.register_parameter(name, nn.Parameter(empty, requires_grad=dtype.is_floating_point))
     own = {use.own: use.bank for use in uses if use.own is not None}
     if own:
         module.add_module(BANKS, nn.ModuleDict(own))
     module.__class__ = _globe_class(type(module), GlobePresortedExperts if layout.presorted else GlobeExperts)
     swapped = cast(GlobeExperts, module)
     swapped.globe_layout = layout
+    swapped.globe_coded = tuple(coded)
     swapped.globe_uses = tuple(uses)  # a shared bank is only referred to: its one owner is the base model
 
 

@@ -12,6 +12,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, Wei
 
 from globe.checkpoint.header import read_header, read_metadata
 from globe.errors import CheckpointError
+from globe.model.experts import GlobeExperts
 from globe.model.names import is_factor
 from globe.typed import shown
 
@@ -73,6 +74,18 @@ def check_finite_factors(model: nn.Module) -> None:
         if is_factor(name) and not parameter.is_meta and parameter.is_floating_point() and not is_finite(parameter)
     }
     _refuse("has NaN or Inf in", broken, "its files are damaged")
+
+
+def check_coded(model: nn.Module) -> None:
+    """Raise `CheckpointError` naming the coded families whose parts do not fit; offloaded ones are not looked at."""
+    broken = {
+        f"{path}.{spec.family}"
+        for path, module in model.named_modules()
+        if isinstance(module, GlobeExperts)
+        for spec in module.globe_coded
+        if not module.globe_is_sound(spec)
+    }
+    _refuse("has rows and paths that do not fit each other in", broken, "its files are damaged")
 
 
 def is_finite(tensor: Tensor) -> bool:

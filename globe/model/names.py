@@ -28,8 +28,13 @@ def codes_parameter(family: str) -> str:
     return f"globe_{family}_codes"
 
 
+def coded_parameter(family: str, part: str) -> str:
+    """The experts module's parameter with a part of what is stored of a coded family (`CodedSpec.shapes`)."""
+    return f"globe_{family}_{part}"
+
+
 def dense_parameter(family: str) -> str:
-    """The experts module's parameter with gate or up, (E, P, D), when only the other one is in a bank."""
+    """The experts module's parameter with gate or up, (E, P, D), when only the other one is compressed."""
     return f"globe_{family}_dense"
 
 
@@ -58,8 +63,12 @@ class FactorNames:
         """Name of a, (E, M)."""
         return f"{self.experts[layer]}.{codes_parameter(family)}"
 
+    def coded(self, layer: int, family: str, part: str) -> str:
+        """Name of a part of a coded family."""
+        return f"{self.experts[layer]}.{coded_parameter(family, part)}"
+
     def dense(self, layer: int, family: str) -> str:
-        """Name of the dense half of gate_up_proj, (E, P, D): gate or up, when only the other one is in a bank."""
+        """Name of the dense half of gate_up_proj, (E, P, D): gate or up, when only the other one is compressed."""
         return f"{self.experts[layer]}.{dense_parameter(family)}"
 
     def bases(self, bank: BankSpec) -> str:
@@ -67,18 +76,18 @@ class FactorNames:
         owner = self.base if bank.shared else self.experts[bank.layers[0]]
         return f"{owner}.{BANKS}.{bank.name}.bases".removeprefix(".")
 
-    def tripwire(self, banks: Iterable[BankSpec]) -> str:
-        """Name of the tripwire: a dense parameter of the first compressed layer.
+    def tripwire(self, compressed: Iterable[tuple[int, str]]) -> str:
+        """Name of the tripwire, given all that is compressed by layer and family: a dense parameter of the first layer.
 
         transformers without GloBE finds a tensor of the wrong size there and stops, instead of filling the experts with
         random numbers.
         """
-        layer, family = min((bank.layers[0], FAMILIES.index(bank.families[0])) for bank in banks)
-        return f"{self.experts[layer]}.{DENSE_PARAMETER[FAMILIES[family]]}"
+        layer, place = min((layer, [*FAMILIES].index(family)) for layer, family in compressed)
+        return f"{self.experts[layer]}.{DENSE_PARAMETER[FAMILIES[place]]}"
 
 
 def dense_halves(families: Collection[str]) -> list[Family]:
-    """The half of gate_up_proj to store apart, given the families of a layer that are in banks: gate, up or none."""
+    """The half of gate_up_proj to store apart, given the families of a layer that are compressed: gate, up or none."""
     halves: list[tuple[Family, Family]] = [("gate", "up"), ("up", "gate")]
     return [half for half, other in halves if half not in families and other in families]
 

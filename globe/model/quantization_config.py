@@ -12,19 +12,21 @@ from globe.bank.activations import check_activation
 from globe.checkpoint.reader import Checkpoint
 from globe.errors import CheckpointError
 from globe.model.bank_spec import BankSpec
+from globe.model.coded_spec import CodedSpec
 from globe.typed import shown
 
 QUANT_METHOD = "globe"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class GlobeQuantizationConfig(QuantizationConfigMixin):
-    """Which experts are factorised, and how.
+    """Which experts are compressed, and how.
 
     Args:
-        banks: entries of config.json, or `BankSpec`s; each (layer, family) is in at most one.
+        banks: entries of config.json, or `BankSpec`s.
+        coded: entries of config.json, or `CodedSpec`s; each (layer, family) is in one bank or coded, or neither.
         activation: φ of every bank: identity, silu or tanh.
-        format_version: of the checkpoint; anything but 1 is refused.
+        format_version: of the checkpoint; anything but 2 is refused.
         globe_version: what wrote the checkpoint.
         run: identity of the compression, which every file with factors repeats; None: not known, and not checked.
         extra: what else the section holds; it is kept and written back.
@@ -36,6 +38,7 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
         self,
         /,
         banks: Sequence[BankSpec | Mapping[str, Any]] = (),
+        coded: Sequence[CodedSpec | Mapping[str, Any]] = (),
         activation: str = "tanh",
         format_version: int = FORMAT_VERSION,
         globe_version: str | None = None,
@@ -49,8 +52,9 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
                 f"{shown(format_version)}. Install the version of globe-moe that wrote the checkpoint"
             )
         check_activation(activation)
-        if not isinstance(banks, (list, tuple)):
-            raise CheckpointError(f"quantization_config's banks must be a list; found {shown(banks)}")
+        for name, entries in (("banks", banks), ("coded", coded)):
+            if not isinstance(entries, (list, tuple)):
+                raise CheckpointError(f"quantization_config's {name} must be a list; found {shown(entries)}")
         for name, value in (("globe_version", globe_version), ("run", run)):
             if value is not None and not isinstance(value, str):
                 raise CheckpointError(f"quantization_config's {name} must be text; found {shown(value)}")
@@ -60,8 +64,9 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
         self.run = run
         self.activation = activation
         self.banks = tuple(bank if isinstance(bank, BankSpec) else BankSpec.from_dict(bank) for bank in banks)
+        self.coded = tuple(spec if isinstance(spec, CodedSpec) else CodedSpec.from_dict(spec) for spec in coded)
         self.extra = extra
-        _check_coverage(self.banks)
+        _check_coverage(self.banks, self.coded)
 
     def to_dict(self) -> dict[str, Any]:
         """The section as config.json holds it."""
@@ -73,11 +78,22 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
             **({} if self.run is None else {"run": self.run}),
             "activation": self.activation,
             "banks": [bank.to_dict() for bank in self.banks],
+            "coded": [spec.to_dict() for spec in self.coded],
         }
 
     def banks_of(self, layer: int) -> list[BankSpec]:
         """The banks that serve a layer."""
         return [bank for bank in self.banks if layer in bank.layers]
+
+    def coded_of(self, layer: int) -> list[CodedSpec]:
+        """The coded families of a layer."""
+        return [spec for spec in self.coded if spec.layer == layer]
+
+    @property
+    def compressed(self) -> list[tuple[int, str]]:
+        """Layer and family of all that is compressed."""
+        in_banks = [place for bank in self.banks for place in itertools.product(bank.layers, bank.families)]
+        return in_banks + [(spec.layer, spec.family) for spec in self.coded]
 
 
 def read_section(checkpoint: Checkpoint) -> GlobeQuantizationConfig:
@@ -88,12 +104,16 @@ def read_section(checkpoint: Checkpoint) -> GlobeQuantizationConfig:
     return GlobeQuantizationConfig(**section)
 
 
-def _check_coverage(banks: tuple[BankSpec, ...]) -> None:
-    if not banks:
-        raise CheckpointError("quantization_config has no banks: it says nothing about how to read this checkpoint")
+def _check_coverage(banks: tuple[BankSpec, ...], coded: tuple[CodedSpec, ...]) -> None:
+    if not banks and not coded:
+        raise CheckpointError(
+            "quantization_config has no banks and nothing coded: it says nothing about how to read this checkpoint"
+        )
     owner: dict[tuple[int, str], str] = {}
-    for bank in banks:
-        for place in itertools.product(bank.layers, bank.families):
-            if place in owner:
-                raise CheckpointError(f"{place[1]} of layer {place[0]} is in two banks: {owner[place]} and {bank.name}")
-            owner[place] = bank.name
+    held = [(place, f"bank {bank.name}") for bank in banks for place in itertools.product(bank.layers, bank.families)]
+    for place, name in [*held, *(((spec.layer, spec.family), "what is coded") for spec in coded)]:
+        if place in owner:
+            raise CheckpointError(
+                f"{place[1]} of layer {place[0]} is twice in config.json: in {owner[place]} and in {name}"
+            )
+        owner[place] = name

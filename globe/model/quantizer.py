@@ -26,6 +26,7 @@ from globe.model.expert_modules import RoutedExperts, factor_names, find_experts
 from globe.model.experts import GlobeExperts, factorise
 from globe.model.factor_check import (
     RUN_METADATA,
+    check_coded,
     check_factors_in_files,
     check_factors_loaded,
     check_finite_factors,
@@ -61,14 +62,15 @@ class GlobeQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         experts = {found.layer: found for found in find_experts(model)}
         config = self.quantization_config
-        for bank in config.banks:
-            if unknown := set(bank.layers) - experts.keys():
+        named = [(f"bank {bank.name}", bank.layers) for bank in config.banks]
+        for name, layers in [*named, *((spec.name, (spec.layer,)) for spec in config.coded)]:
+            if unknown := set(layers) - experts.keys():
                 raise CheckpointError(
-                    f"config.json has bank {bank.name} for layers {sorted(unknown)}, "
+                    f"config.json has {name} for layers {sorted(unknown)}, "
                     f"but {type(model).__name__} has routed experts in layers {sorted(experts)} only"
                 )
         names = factor_names(model)
-        self._tripwire = names.tripwire(config.banks)
+        self._tripwire = names.tripwire(config.compressed)
         # without the base model's path, which the file may have or lack: a base model also loads from the checkpoint of
         # a model with a head, and the other way round
         ending = re.escape(self._tripwire.removeprefix(f"{names.base}."))
@@ -87,8 +89,8 @@ class GlobeQuantizer(HfQuantizer):
                 for bank in config.banks
                 if layer in bank.layers
             ]
-            if uses:
-                factorise(found.module, found.layout, uses)
+            if uses or config.coded_of(layer):
+                factorise(found.module, found.layout, uses, config.coded_of(layer))
         save_with_autoload(model)
         self._files = [file for file in checkpoint_files or [] if file.endswith(".safetensors")]
         return model
@@ -122,6 +124,7 @@ class GlobeQuantizer(HfQuantizer):
         if not self._files:
             check_factors_loaded(model)
         check_finite_factors(model)
+        check_coded(model)
         return model
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:

@@ -68,6 +68,7 @@ class Scope:
 
     layers: tuple[int, ...]
     banks: tuple[BankPlan, ...]
+    """None where experts are coded."""
 
 
 def scope_from_json(record: Mapping[str, Any]) -> Scope:
@@ -183,6 +184,8 @@ def _banks(layers: list[ExpertShape], config: CompressConfig) -> list[tuple[tupl
 
 def _scope(layers: list[ExpertShape], config: CompressConfig) -> Scope:
     indices, banks = tuple(layer.index for layer in layers), list[BankPlan]()
+    if config.is_coded:
+        return Scope(indices, ())
     for families, num_matrices, rows, columns in _banks(layers, config):
         if config.keep is not None:
             rank, num_bases = choose_shape(num_matrices, rows, columns, config.keep)

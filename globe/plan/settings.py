@@ -19,7 +19,6 @@ LEAST_BITS, MOST_BITS = 1.5, 8.0
 DEFAULT_BITS = 4.0
 """What is spent where nothing is asked: measured, see docs/log.md."""
 _OF_BANKS = (
-    "allocation",
     "scope",
     "share_families",
     "max_experts",

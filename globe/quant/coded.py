@@ -13,9 +13,12 @@ from torch import Tensor
 
 from globe.quant import packing, trellis
 from globe.quant.feedback import Order, code_inputs, expected_energies
-from globe.quant.scales import nearest_exponents, steps
+from globe.quant.scales import PER_OCTAVE, nearest_exponents, steps
 from globe.quant.side import HEADROOM, SCALES_PER_WIDTH, OwnRows, SharedCosts, SharedRows, share_rows
 from globe.quant.water_fill import log_costs
+
+MAX_EXPONENT = 120 * PER_OCTAVE
+"""Of a scale, either way: its steps are then within float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,15 @@ class CodedExperts:
     def length(self) -> int:
         """Entries of a path: K, or more where so few cannot close."""
         return max(self.num_outputs, trellis.LOG_STATES)
+
+    def is_sound(self) -> bool:
+        """Whether the payload is as long as the widths say, and no width or scale is out of its range."""
+        widths, exponents = self.side.widths(), self.side.exponents()
+        return bool(
+            (widths <= trellis.MAX_WIDTH).all()
+            and int(packing.row_bytes(widths, self.length).sum()) == self.payload.numel()
+            and (exponents[widths > 0].abs() < MAX_EXPONENT).all()
+        )
 
     def decode(self, experts: Tensor | None = None) -> Tensor:
         """The experts with these indices (n,), or all: (n, N, K) float32; the same bits on every machine."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from globe.quant.packing import row_bytes
-from globe.quant.trellis import DISTORTION, MAX_WIDTH
+from globe.quant.trellis import DISTORTION
 
 UNIT = 256
 """Parts of a factor of 2 in costs."""

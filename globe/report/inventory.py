@@ -38,7 +38,15 @@ _KINDS = (
     ("mlp.gate.", "routers"),
     ("block_sparse_moe.gate.", "routers"),
 )
-_FACTORS = (("_adapters", "adapters"), ("_codes", "codes"), (".bases", "bases"))
+_FACTORS = (
+    ("_adapters", "adapters"),
+    ("_codes", "codes"),
+    (".bases", "bases"),
+    ("_payload", "coded experts"),
+    ("_marks", "widths and scales"),
+    ("_costs", "widths and scales"),
+    ("_scales", "widths and scales"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

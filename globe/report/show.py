@@ -47,7 +47,10 @@ def show_report(console: Terminal, report: Report, output: Path) -> None:
     ratio = report.compressed_bytes / report.original_bytes
     console.print(f"\n{output}", style="bold", soft_wrap=True)
     console.print(f"relative error  {errors}  all {report.error:.4f}")
-    console.print(f"experts kept    {report.kept:.4f} of the compressed families' parameters")
+    if report.bits is None:
+        console.print(f"experts kept    {report.kept:.4f} of the compressed families' parameters")
+    else:
+        console.print(f"experts coded   in {report.bits:.3f} bits a weight, everything counted")
     console.print(
         f"whole model     {megabytes(report.compressed_bytes)} of {megabytes(report.original_bytes)} ({ratio:.1%})"
     )

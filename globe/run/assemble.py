@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from globe.checkpoint.manifest import MANIFEST
 from globe.checkpoint.reader import INDEX, open_checkpoint
-from globe.checkpoint.report import REPORT, BankReport, Report
+from globe.checkpoint.report import REPORT, BankReport, CodedReport, Report
 from globe.checkpoint.side_files import CONFIG
 from globe.checkpoint.source_layout import SOURCE_LAYOUT, write_source_layout
 from globe.checkpoint.writer import (
@@ -34,11 +35,15 @@ def assemble(job: Job, preparation: Preparation, folder: RunFolder) -> None:
     weight_map: dict[str, str] = {}
     compressed_bytes = 0
     banks: list[BankReport] = []
+    coded: list[CodedReport] = []
+    specs: list[dict[str, Any]] = []
     files: dict[str, str] = {}
     for number in range(len(preparation.scopes)):
         record = folder.records.read(scope_record(number))
         assert record is not None
         banks += [BankReport(**bank) for bank in record["banks"]]
+        coded += [CodedReport(**part) for part in record["coded"]]
+        specs += record["specs"]
         for file, content in record["files"].items():
             files[file] = content["sha256"]
             weight_map |= dict.fromkeys(content["tensors"], file)
@@ -55,9 +60,10 @@ def assemble(job: Job, preparation: Preparation, folder: RunFolder) -> None:
         as_json(dataclasses.asdict(job.config)),
         versions(),
         banks,
+        coded,
         job.original_bytes(),
         compressed_bytes,
-        preparation.seconds + sum(bank.seconds for bank in banks),
+        preparation.seconds + sum(part.seconds for part in (*banks, *coded)),
         peak_memory(),
         calibration.report,
         calibration.uncalibrated_because,
@@ -70,6 +76,7 @@ def assemble(job: Job, preparation: Preparation, folder: RunFolder) -> None:
     files[REPORT] = write_json(folder.path / REPORT, report.to_json())
     section = GlobeQuantizationConfig(
         job.specs(preparation.scopes),
+        specs,
         job.config.activation,
         globe_version=versions()["globe"],
         run=folder.records.identity,

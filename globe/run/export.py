@@ -20,9 +20,11 @@ from globe.checkpoint.stacks import check_finite, dense_tensor
 from globe.checkpoint.writer import copy_side_files, make_folder, require_space, save_tensors, write_index, write_json
 from globe.errors import CheckpointError
 from globe.experts.storage import restore
+from globe.model.coded_spec import CodedSpec
 from globe.model.empty_model import model_names
 from globe.model.factor_check import check_run
 from globe.model.loading import expert_layers, in_json
+from globe.model.names import FactorNames
 from globe.model.quantization_config import read_section
 from globe.run.folder import RunFolder, open_run
 from globe.terms import FAMILIES, Family
@@ -90,6 +92,7 @@ class DenseView:
         self._banks = {
             (layer, family): bank for bank in self._config.banks for layer in bank.layers for family in bank.families
         }
+        self._coded = {(spec.layer, spec.family): spec for spec in self._config.coded}
         held = self.compressed.tensors.keys() | self._owner.keys()
         if missing := sorted(self.source.tensors.keys() - held):
             raise CheckpointError(
@@ -100,7 +103,7 @@ class DenseView:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor that the source calls `name`, in the source's dtype."""
-        tripwire = self._names.tripwire(self._config.banks)
+        tripwire = self._names.tripwire(self._config.compressed)
         if name in self.compressed.tensors and name != tripwire:
             return self.compressed.read(name)
         index, _ = self._owner[name]
@@ -112,6 +115,8 @@ class DenseView:
     def _compose_family(self, index: int, family: Family) -> Tensor:
         bank, layer, names = self._banks.get((index, family)), self._layers[index], self._names
         E, P, D = layer.num_experts, layer.intermediate_size, layer.hidden_size
+        if spec := self._coded.get((index, family)):
+            return self._decode(spec, names, E, P, D).to(TORCH_DTYPES[layer.dtype])
         if bank is None:
             return self._factor(names.dense(index, family), (E, P, D))
         R, M = bank.rank, bank.num_bases
@@ -121,6 +126,23 @@ class DenseView:
         with torch.no_grad():
             stack = restore(adapters, codes, bases, self._config.activation)
         return stack.to(TORCH_DTYPES[layer.dtype])
+
+    def _decode(self, spec: CodedSpec, names: FactorNames, E: int, P: int, D: int) -> Tensor:
+        """Coded experts (E, P, D); `CheckpointError` unless what is stored is what config.json says and fits itself."""
+        num_inputs, num_outputs = (P, D) if spec.family == "down" else (D, P)
+        parts: dict[str, Tensor] = {}
+        for part, (shape, dtype) in spec.shapes(E, num_inputs).items():
+            name = names.coded(spec.layer, spec.family, part)
+            parts[part] = found = self.compressed.read(name)
+            if found.shape != shape or found.dtype != dtype:
+                raise CheckpointError(
+                    f"{name} is {found.dtype} of shape {tuple(found.shape)}; config.json describes {dtype} of {shape}: "
+                    "fetch the checkpoint again"
+                )
+        coded = spec.experts(parts, num_outputs)
+        if not coded.is_sound():
+            raise CheckpointError(f"rows and paths of {spec.name} do not fit each other: fetch the checkpoint again")
+        return coded.decode() if spec.family == "down" else coded.decode().mT
 
     def _factor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A stored factor; `CheckpointError` unless it is what config.json says, and finite."""

@@ -78,8 +78,10 @@ class Job:
         return TORCH_DTYPES[self.layers[layer].dtype]
 
     def predicted_bytes(self, scopes: Sequence[Scope]) -> int:
-        """Of the output's tensors, with banks as in `scopes`."""
+        """Of the output's tensors, with banks as in `scopes`; coded experts are taken to use up their budget."""
         kept = sum(self.checkpoint.tensors[name].nbytes for names in self.kept().values() for name in names)
+        if self.config.bits is not None:
+            kept += int(self.config.bits * self.original_parameters() / 8)
         factors = sum(
             bank.stored_parameters * self.dtype(bank.layers[0]).itemsize for scope in scopes for bank in scope.banks
         )
@@ -94,6 +96,17 @@ class Job:
     def original_bytes(self) -> int:
         """Of the source's tensors."""
         return sum(tensor.nbytes for tensor in self.checkpoint.tensors.values())
+
+    def original_parameters(self) -> int:
+        """Of the families to be compressed."""
+        layers = [self.layers[index] for scope in self.scopes for index in scope.layers]
+        return len(self.config.families) * sum(
+            layer.num_experts * layer.intermediate_size * layer.hidden_size for layer in layers
+        )
+
+    def compressed(self) -> list[tuple[int, Family]]:
+        """Layer and family of all that is compressed."""
+        return [(index, family) for scope in self.scopes for index in scope.layers for family in self.config.families]
 
     def kept(self) -> dict[str, list[str]]:
         """The tensors that stay as they are, by shard; shards that keep none are left out."""
@@ -137,7 +150,12 @@ def make_job(model: str | Path, config: CompressConfig) -> Job:
     check_same_experts(layers, find_experts(empty))
     check_weights(checkpoint, empty)
     num_banks = sum(len(scope.banks) for scope in scopes)
-    if config.calibrate != "none" or allocation.obstacle(checkpoint, config, num_banks) is None:
+    measures = (
+        config.allocation != "uniform"
+        if config.is_coded
+        else allocation.obstacle(checkpoint, config, num_banks) is None
+    )
+    if config.calibrate != "none" or measures:
         check_language_model(checkpoint, empty)
     notes, text = [*checkpoint.notes, *dtype_notes(layers.values()), *checkpoint.side_files().left_out], None
     if (name := config.calibrate) not in ("samples", "none"):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
+from globe.checkpoint.report import CodedReport
 from globe.plan.scopes import BankPlan, Scope, compact
 from globe.train.result import StepRecord
 
 
 class Observer:
-    """Told, in this order: note…, prepare…, start, then for each bank step…, bank; scope after its banks; stop at the
+    """Told, in this order: note…, prepare…, start, then for each bank step…, bank, or for each layer
+    coded; scope after them; stop at the
     end or on a fault. Does nothing itself: override what you care for."""
 
     def prepare(self, task: str) -> None:
@@ -27,8 +30,11 @@ class Observer:
     def bank(self, bank: BankPlan, error: float, seconds: float) -> None:
         """A bank is fitted and rounded; `error` is the relative error as stored."""
 
+    def coded(self, families: Sequence[CodedReport]) -> None:
+        """The families of a layer are coded."""
+
     def scope(self, scope: Scope) -> None:
-        """A scope's factors are on disk."""
+        """What is stored of a scope is on disk."""
 
     def stop(self) -> None:
         """Nothing more follows."""
@@ -60,6 +66,10 @@ class Observers(Observer):
         for observer in self._observers:
             observer.bank(bank, error, seconds)
 
+    def coded(self, families: Sequence[CodedReport]) -> None:
+        for observer in self._observers:
+            observer.coded(families)
+
     def scope(self, scope: Scope) -> None:
         for observer in self._observers:
             observer.scope(scope)
@@ -72,6 +82,14 @@ class Observers(Observer):
 def describe(bank: BankPlan) -> str:
     noun = "layer" if len(bank.layers) == 1 else "layers"
     return f"{noun} {compact(bank.layers)} {'+'.join(bank.families)}"
+
+
+def describe_coded(families: Sequence[CodedReport]) -> str:
+    """A coded layer in one line."""
+    bits = 8 * sum(part.stored_bytes for part in families) / sum(part.original_parameters for part in families)
+    error = math.hypot(*(part.error for part in families)) / math.sqrt(len(families))
+    seconds = sum(part.seconds for part in families)
+    return f"layer {families[0].layer}: {bits:.2f} bits, error {error:.4f}  {seconds:.1f} s"
 
 
 def clock(seconds: float) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,6 +25,7 @@ from globe.model.loading import (
 )
 from globe.plan.scopes import Scope, scope_from_json
 from globe.run import allocation
+from globe.run.coding import CodingPlan, measured_sensitivities, plan_coding, plan_from_json, plan_to_json
 from globe.run.folder import RunFolder
 from globe.run.job import Job
 from globe.run.observer import Observer
@@ -52,6 +54,8 @@ class Preparation:
     calibration: Calibration
     scopes: tuple[Scope, ...]
     """With the budget shared out."""
+    coding: CodingPlan | None
+    """How bits are shared out, where experts are coded."""
     uniform_because: str | None
     """Why it was shared out evenly; None where it was allocated."""
     seconds: float
@@ -71,17 +75,14 @@ def prepare(job: Job, watch: Observer, folder: RunFolder | None = None) -> Prepa
     if record is None:
         watch.prepare("planning")
         began = time.monotonic()
-        scopes, because = share_budget(job, calibration)
-        record = {
-            "scopes": [dataclasses.asdict(scope) for scope in scopes],
-            "uniform_because": because,
-            "seconds": time.monotonic() - began,
-        }
+        record = {**share_budget(job, calibration), "seconds": time.monotonic() - began}
         if folder is not None:
             job.check_unchanged(folder.records.run["fingerprint"])
             folder.records.write("plan", record)
-    scopes = tuple(scope_from_json(scope) for scope in as_json(record["scopes"]))
-    return Preparation(calibration, scopes, record["uniform_because"], calibration.seconds + record["seconds"])
+    record = as_json(record)
+    scopes = tuple(scope_from_json(scope) for scope in record["scopes"])
+    coding = record["coding"] and plan_from_json(record["coding"])
+    return Preparation(calibration, scopes, coding, record["uniform_because"], calibration.seconds + record["seconds"])
 
 
 def run_calibration(job: Job) -> Calibration:
@@ -102,7 +103,8 @@ def run_calibration(job: Job) -> Calibration:
             text = CalibrationText("samples", sample_windows(model, job.config.seed))
         except UnsupportedModelError as error:
             return Calibration(uncalibrated_because=str(error), seconds=time.monotonic() - began)
-    statistics = calibrate(model, text.windows, {index for scope in job.scopes for index in scope.layers})
+    layers = {index for scope in job.scopes for index in scope.layers}
+    statistics = calibrate(model, text.windows, layers, inner=job.config.is_coded and "down" in job.config.families)
     report = CalibrationReport(
         text.name,
         text.fingerprint,
@@ -150,11 +152,18 @@ def _load_calibration(folder: RunFolder, watch: Observer) -> Calibration | None:
     )
 
 
-def share_budget(job: Job, calibration: Calibration) -> tuple[Sequence[Scope], str | None]:
-    """The scopes with the budget shared out among the banks, or as they are and the reason for that."""
-    because = allocation.obstacle(job.checkpoint, job.config, len(job.specs(job.scopes)))
-    if because is not None:
-        return job.scopes, because
+def share_budget(job: Job, calibration: Calibration) -> dict[str, Any]:
+    """The scopes with the budget shared out among their banks or rows, and why evenly if so: the record of the plan."""
     text = job.calibration_text
     windows = calibration.windows if text is None else text.windows
-    return allocation.allocated(job.checkpoint, job.layers, job.scopes, job.config, windows), None
+    scopes, coding = job.scopes, None
+    if job.config.is_coded:
+        sensitivities, because = measured_sensitivities(job, windows)
+        coding = plan_to_json(plan_coding(job, calibration.statistics, sensitivities))
+    elif (because := allocation.obstacle(job.checkpoint, job.config, len(job.specs(job.scopes)))) is None:
+        scopes = allocation.allocated(job.checkpoint, job.layers, job.scopes, job.config, windows)
+    return {
+        "scopes": [dataclasses.asdict(scope) for scope in scopes],
+        "coding": coding,
+        "uniform_because": because,
+    }

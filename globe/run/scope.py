@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from globe.checkpoint.report import BankReport
+from globe.checkpoint.report import BankReport, CodedReport
 from globe.checkpoint.stacks import read_family
 from globe.checkpoint.writer import (
     save_tensors,
@@ -16,9 +16,11 @@ from globe.checkpoint.writer import (
 from globe.experts.stack import read_stack
 from globe.experts.storage import StoredFactors, to_storage
 from globe.experts.streamed import StreamedExperts, is_intact
+from globe.model.coded_spec import stored_parts
 from globe.model.factor_check import RUN_METADATA
 from globe.model.names import dense_halves, tripwire_tensor
 from globe.plan.scopes import BankPlan
+from globe.run.coding import code_layer
 from globe.run.folder import RunFolder
 from globe.run.job import Job
 from globe.run.observer import Observer, describe
@@ -41,29 +43,56 @@ def is_finished(folder: RunFolder, number: int, watch: Observer) -> bool:
 
 
 def fit_scope(job: Job, preparation: Preparation, folder: RunFolder, number: int, watch: Observer) -> None:
-    """Fit the banks of one scope and write their factors, then their record."""
-    scope, reports, files = preparation.scopes[number], list[BankReport](), dict[str, dict[str, Any]]()
-    fit = _stream if job.config.stream else _fit
-    run = fit(job, preparation, folder, number, watch, reports)
+    """Fit the banks of one scope, or code its experts, and write what is stored of them, then the record of it."""
+    scope, record = preparation.scopes[number], ScopeRecord()
+    work = _code if job.config.is_coded else _stream if job.config.stream else _fit
+    run = work(job, preparation, folder, number, watch, record)
     for piece, (file, tensors) in enumerate(zip(job.factor_files(number), run, strict=True)):
         for index in scope.layers[piece : piece + 1] if job.config.stream else scope.layers:
             for family in dense_halves(job.config.families):
                 tensors[job.names.dense(index, family)] = read_family(job.checkpoint, job.layers[index], family)
         if number == piece == 0:
-            tensors[job.names.tripwire(job.specs(job.scopes))] = tripwire_tensor(job.dtype(scope.layers[0]))
+            tensors[job.names.tripwire(job.compressed())] = tripwire_tensor(job.dtype(scope.layers[0]))
         sha256 = save_tensors(folder.path / file, tensors, {RUN_METADATA: folder.records.identity})
-        files[file] = {"sha256": sha256, "tensors": {name: tensor.nbytes for name, tensor in tensors.items()}}
+        record.files[file] = {"sha256": sha256, "tensors": {name: tensor.nbytes for name, tensor in tensors.items()}}
     job.check_unchanged(folder.records.run["fingerprint"])
-    record = {"banks": [dataclasses.asdict(report) for report in reports], "files": files}
-    folder.records.write(scope_record(number), record)
+    folder.records.write(scope_record(number), dataclasses.asdict(record))
     for path in folder.records.folder.glob("state-*.safetensors"):
         path.unlink()
 
 
-def _fit(
-    job: Job, preparation: Preparation, folder: RunFolder, number: int, watch: Observer, reports: list[BankReport]
+@dataclasses.dataclass
+class ScopeRecord:
+    """What is known of a finished scope."""
+
+    banks: list[BankReport] = dataclasses.field(default_factory=list[BankReport])
+    coded: list[CodedReport] = dataclasses.field(default_factory=list[CodedReport])
+    specs: list[dict[str, Any]] = dataclasses.field(default_factory=list[dict[str, Any]])
+    """What config.json says of the coded families."""
+    files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict[str, dict[str, Any]])
+    """SHA-256 and the bytes of each tensor, by file."""
+
+
+def _code(
+    job: Job, preparation: Preparation, folder: RunFolder, number: int, watch: Observer, record: ScopeRecord
 ) -> Iterator[dict[str, Tensor]]:
-    """All tensors of a scope's banks at once; the banks' reports are added to `reports`."""
+    """All tensors of the coded experts of a scope's layers."""
+    del folder
+    assert preparation.coding is not None
+    tensors: dict[str, Tensor] = {}
+    for index in preparation.scopes[number].layers:
+        for spec, coded, report in code_layer(job, preparation.coding, preparation.calibration.statistics, index):
+            tensors |= {job.names.coded(index, spec.family, part): x for part, x in stored_parts(coded).items()}
+            record.coded.append(report)
+            record.specs.append(spec.to_dict())
+        watch.coded(record.coded[-len(job.config.families) :])
+    yield tensors
+
+
+def _fit(
+    job: Job, preparation: Preparation, folder: RunFolder, number: int, watch: Observer, record: ScopeRecord
+) -> Iterator[dict[str, Tensor]]:
+    """All tensors of a scope's banks at once; the banks' reports are added to the `record`."""
     del folder
     tensors: dict[str, Tensor] = {}
     for bank in preparation.scopes[number].banks:
@@ -76,12 +105,12 @@ def _fit(
         stored = to_storage(stack, result.factors, job.dtype(bank.layers[0]))
         phases.end("storing")
         tensors |= {job.names.bases(job.spec(bank)): stored.bases, **_named(job, stored)}
-        reports.append(_report(bank, result, [stored], phases, watch))
+        record.banks.append(_report(bank, result, [stored], phases, watch))
     yield tensors
 
 
 def _stream(
-    job: Job, preparation: Preparation, folder: RunFolder, number: int, watch: Observer, reports: list[BankReport]
+    job: Job, preparation: Preparation, folder: RunFolder, number: int, watch: Observer, record: ScopeRecord
 ) -> Iterator[dict[str, Tensor]]:
     """The same, a layer at a time, no more than one of them in memory; the bases come with the first."""
     scope = preparation.scopes[number]
@@ -115,7 +144,7 @@ def _stream(
             errors.append(dataclasses.replace(stored, adapters={}, codes={}, bases=stored.bases.new_empty(0)))
         yield tensors
     for bank, result, stored, phases in zip(scope.banks, results, kept, clocks, strict=True):
-        reports.append(_report(bank, result, stored, phases, watch))
+        record.banks.append(_report(bank, result, stored, phases, watch))
 
 
 def _named(job: Job, stored: StoredFactors) -> dict[str, Tensor]:

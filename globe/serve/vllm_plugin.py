@@ -83,18 +83,22 @@ class VllmGlobeConfig(QuantizationConfig):
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Keep the factors and the tripwire from vLLM's loader, which has no place for them."""
-        layers = {layer for bank in self.section.banks for layer in bank.layers}
-        tripwire = FactorNames({layer: str(layer) for layer in layers}, base="").tripwire(self.section.banks)
+        compressed = self.section.compressed
+        tripwire = FactorNames({layer: str(layer) for layer, _ in compressed}, base="").tripwire(compressed)
         layer, parameter = tripwire.split(".")
         ignored = (r"(^|\.)globe_", rf"(^|\.)layers\.{layer}\.(.+\.)?{parameter}$")
         return WeightsMapper(orig_to_new_regex={re.compile(pattern): None for pattern in ignored})
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of a layer: GloBE's for experts in a bank, vLLM's own for everything else."""
+        """The method of a layer: GloBE's for compressed experts, vLLM's own for everything else."""
         if isinstance(layer, RoutedExperts):
             number = extract_layer_index(prefix)
-            in_bank = bool(self.section.banks_of(number))
-            return GlobeExpertsMethod(layer, self, number) if in_bank else UnquantizedFusedMoEMethod(layer.moe_config)
+            is_compressed = any(layer == number for layer, _ in self.section.compressed)
+            return (
+                GlobeExpertsMethod(layer, self, number)
+                if is_compressed
+                else UnquantizedFusedMoEMethod(layer.moe_config)
+            )
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
 
@@ -134,7 +138,9 @@ class GlobeExpertsMethod(FusedMoEMethodBase):
             has_bias=False,
         )
         banks = self._config.section.banks_of(self._number)
-        replaced = {DENSE_PARAMETER[family] for bank in banks for family in bank.families}
+        replaced = {
+            DENSE_PARAMETER[family] for number, family in self._config.section.compressed if number == self._number
+        }
         experts = _SwiGLUExperts()
         for name, shape in layout.dense_parameters.items():
             empty = torch.empty(0 if name in replaced else shape, dtype=params_dtype)
@@ -143,7 +149,8 @@ class GlobeExpertsMethod(FusedMoEMethodBase):
             if name not in replaced:
                 layer.register_parameter(_VLLM_PARAMETER[name], parameter)
                 set_weight_attrs(parameter, extra_weight_attrs)
-        factorise(experts, layout, [self._bank_use(bank, experts, hidden_size) for bank in banks])
+        uses = [self._bank_use(bank, experts, hidden_size) for bank in banks]
+        factorise(experts, layout, uses, self._config.section.coded_of(self._number))
         layer.add_module("globe_experts", experts.requires_grad_(False))
         layer.add_module(BANKS, nn.ModuleDict(self._owned).requires_grad_(False))
 

@@ -1,0 +1,106 @@
+"""A family of a layer as a problem of coding: its experts, what an error in an input costs, and how much each matters.
+
+To second order, the divergence of a model whose experts X_e (N inputs x K outputs) are changed by Δ_e is
+
+    KL ≈ Σ_e s_e tr(Δ_eᵀ C_e Δ_e) / tr(X_eᵀ C_e X_e)
+
+with s_e the expert's sensitivity (`globe.measure.sensitivity`) and C_e the second moment of its inputs: of the layer's
+tokens for gate and up, of the expert's own inner units, weighted by the router, for down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from globe.checkpoint.layout import ExpertLayer
+from globe.checkpoint.reader import Checkpoint
+from globe.checkpoint.stacks import read_family
+from globe.experts.metric import LayerStatistics
+from globe.quant.coded import CodedExperts, code_own, code_shared, row_costs
+from globe.quant.feedback import Order, order_inputs
+from globe.quant.side import share_costs
+from globe.quant.water_fill import Rows, widths_at
+from globe.terms import Family
+
+SHRINKAGE = 0.05
+"""Of C towards the identity, as a share of its mean diagonal; measured, see docs/log.md."""
+POWER = 0.7
+"""Of the sensitivities: second-order theory overstates the largest; measured, see docs/log.md."""
+SHARE_OF_MEAN = 0.1
+"""Of the mean sensitivity, added to each: no expert is worth nothing."""
+LONG_ROW = 256
+"""Outputs from which a row of gate and up has width and scale of its own; shorter ones share them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CodingProblem:
+    """The experts of one layer and family, to be coded."""
+
+    X: Tensor
+    """(E, N, K), float32."""
+    order: Order
+    """In which inputs are coded."""
+    importance: Tensor
+    """(E,): what a unit of tr(Δᵀ C Δ) costs."""
+    shared: bool
+    """Whether widths and scales are sums of one number for each expert and one for each input."""
+
+    def rows(self) -> Rows:
+        """What water-filling sees: log costs, (E, N), and the length of a row."""
+        costs = row_costs(self.X, self.importance, self.order)
+        return Rows(share_costs(costs).total() if self.shared else costs, self.X.shape[2])
+
+    def code(self, multiplier: int) -> tuple[CodedExperts, Tensor]:
+        """What is stored, and what it decodes to (E, N, K)."""
+        costs = row_costs(self.X, self.importance, self.order)
+        if self.shared:
+            return code_shared(self.X, self.order, share_costs(costs), multiplier)
+        return code_own(self.X, self.order, widths_at(costs, multiplier))
+
+
+def coding_problem(
+    checkpoint: Checkpoint,
+    layer: ExpertLayer,
+    family: Family,
+    statistics: LayerStatistics | None,
+    sensitivities: Tensor,
+) -> CodingProblem:
+    """Read the experts of a family of a layer and what is known of them; C is the identity without `statistics`.
+
+    `sensitivities` (E,), damped (`damped`). Raises `CheckpointError` naming the tensor that holds NaN or Inf.
+    """
+    weights = read_family(checkpoint, layer, family).float()
+    X = weights if family == "down" else weights.mT.contiguous()
+    C = _second_moments(statistics, family, X.shape[1])
+    energies = torch.einsum("enk,snm,emk->e", X, C, X) if len(C) == 1 else ((C @ X) * X).sum((1, 2))
+    importance = torch.where(energies > 0, sensitivities / energies, 0.0)
+    return CodingProblem(X, order_inputs(C), importance, is_shared(family, X.shape[2]))
+
+
+def is_shared(family: Family, num_outputs: int) -> bool:
+    """Whether rows share widths and scales: where a family's experts have the same inputs and its rows are short."""
+    return family != "down" and num_outputs < LONG_ROW
+
+
+def _second_moments(statistics: LayerStatistics | None, family: Family, num_inputs: int) -> Tensor:
+    """C (1 or E, N, N), with a mean diagonal of 1, shrunk towards the identity; the identity where nothing is known."""
+    eye = torch.eye(num_inputs)
+    if statistics is None:
+        return eye[None]
+    found = statistics.inputs[None] if family != "down" else statistics.inner
+    assert found is not None
+    mean = found.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    scaled = torch.where(mean > 0, found / mean.clamp_min(torch.finfo(mean.dtype).tiny), eye)
+    return scaled + SHRINKAGE * eye
+
+
+def damped(sensitivities: Mapping[tuple[int, Family], Tensor]) -> dict[tuple[int, Family], Tensor]:
+    """Sensitivities of all experts (E,) by layer and family, as importance: (s + 0.1 mean)^0.7."""
+    mean = torch.cat([*sensitivities.values()]).mean()
+    if not mean > 0:
+        return {key: torch.ones_like(each) for key, each in sensitivities.items()}
+    return {key: (each / mean + SHARE_OF_MEAN).pow(POWER) for key, each in sensitivities.items()}

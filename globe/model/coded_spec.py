@@ -1,0 +1,118 @@
+"""What a compressed model's config.json says about a family of experts that is coded in few bits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from globe.errors import CheckpointError
+from globe.quant.coded import CodedExperts
+from globe.quant.side import OwnRows, SharedRows
+from globe.terms import FAMILIES
+from globe.typed import parsed, shown
+
+_LARGEST = 1 << 48
+"""Of the bytes of a payload."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CodedSpec:
+    """One family of one layer, coded.
+
+    Raises `CheckpointError` if a field is out of its domain.
+    """
+
+    layer: int
+    """Number of the decoder layer."""
+    family: str
+    payload: int
+    """Bytes of the paths of all rows."""
+    shared: bool
+    """Whether widths and scales are sums of a number of the expert's and one of the input's, or each row's own."""
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    """What else the entry held; written back unchanged."""
+
+    def __post_init__(self) -> None:
+        where = f"layer {shown(self.layer)} {shown(self.family)}"
+        if self.family not in FAMILIES:
+            raise CheckpointError(f"a coded family must be one of {', '.join(FAMILIES)}; found {shown(self.family)}")
+        for name, most in (("layer", 1 << 20), ("payload", _LARGEST)):
+            value = getattr(self, name)
+            if not 0 <= value <= most:
+                raise CheckpointError(f"coded {where}: {name} must be from 0 to {most}; found {shown(value)}")
+
+    @property
+    def name(self) -> str:
+        """As messages call it."""
+        return f"layer {self.layer} {self.family}"
+
+    def shapes(self, num_experts: int, num_inputs: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every tensor that is stored, by part."""
+        E, N = num_experts, num_inputs
+        if self.shared:
+            side = {
+                "expert_costs": ((E,), torch.int16),
+                "input_costs": ((N,), torch.int16),
+                "expert_scales": ((E,), torch.int16),
+                "input_scales": ((N,), torch.int8),
+            }
+        else:
+            side = {"marks": ((E, N), torch.uint8), "expert_scales": ((E,), torch.int16)}
+        return {"payload": ((self.payload,), torch.uint8), **side}
+
+    def experts(self, parts: Mapping[str, Tensor], num_outputs: int) -> CodedExperts:
+        """What the stored parts are together."""
+        if self.shared:
+            side: OwnRows | SharedRows = SharedRows(
+                parts["expert_costs"], parts["input_costs"], parts["expert_scales"], parts["input_scales"]
+            )
+        else:
+            side = OwnRows(parts["marks"], parts["expert_scales"])
+        return CodedExperts(parts["payload"], side, num_outputs)
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> CodedSpec:
+        """Parse an entry of config.json's `coded`; `CheckpointError` if a field is missing or ill-formed."""
+        known = parsed(_Entry, entry, "an entry of config.json's coded", CheckpointError)
+        fields = {field.name: getattr(known, field.name) for field in dataclasses.fields(known)}
+        return cls(**fields, extra={key: value for key, value in entry.items() if key not in fields})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry for config.json."""
+        known = {name: getattr(self, name) for name in ("layer", "family", "payload", "shared")}
+        return {**self.extra, **known}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    layer: int
+    family: str
+    payload: int
+    shared: bool
+
+
+def stored_parts(coded: CodedExperts) -> dict[str, Tensor]:
+    """The tensors of coded experts, by part."""
+    side = coded.side
+    if isinstance(side, OwnRows):
+        return {"payload": coded.payload, "marks": side.marks, "expert_scales": side.bases}
+    return {
+        "payload": coded.payload,
+        "expert_costs": side.expert_costs,
+        "input_costs": side.input_costs,
+        "expert_scales": side.expert_scales,
+        "input_scales": side.input_scales,
+    }
+
+
+def side_bytes(num_experts: int, num_inputs: int, *, shared: bool) -> int:
+    """Stored beside the payload."""
+    spec = CodedSpec(0, "gate", 0, shared)
+    return sum(
+        torch.empty(shape, dtype=dtype, device="meta").nbytes
+        for shape, dtype in spec.shapes(num_experts, num_inputs).values()
+    )

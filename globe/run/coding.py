@@ -1,0 +1,121 @@
+"""Experts in few bits: the budget shared out among all rows of the model, and one layer coded and written."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from globe.checkpoint.report import CodedReport
+from globe.experts.coding import CodingProblem, coding_problem, damped
+from globe.experts.metric import LayerStatistics
+from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
+from globe.measure.runnable import find_place
+from globe.measure.sensitivity import NUM_WINDOWS, Sensitivities, measure_sensitivities, random_windows
+from globe.model.coded_spec import CodedSpec, side_bytes
+from globe.model.loading import load
+from globe.quant.coded import CodedExperts
+from globe.quant.water_fill import water_fill
+from globe.run.job import Job
+from globe.terms import Family
+
+
+@dataclasses.dataclass(frozen=True)
+class CodingPlan:
+    """How bits are shared out: a row gets all those whose gain reaches one multiplier."""
+
+    multiplier: int
+    """Log of the multiplier, in the unit of `globe.quant.water_fill`."""
+    importance: Mapping[tuple[int, Family], Tensor]
+    """Damped sensitivities of the experts (E,), by layer and family."""
+    num_bytes: int
+    """Of all that is stored of coded families."""
+
+
+def plan_to_json(plan: CodingPlan) -> dict[str, Any]:
+    """The plan as a record holds it."""
+    importance = {f"{layer} {family}": each.tolist() for (layer, family), each in plan.importance.items()}
+    return {"multiplier": plan.multiplier, "importance": importance, "num_bytes": plan.num_bytes}
+
+
+def plan_from_json(record: Mapping[str, Any]) -> CodingPlan:
+    """The inverse."""
+    importance = dict[tuple[int, Family], Tensor]()
+    for key, each in record["importance"].items():
+        layer, family = key.split()
+        importance[int(layer), family] = torch.tensor(each, dtype=torch.float32)
+    return CodingPlan(record["multiplier"], importance, record["num_bytes"])
+
+
+def measured_sensitivities(job: Job, windows: Tensor | None) -> tuple[Sensitivities, str | None]:
+    """Of all experts to be coded, on some of the token windows or on random tokens; equal ones, and the reason, where
+    the model cannot be run."""
+    layers = {index for scope in job.scopes for index in scope.layers}
+    equal: Sensitivities = {
+        (index, family): torch.ones(job.layers[index].num_experts) for index in layers for family in job.config.families
+    }
+    if job.config.allocation == "uniform":
+        return equal, "that is asked for"
+    place = find_place(job.checkpoint, job.config.device, torch.float32.itemsize)
+    if place.device is None:
+        return equal, place.obstacle
+    model = load(job.checkpoint.fetched(), place.device, torch.float32)
+    windows = random_windows(model, job.config.seed) if windows is None else windows
+    windows = windows[:: math.ceil(len(windows) / NUM_WINDOWS)]
+    found = measure_sensitivities(model, windows, layers, job.config.seed)
+    return {key: found[key] for key in equal}, None
+
+
+def plan_coding(job: Job, statistics: Mapping[int, LayerStatistics] | None, sensitivities: Sensitivities) -> CodingPlan:
+    """The least multiplier at which everything that is stored of the coded families fits the budget of bits."""
+    assert job.config.bits is not None
+    importance, groups, original, side = damped(sensitivities), [], 0, 0
+    with explained_exhaustion("planning", FITS_EXHAUSTED):
+        for index, family in importance:
+            problem = _problem(job, statistics, importance, index, family)
+            E, N, K = problem.X.shape
+            groups.append(problem.rows())
+            original, side = original + E * N * K, side + side_bytes(E, N, shared=problem.shared)
+    budget = int(job.config.bits * original / 8) - side
+    filled = water_fill(groups, max(0, budget))
+    return CodingPlan(filled.multiplier, importance, filled.num_bytes + side)
+
+
+def code_layer(
+    job: Job, plan: CodingPlan, statistics: Mapping[int, LayerStatistics] | None, index: int
+) -> Iterator[tuple[CodedSpec, CodedExperts, CodedReport]]:
+    """Family after family of a layer: what config.json says of it, what is stored, and how it went."""
+    for family in job.config.families:
+        began = time.monotonic()
+        problem = _problem(job, statistics, plan.importance, index, family)
+        coded, decoded = problem.code(plan.multiplier)
+        missed, energies = (x.double().square().sum((1, 2)) for x in (problem.X - decoded, problem.X))
+        widths = coded.side.widths()
+        report = CodedReport(
+            index,
+            family,
+            problem.X.numel(),
+            coded.num_bytes,
+            time.monotonic() - began,
+            float((missed.sum() / energies.sum()).sqrt()) if energies.sum() > 0 else 0.0,
+            torch.where(missed > 0, (missed / energies).sqrt(), 0.0).tolist(),
+            [float(f"{bits:.4g}") for bits in widths.double().mean(1).tolist()],
+            torch.bincount(widths.flatten().int(), minlength=9).tolist(),
+        )
+        yield CodedSpec(index, family, coded.payload.numel(), shared=problem.shared), coded, report
+
+
+def _problem(
+    job: Job,
+    statistics: Mapping[int, LayerStatistics] | None,
+    importance: Mapping[tuple[int, Family], Tensor],
+    index: int,
+    family: Family,
+) -> CodingProblem:
+    own = None if statistics is None else statistics[index]
+    return coding_problem(job.checkpoint, job.layers[index], family, own, importance[index, family])
