@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from globe.quant import packing, trellis
-from globe.quant.feedback import Order, code_inputs, expected_energies
+from globe.quant.feedback import Order, code_inputs
 from globe.quant.scales import nearest_exponents, steps
-from globe.quant.side import HEADROOM, SCALES_PER_WIDTH, OwnRows, SharedCosts, SharedRows, share_rows
+from globe.quant.side import HEADROOM, SCALES_PER_WIDTH, OwnRows, SharedRows
 from globe.quant.water_fill import log_costs
 
 
@@ -56,19 +56,46 @@ class CodedExperts:
         return found.view(*widths.shape, self.length)[..., : self.num_outputs]
 
 
-def row_costs(X: Tensor, importance: Tensor, order: Order) -> Tensor:
-    """Log costs (E, N) of leaving rows out: importance (E,) times price times mean square."""
+def row_costs(mean_squares: Tensor, importance: Tensor, order: Order) -> Tensor:
+    """Log costs (E, N) of leaving rows out: importance (E,) times price times mean square (E, N) when it is their turn.
+
+    `mean_squares` are X's own to begin with and what `rehearse` returns once there are widths.
+    """
     prices = torch.empty_like(order.prices).scatter_(1, order.inputs, order.prices)
-    return log_costs(importance[:, None] * prices * X.float().square().mean(2))
+    return log_costs(importance[:, None] * prices * mean_squares)
 
 
-def code_own(X: Tensor, order: Order, widths: Tensor) -> tuple[CodedExperts, Tensor]:
-    """Code X (E, N, K) with widths (E, N) uint8 and a scale for each row; what is stored, and what it decodes to."""
-    expected = _expected(X, order, widths)
-    largest = torch.where(widths > 0, expected, 0).amax(1)
+def rehearse(X: Tensor, order: Order, widths: Tensor, seed: int = 0) -> Tensor:
+    """Mean squares (E, N) that the rows of X (E, N, K) have when it is their turn, with widths (E, N) uint8.
+
+    Feedback with the ideal quantiser's statistics in place of the trellis (the forward test channel: a row loses D of
+    its energy, D(1−D) comes back as noise), for the price of the matrix products. Rows that get few bits hand on nearly
+    all of what they were, which adds up where inputs are alike: without this, widths and costs are wrong by factors.
+    """
+    E, N, K = X.shape
+    generator = torch.Generator(X.device).manual_seed(seed)
+    losses = order.sort(torch.tensor(trellis.DISTORTION, device=X.device)[widths.long()])
+    found = torch.empty(E, N, device=X.device)
+
+    def lose(i: int, rows: Tensor) -> Tensor:
+        found[:, i] = mean_squares = rows.square().mean(1)
+        lost = losses[:, i]
+        noise = torch.randn(E, K, generator=generator, device=X.device)
+        return (1 - lost)[:, None] * rows + (lost * (1 - lost) * mean_squares).sqrt()[:, None] * noise
+
+    code_inputs(order.sort(X.float()), order, lose)
+    return order.unsort(found)
+
+
+def code_own(X: Tensor, order: Order, widths: Tensor, mean_squares: Tensor) -> tuple[CodedExperts, Tensor]:
+    """Code X (E, N, K) with widths (E, N) uint8 and a scale for each row; what is stored, and what it decodes to.
+
+    `mean_squares` (E, N) are what rows are expected to have; they say where the scales of an expert begin.
+    """
+    largest = torch.where(widths > 0, mean_squares, 0).amax(1)
     bases = (nearest_exponents(largest.sqrt()) + HEADROOM).clamp(-(2**15), 2**15 - 1).to(torch.int16)
 
-    def exponents(i: int, rows: Tensor) -> Tensor:
+    def exponents(_: int, rows: Tensor) -> Tensor:
         wanted = nearest_exponents(rows.square().mean(1).sqrt())
         return bases.int() - (bases.int() - wanted).clamp(0, SCALES_PER_WIDTH - 1)
 
@@ -78,24 +105,11 @@ def code_own(X: Tensor, order: Order, widths: Tensor) -> tuple[CodedExperts, Ten
     return CodedExperts(packing.pack(symbols, widths), side, X.shape[2]), decoded
 
 
-def code_shared(X: Tensor, order: Order, costs: SharedCosts, multiplier: int) -> tuple[CodedExperts, Tensor]:
-    """Code X (E, N, K) with widths and scales that are sums; what is stored, and what it decodes to.
-
-    The scales follow from what rows are expected to be when it is their turn, since they are shared beforehand.
-    """
-    first = share_rows(costs, multiplier, X.square().mean(2))
-    widths = first.widths()
-    side = share_rows(costs, multiplier, _expected(X, order, widths))
-    sorted_exponents = order.sort(side.exponents())
-    symbols, _, decoded = _code(X, order, widths, lambda i, _: sorted_exponents[:, i])
-    return CodedExperts(packing.pack(symbols, widths), side, X.shape[2]), decoded
-
-
-def _expected(X: Tensor, order: Order, widths: Tensor) -> Tensor:
-    """Mean squares (E, N) that rows are expected to have when it is their turn."""
-    losses = torch.tensor(trellis.DISTORTION, device=X.device)[widths.long()]
-    energies = X.float().square().mean(2)
-    return order.unsort(expected_energies(order.sort(energies), order.sort(losses), order))
+def code_shared(X: Tensor, order: Order, side: SharedRows) -> tuple[CodedExperts, Tensor]:
+    """Code X (E, N, K) with the widths and scales of `share_rows`; what is stored, and what it decodes to."""
+    exponents = order.sort(side.exponents())
+    symbols, _, decoded = _code(X, order, side.widths(), lambda i, _: exponents[:, i])
+    return CodedExperts(packing.pack(symbols, side.widths()), side, X.shape[2]), decoded
 
 
 def _code(

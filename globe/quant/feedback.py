@@ -73,19 +73,6 @@ def order_inputs(second_moments: Tensor) -> Order:
     return Order(inputs, shares.float(), diagonal.square().float())
 
 
-def expected_energies(energies: Tensor, losses: Tensor, order: Order) -> Tensor:
-    """Mean squares of the rows when it is their turn, errors of the earlier ones added: (E, N) in the order of coding.
-
-    energies (E, N) of the rows as they are, losses (E, N): what part of its energy each will lose. Errors are taken
-    for independent.
-    """
-    found = energies.clone()
-    squares = order.shares.square()
-    for i in range(energies.shape[1] - 1):
-        found[:, i + 1 :] += squares[:, i, i + 1 :] * (found[:, i] * losses[:, i])[:, None]
-    return found
-
-
 def code_inputs(rows: Tensor, order: Order, code_rows: Callable[[int, Tensor], Tensor], block: int = BLOCK) -> Tensor:
     """Code rows (E, N, K), in the order of coding, one input after the other with feedback; what they became.
 
