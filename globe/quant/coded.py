@@ -13,7 +13,7 @@ from torch import Tensor
 
 from globe.quant import packing, trellis
 from globe.quant.feedback import Order, code_inputs
-from globe.quant.scales import nearest_exponents, steps
+from globe.quant.scales import fit_exponents, steps
 from globe.quant.side import HEADROOM, SCALES_PER_WIDTH, OwnRows, SharedRows
 from globe.quant.water_fill import log_costs
 
@@ -59,14 +59,24 @@ class CodedExperts:
 def row_costs(mean_squares: Tensor, importance: Tensor, order: Order) -> Tensor:
     """Log costs (E, N) of leaving rows out: importance (E,) times price times mean square (E, N) when it is their turn.
 
-    `mean_squares` are X's own to begin with and what `rehearse` returns once there are widths.
+    `mean_squares` are X's own to begin with and those of a rehearsal once there are widths.
     """
     prices = torch.empty_like(order.prices).scatter_(1, order.inputs, order.prices)
     return log_costs(importance[:, None] * prices * mean_squares)
 
 
-def rehearse(X: Tensor, order: Order, widths: Tensor, seed: int = 0) -> Tensor:
-    """Mean squares (E, N) that the rows of X (E, N, K) have when it is their turn, with widths (E, N) uint8.
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """What rows are expected to be when it is their turn."""
+
+    mean_squares: Tensor
+    """(E, N)."""
+    exponents: Tensor
+    """(E, N) int32: of the scales that suit them."""
+
+
+def rehearse(X: Tensor, order: Order, widths: Tensor, seed: int = 0) -> Rehearsal:
+    """What the rows of X (E, N, K) become when they are coded with widths (E, N) uint8.
 
     Feedback with the ideal quantiser's statistics in place of the trellis (the forward test channel: a row loses D of
     its energy, D(1−D) comes back as noise), for the price of the matrix products. Rows that get few bits hand on nearly
@@ -75,28 +85,32 @@ def rehearse(X: Tensor, order: Order, widths: Tensor, seed: int = 0) -> Tensor:
     E, N, K = X.shape
     generator = torch.Generator(X.device).manual_seed(seed)
     losses = order.sort(torch.tensor(trellis.DISTORTION, device=X.device)[widths.long()])
+    sorted_widths = order.sort(widths)
     found = torch.empty(E, N, device=X.device)
+    exponents = torch.empty(E, N, dtype=torch.int32, device=X.device)
 
     def lose(i: int, rows: Tensor) -> Tensor:
         found[:, i] = mean_squares = rows.square().mean(1)
+        exponents[:, i] = fit_exponents(rows, sorted_widths[:, i])
         lost = losses[:, i]
         noise = torch.randn(E, K, generator=generator, device=X.device)
         return (1 - lost)[:, None] * rows + (lost * (1 - lost) * mean_squares).sqrt()[:, None] * noise
 
     code_inputs(order.sort(X.float()), order, lose)
-    return order.unsort(found)
+    return Rehearsal(order.unsort(found), order.unsort(exponents))
 
 
-def code_own(X: Tensor, order: Order, widths: Tensor, mean_squares: Tensor) -> tuple[CodedExperts, Tensor]:
+def code_own(X: Tensor, order: Order, widths: Tensor, expected: Rehearsal) -> tuple[CodedExperts, Tensor]:
     """Code X (E, N, K) with widths (E, N) uint8 and a scale for each row; what is stored, and what it decodes to.
 
-    `mean_squares` (E, N) are what rows are expected to have; they say where the scales of an expert begin.
+    What is expected of the rows says where the scales of an expert begin.
     """
-    largest = torch.where(widths > 0, mean_squares, 0).amax(1)
-    bases = (nearest_exponents(largest.sqrt()) + HEADROOM).clamp(-(2**15), 2**15 - 1).to(torch.int16)
+    largest = torch.where(widths > 0, expected.exponents, -(2**14)).amax(1)
+    bases = (largest + HEADROOM).to(torch.int16)
+    sorted_widths = order.sort(widths)
 
-    def exponents(_: int, rows: Tensor) -> Tensor:
-        wanted = nearest_exponents(rows.square().mean(1).sqrt())
+    def exponents(i: int, rows: Tensor) -> Tensor:
+        wanted = fit_exponents(rows, sorted_widths[:, i])
         return bases.int() - (bases.int() - wanted).clamp(0, SCALES_PER_WIDTH - 1)
 
     symbols, chosen, decoded = _code(X, order, widths, exponents)

@@ -12,7 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from globe.quant.scales import PER_OCTAVE, nearest_exponents
+from globe.quant.scales import PER_OCTAVE
 from globe.quant.water_fill import HIGHEST, LOWEST, UNIT, widths_at
 
 SCALES_PER_WIDTH = 31
@@ -116,11 +116,11 @@ def share_costs(costs: Tensor) -> SharedCosts:
     return SharedCosts(u.round().to(torch.int32), v.to(torch.int32))
 
 
-def share_rows(costs: SharedCosts, multiplier: int, mean_squares: Tensor) -> SharedRows:
-    """What is stored for rows (E, N) that are expected to have these mean squares when they are coded."""
+def share_rows(costs: SharedCosts, multiplier: int, exponents: Tensor) -> SharedRows:
+    """What is stored for rows that scales with exponents (E, N) are expected to suit when they are coded."""
     expert_costs = (costs.experts - multiplier).clamp(LOWEST, HIGHEST).to(torch.int16)
     widths = widths_at(expert_costs[:, None].int() + costs.inputs, 0)
-    u, v = fit_sum(nearest_exponents(mean_squares.sqrt()).double(), (widths > 0).double())
+    u, v = fit_sum(exponents.double(), (widths > 0).double())
     return SharedRows(
         expert_costs,
         costs.inputs.to(torch.int16),
