@@ -1,12 +1,21 @@
 """A family of a layer, coded: rows of few bits by feedback and a trellis, and what it takes to read them.
 
 Orientation: X (E experts, N inputs, K outputs). A row is one input of one expert: K numbers, a path, a width, a scale.
+
+For all stacks of a model (one family of one layer each), with one multiplier:
+
+    costs = shared_or_not(row_costs(X², importance, order), form)        of every stack
+    multiplier = water_fill(all rows, budget less side information)
+    expected = rehearse(X, order, widths at the multiplier)              of every stack
+    costs, multiplier                                                    once more, from what is expected
+    code_experts(X, order, costs, multiplier, expected)                  of every stack
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,8 +23,11 @@ from torch import Tensor
 from globe.quant import packing, trellis
 from globe.quant.feedback import Order, code_inputs
 from globe.quant.scales import fit_exponents, steps
-from globe.quant.side import HEADROOM, SCALES_PER_WIDTH, OwnRows, SharedRows
-from globe.quant.water_fill import log_costs
+from globe.quant.side import HEADROOM, SCALES_PER_WIDTH, OwnRows, SharedCosts, SharedRows, share_costs, share_rows
+from globe.quant.water_fill import log_costs, widths_at
+
+Form = Literal["own", "shared"]
+"""Whether every row has a width and a scale of its own, or they are sums of numbers of experts and of inputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +112,23 @@ def rehearse(X: Tensor, order: Order, widths: Tensor, seed: int = 0) -> Rehearsa
     return Rehearsal(order.unsort(found), order.unsort(exponents))
 
 
+def shared_or_not(costs: Tensor, form: Form) -> Tensor | SharedCosts:
+    """Log costs (E, N) as rows of this form will have them."""
+    return share_costs(costs) if form == "shared" else costs
+
+
+def code_experts(
+    X: Tensor, order: Order, costs: Tensor | SharedCosts, multiplier: int, expected: Rehearsal
+) -> tuple[CodedExperts, Tensor]:
+    """Code X (E, N, K), widths from log costs and multiplier; what is stored, and what it decodes to, (E, N, K).
+
+    The rows are of their own or shared as the costs are. `expected` is of a rehearsal at about these widths.
+    """
+    if isinstance(costs, SharedCosts):
+        return code_shared(X, order, share_rows(costs, multiplier, expected.exponents))
+    return code_own(X, order, widths_at(costs, multiplier), expected)
+
+
 def code_own(X: Tensor, order: Order, widths: Tensor, expected: Rehearsal) -> tuple[CodedExperts, Tensor]:
     """Code X (E, N, K) with widths (E, N) uint8 and a scale for each row; what is stored, and what it decodes to.
 
@@ -142,12 +171,9 @@ def _code(
         step = steps(chosen[:, i], sorted_widths[:, i])[:, None]
         unit = torch.nn.functional.pad(rows / step, (0, length - K))
         decoded = torch.zeros_like(rows)
-        for width in sorted_widths[:, i].unique().tolist():
-            if width:
-                who = torch.where(sorted_widths[:, i] == width)[0]
-                found, states = trellis.encode(unit[who], width)
-                symbols[who, i] = found
-                decoded[who] = levels[states[:, :K]].float() * step[who]
+        for width, who in packing.rows_by_width(sorted_widths[:, i], length):
+            symbols[who, i], states = trellis.encode(unit[who], width)
+            decoded[who] = levels[states[:, :K]].float() * step[who]
         return decoded
 
     decoded = code_inputs(order.sort(X.float()), order, code_rows)

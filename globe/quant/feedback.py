@@ -56,8 +56,8 @@ def order_inputs(second_moments: Tensor) -> Order:
     sorted_ = sorted_.gather(2, inputs[:, None, :].expand_as(second_moments))
     # C = R Rᵀ with R upper triangular is the Cholesky factor of C reversed; then U = R⁻¹, and shares and prices follow
     factor, info = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(sorted_.flip(1, 2)))
-    failed = torch.where(info > 0)[0].tolist()
-    if failed:
+    if bool((info > 0).any()):
+        failed = ", ".join(str(s) for s, status in enumerate(info) if int(status))
         raise ValueError(
             f"second moments {failed} of {len(info)} are not positive definite: add a part of their mean diagonal"
         )

@@ -49,10 +49,14 @@ def fit_exponents(rows: Tensor, widths: Tensor) -> Tensor:
 
 
 def scales(exponents: Tensor) -> Tensor:
-    """2^(k / PER_OCTAVE), float32, exactly rounded: a table for the fraction, and a power of two."""
+    """2^(k / PER_OCTAVE), float32, the same bits everywhere: a table for the fraction, and a power of two from its bits.
+
+    Exponents beyond the normal numbers of float32 give the least and the greatest power of two times the fraction.
+    """
     whole = exponents.div(PER_OCTAVE, rounding_mode="floor").to(torch.int32)
     roots = torch.tensor(_ROOTS, dtype=torch.float32, device=exponents.device)
-    return torch.ldexp(roots[(exponents - whole * PER_OCTAVE).long()], whole)
+    powers = ((whole.clamp(-126, 127) + 127) << 23).view(torch.float32)
+    return roots[(exponents - whole * PER_OCTAVE).long()] * powers
 
 
 def steps(exponents: Tensor, widths: Tensor) -> Tensor:

@@ -21,6 +21,11 @@ HEADROOM = PER_OCTAVE // 2
 """Steps from the largest scale that is expected to the base."""
 
 
+def side_bytes(num_experts: int, num_inputs: int, is_shared: bool) -> int:
+    """What `SharedRows` or `OwnRows` of E experts with N inputs take."""
+    return 4 * num_experts + 3 * num_inputs if is_shared else num_experts * (num_inputs + 2)
+
+
 @dataclasses.dataclass(frozen=True)
 class OwnRows:
     """A byte for each row: 0 where it is left out, else 1 + 31·(width − 1) + (base − scale exponent)."""
@@ -41,7 +46,7 @@ class OwnRows:
     @property
     def num_bytes(self) -> int:
         """Stored."""
-        return self.marks.numel() + 2 * self.bases.numel()
+        return side_bytes(*self.marks.shape, is_shared=False)
 
     def __getitem__(self, experts: Tensor) -> OwnRows:
         return OwnRows(self.marks[experts], self.bases[experts])
@@ -71,7 +76,7 @@ class SharedRows:
     @property
     def num_bytes(self) -> int:
         """Stored."""
-        return 4 * self.expert_costs.numel() + 3 * self.input_costs.numel()
+        return side_bytes(len(self.expert_costs), len(self.input_costs), is_shared=True)
 
     def __getitem__(self, experts: Tensor) -> SharedRows:
         return dataclasses.replace(
@@ -94,7 +99,7 @@ class SharedCosts:
 
 
 def fit_sum(x: Tensor, weights: Tensor | None = None, rounds: int = 20) -> tuple[Tensor, Tensor]:
-    """u (E,) and v (N,), v of mean 0, that minimise Σ w_ei (x_ei − u_e − v_i)², by alternation; weights 1 by default."""
+    """u (E,) and v (N,), v of mean 0, that minimise Σ w_ei (x_ei − u_e − v_i)², by alternation; w = 1 by default."""
     if weights is None:
         u = x.mean(1)
         return u, x.mean(0) - u.mean()
