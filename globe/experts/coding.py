@@ -20,9 +20,9 @@ from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.reader import Checkpoint
 from globe.checkpoint.stacks import read_family
 from globe.experts.metric import LayerStatistics
-from globe.quant.coded import CodedExperts, code_own, code_shared, row_costs
+from globe.quant.coded import CodedExperts, Form, Rehearsal, code_experts, rehearse, row_costs, shared_or_not
 from globe.quant.feedback import Order, order_inputs
-from globe.quant.side import share_costs
+from globe.quant.side import SharedCosts
 from globe.quant.water_fill import Rows, widths_at
 from globe.terms import Family
 
@@ -46,20 +46,41 @@ class CodingProblem:
     """In which inputs are coded."""
     importance: Tensor
     """(E,): what a unit of tr(Δᵀ C Δ) costs."""
-    shared: bool
-    """Whether widths and scales are sums of one number for each expert and one for each input."""
+    form: Form
+    """Whether rows have widths and scales of their own, or share them."""
+
+    def costs(self, mean_squares: Tensor) -> Tensor | SharedCosts:
+        """Log costs of leaving out rows of these mean squares (E, N), as rows of this form will have them."""
+        return shared_or_not(row_costs(mean_squares, self.importance, self.order), self.form)
 
     def rows(self) -> Rows:
-        """What water-filling sees: log costs, (E, N), and the length of a row."""
-        costs = row_costs(self.X, self.importance, self.order)
-        return Rows(share_costs(costs).total() if self.shared else costs, self.X.shape[2])
+        """What water-filling sees first: the rows as they are."""
+        return _rows(self.costs(self.X.square().mean(2)), self.X.shape[2])
+
+    def rehearsed(self, multiplier: int) -> Rehearsed:
+        """With the rows as feedback will make them at about this multiplier."""
+        return Rehearsed(self, rehearse(self.X, self.order, widths_at(self.rows().costs, multiplier)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsed:
+    """A problem with what feedback will make of its rows."""
+
+    problem: CodingProblem
+    expected: Rehearsal
+
+    def rows(self) -> Rows:
+        """What water-filling sees in the end."""
+        return _rows(self.problem.costs(self.expected.mean_squares), self.problem.X.shape[2])
 
     def code(self, multiplier: int) -> tuple[CodedExperts, Tensor]:
         """What is stored, and what it decodes to (E, N, K)."""
-        costs = row_costs(self.X, self.importance, self.order)
-        if self.shared:
-            return code_shared(self.X, self.order, share_costs(costs), multiplier)
-        return code_own(self.X, self.order, widths_at(costs, multiplier))
+        costs = self.problem.costs(self.expected.mean_squares)
+        return code_experts(self.problem.X, self.problem.order, costs, multiplier, self.expected)
+
+
+def _rows(costs: Tensor | SharedCosts, length: int) -> Rows:
+    return Rows(costs.total() if isinstance(costs, SharedCosts) else costs, length)
 
 
 def coding_problem(
@@ -78,12 +99,12 @@ def coding_problem(
     C = _second_moments(statistics, family, X.shape[1])
     energies = torch.einsum("enk,snm,emk->e", X, C, X) if len(C) == 1 else ((C @ X) * X).sum((1, 2))
     importance = torch.where(energies > 0, sensitivities / energies, 0.0)
-    return CodingProblem(X, order_inputs(C), importance, is_shared(family, X.shape[2]))
+    return CodingProblem(X, order_inputs(C), importance, form_of(family, X.shape[2]))
 
 
-def is_shared(family: Family, num_outputs: int) -> bool:
-    """Whether rows share widths and scales: where a family's experts have the same inputs and its rows are short."""
-    return family != "down" and num_outputs < LONG_ROW
+def form_of(family: Family, num_outputs: int) -> Form:
+    """Rows share widths and scales where a family's experts have the same inputs and its rows are short."""
+    return "shared" if family != "down" and num_outputs < LONG_ROW else "own"
 
 
 def _second_moments(statistics: LayerStatistics | None, family: Family, num_inputs: int) -> Tensor:

@@ -107,12 +107,3 @@ def stored_parts(coded: CodedExperts) -> dict[str, Tensor]:
         "expert_scales": side.expert_scales,
         "input_scales": side.input_scales,
     }
-
-
-def side_bytes(num_experts: int, num_inputs: int, *, shared: bool) -> int:
-    """Stored beside the payload."""
-    spec = CodedSpec(0, "gate", 0, shared)
-    return sum(
-        torch.empty(shape, dtype=dtype, device="meta").nbytes
-        for shape, dtype in spec.shapes(num_experts, num_inputs).values()
-    )

@@ -1,21 +1,33 @@
 """A family of a layer, coded: rows of few bits by feedback and a trellis, and what it takes to read them.
 
 Orientation: X (E experts, N inputs, K outputs). A row is one input of one expert: K numbers, a path, a width, a scale.
+
+For all stacks of a model (one family of one layer each), with one multiplier:
+
+    costs = shared_or_not(row_costs(X², importance, order), form)        of every stack
+    multiplier = water_fill(all rows, budget less side information)
+    expected = rehearse(X, order, widths at the multiplier)              of every stack
+    costs, multiplier                                                    once more, from what is expected
+    code_experts(X, order, costs, multiplier, expected)                  of every stack
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from globe.quant import packing, trellis
-from globe.quant.feedback import Order, code_inputs, expected_energies
-from globe.quant.scales import PER_OCTAVE, nearest_exponents, steps
-from globe.quant.side import HEADROOM, SCALES_PER_WIDTH, OwnRows, SharedCosts, SharedRows, share_rows
-from globe.quant.water_fill import log_costs
+from globe.quant.feedback import Order, code_inputs
+from globe.quant.scales import PER_OCTAVE, fit_exponents, steps
+from globe.quant.side import HEADROOM, SCALES_PER_WIDTH, OwnRows, SharedCosts, SharedRows, share_costs, share_rows
+from globe.quant.water_fill import log_costs, widths_at
+
+Form = Literal["own", "shared"]
+"""Whether every row has a width and a scale of its own, or they are sums of numbers of experts and of inputs."""
 
 MAX_EXPONENT = 120 * PER_OCTAVE
 """Of a scale, either way: its steps are then within float32."""
@@ -68,20 +80,78 @@ class CodedExperts:
         return found.view(*widths.shape, self.length)[..., : self.num_outputs]
 
 
-def row_costs(X: Tensor, importance: Tensor, order: Order) -> Tensor:
-    """Log costs (E, N) of leaving rows out: importance (E,) times price times mean square."""
+def row_costs(mean_squares: Tensor, importance: Tensor, order: Order) -> Tensor:
+    """Log costs (E, N) of leaving rows out: importance (E,) times price times mean square (E, N) when it is their turn.
+
+    `mean_squares` are X's own to begin with and those of a rehearsal once there are widths.
+    """
     prices = torch.empty_like(order.prices).scatter_(1, order.inputs, order.prices)
-    return log_costs(importance[:, None] * prices * X.float().square().mean(2))
+    return log_costs(importance[:, None] * prices * mean_squares)
 
 
-def code_own(X: Tensor, order: Order, widths: Tensor) -> tuple[CodedExperts, Tensor]:
-    """Code X (E, N, K) with widths (E, N) uint8 and a scale for each row; what is stored, and what it decodes to."""
-    expected = _expected(X, order, widths)
-    largest = torch.where(widths > 0, expected, 0).amax(1)
-    bases = (nearest_exponents(largest.sqrt()) + HEADROOM).clamp(-(2**15), 2**15 - 1).to(torch.int16)
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """What rows are expected to be when it is their turn."""
+
+    mean_squares: Tensor
+    """(E, N)."""
+    exponents: Tensor
+    """(E, N) int32: of the scales that suit them."""
+
+
+def rehearse(X: Tensor, order: Order, widths: Tensor, seed: int = 0) -> Rehearsal:
+    """What the rows of X (E, N, K) become when they are coded with widths (E, N) uint8.
+
+    Feedback with the ideal quantiser's statistics in place of the trellis (the forward test channel: a row loses D of
+    its energy, D(1−D) comes back as noise), for the price of the matrix products. Rows that get few bits hand on nearly
+    all of what they were, which adds up where inputs are alike: without this, widths and costs are wrong by factors.
+    """
+    E, N, K = X.shape
+    generator = torch.Generator(X.device).manual_seed(seed)
+    losses = order.sort(torch.tensor(trellis.DISTORTION, device=X.device)[widths.long()])
+    sorted_widths = order.sort(widths)
+    found = torch.empty(E, N, device=X.device)
+    exponents = torch.empty(E, N, dtype=torch.int32, device=X.device)
+
+    def lose(i: int, rows: Tensor) -> Tensor:
+        found[:, i] = mean_squares = rows.square().mean(1)
+        exponents[:, i] = fit_exponents(rows, sorted_widths[:, i])
+        lost = losses[:, i]
+        noise = torch.randn(E, K, generator=generator, device=X.device)
+        return (1 - lost)[:, None] * rows + (lost * (1 - lost) * mean_squares).sqrt()[:, None] * noise
+
+    code_inputs(order.sort(X.float()), order, lose)
+    return Rehearsal(order.unsort(found), order.unsort(exponents))
+
+
+def shared_or_not(costs: Tensor, form: Form) -> Tensor | SharedCosts:
+    """Log costs (E, N) as rows of this form will have them."""
+    return share_costs(costs) if form == "shared" else costs
+
+
+def code_experts(
+    X: Tensor, order: Order, costs: Tensor | SharedCosts, multiplier: int, expected: Rehearsal
+) -> tuple[CodedExperts, Tensor]:
+    """Code X (E, N, K), widths from log costs and multiplier; what is stored, and what it decodes to, (E, N, K).
+
+    The rows are of their own or shared as the costs are. `expected` is of a rehearsal at about these widths.
+    """
+    if isinstance(costs, SharedCosts):
+        return code_shared(X, order, share_rows(costs, multiplier, expected.exponents))
+    return code_own(X, order, widths_at(costs, multiplier), expected)
+
+
+def code_own(X: Tensor, order: Order, widths: Tensor, expected: Rehearsal) -> tuple[CodedExperts, Tensor]:
+    """Code X (E, N, K) with widths (E, N) uint8 and a scale for each row; what is stored, and what it decodes to.
+
+    What is expected of the rows says where the scales of an expert begin.
+    """
+    largest = torch.where(widths > 0, expected.exponents, -(2**14)).amax(1)
+    bases = (largest + HEADROOM).to(torch.int16)
+    sorted_widths = order.sort(widths)
 
     def exponents(i: int, rows: Tensor) -> Tensor:
-        wanted = nearest_exponents(rows.square().mean(1).sqrt())
+        wanted = fit_exponents(rows, sorted_widths[:, i])
         return bases.int() - (bases.int() - wanted).clamp(0, SCALES_PER_WIDTH - 1)
 
     symbols, chosen, decoded = _code(X, order, widths, exponents)
@@ -90,24 +160,11 @@ def code_own(X: Tensor, order: Order, widths: Tensor) -> tuple[CodedExperts, Ten
     return CodedExperts(packing.pack(symbols, widths), side, X.shape[2]), decoded
 
 
-def code_shared(X: Tensor, order: Order, costs: SharedCosts, multiplier: int) -> tuple[CodedExperts, Tensor]:
-    """Code X (E, N, K) with widths and scales that are sums; what is stored, and what it decodes to.
-
-    The scales follow from what rows are expected to be when it is their turn, since they are shared beforehand.
-    """
-    first = share_rows(costs, multiplier, X.square().mean(2))
-    widths = first.widths()
-    side = share_rows(costs, multiplier, _expected(X, order, widths))
-    sorted_exponents = order.sort(side.exponents())
-    symbols, _, decoded = _code(X, order, widths, lambda i, _: sorted_exponents[:, i])
-    return CodedExperts(packing.pack(symbols, widths), side, X.shape[2]), decoded
-
-
-def _expected(X: Tensor, order: Order, widths: Tensor) -> Tensor:
-    """Mean squares (E, N) that rows are expected to have when it is their turn."""
-    losses = torch.tensor(trellis.DISTORTION, device=X.device)[widths.long()]
-    energies = X.float().square().mean(2)
-    return order.unsort(expected_energies(order.sort(energies), order.sort(losses), order))
+def code_shared(X: Tensor, order: Order, side: SharedRows) -> tuple[CodedExperts, Tensor]:
+    """Code X (E, N, K) with the widths and scales of `share_rows`; what is stored, and what it decodes to."""
+    exponents = order.sort(side.exponents())
+    symbols, _, decoded = _code(X, order, side.widths(), lambda i, _: exponents[:, i])
+    return CodedExperts(packing.pack(symbols, side.widths()), side, X.shape[2]), decoded
 
 
 def _code(
@@ -126,12 +183,9 @@ def _code(
         step = steps(chosen[:, i], sorted_widths[:, i])[:, None]
         unit = torch.nn.functional.pad(rows / step, (0, length - K))
         decoded = torch.zeros_like(rows)
-        for width in sorted_widths[:, i].unique().tolist():
-            if width:
-                who = torch.where(sorted_widths[:, i] == width)[0]
-                found, states = trellis.encode(unit[who], width)
-                symbols[who, i] = found
-                decoded[who] = levels[states[:, :K]].float() * step[who]
+        for width, who in packing.rows_by_width(sorted_widths[:, i], length):
+            symbols[who, i], states = trellis.encode(unit[who], width)
+            decoded[who] = levels[states[:, :K]].float() * step[who]
         return decoded
 
     decoded = code_inputs(order.sort(X.float()), order, code_rows)

@@ -56,8 +56,8 @@ def order_inputs(second_moments: Tensor) -> Order:
     sorted_ = sorted_.gather(2, inputs[:, None, :].expand_as(second_moments))
     # C = R Rᵀ with R upper triangular is the Cholesky factor of C reversed; then U = R⁻¹, and shares and prices follow
     factor, info = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(sorted_.flip(1, 2)))
-    failed = torch.where(info > 0)[0].tolist()
-    if failed:
+    if bool((info > 0).any()):
+        failed = ", ".join(str(s) for s, status in enumerate(info) if int(status))
         raise ValueError(
             f"second moments {failed} of {len(info)} are not positive definite: add a part of their mean diagonal"
         )
@@ -71,19 +71,6 @@ def order_inputs(second_moments: Tensor) -> Order:
         ),
     )
     return Order(inputs, shares.float(), diagonal.square().float())
-
-
-def expected_energies(energies: Tensor, losses: Tensor, order: Order) -> Tensor:
-    """Mean squares of the rows when it is their turn, errors of the earlier ones added: (E, N) in the order of coding.
-
-    energies (E, N) of the rows as they are, losses (E, N): what part of its energy each will lose. Errors are taken
-    for independent.
-    """
-    found = energies.clone()
-    squares = order.shares.square()
-    for i in range(energies.shape[1] - 1):
-        found[:, i + 1 :] += squares[:, i, i + 1 :] * (found[:, i] * losses[:, i])[:, None]
-    return found
 
 
 def code_inputs(rows: Tensor, order: Order, code_rows: Callable[[int, Tensor], Tensor], block: int = BLOCK) -> Tensor:

@@ -24,8 +24,8 @@ VECTOR = 16
 
 
 @functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy")
-def _forward(x, levels, best, before, back, width, B, R, Q, W, U):  # noqa: ANN001
-    """From what the groups cost (best, changed in place) before entries x to what they cost after, and how they came."""
+def _forward(x, levels, best, before, back, width, B, R, Q, W, U):
+    """Take the costs of groups (best, in place) past entries x, and write how each was come by."""
     keep, low = np.int32(-B), np.int32(B - 1)
     for t in range(x.shape[0]):
         reference = best[0] & keep
@@ -70,7 +70,7 @@ def search(log_states: int, width: int, unreachable: int) -> Callable[..., None]
     U = min(B, VECTOR)
 
     @functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy", cache=True)
-    def rows(x, levels, window, symbols, states):  # noqa: ANN001
+    def rows(x, levels, window, symbols, states):
         n, K = x.shape
         best, before = np.empty(R, np.int32), np.empty(B * W, np.int32)
         back = np.empty((max(K, 2 * window), R), np.uint8)
@@ -100,7 +100,7 @@ def search(log_states: int, width: int, unreachable: int) -> Callable[..., None]
 
 
 @functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy", cache=True)
-def decode_rows(payload, offsets, widths, steps, log_states, multiplier, addend, mean, out):  # noqa: ANN001
+def decode_rows(payload, offsets, widths, steps, log_states, multiplier, addend, mean, out):
     """Rows of a payload, each `out` (n, K) float32 = level · step; see `packing.decode`, which it equals.
 
     offsets (n,) int64 of the rows' first bytes, widths (n,) uint8, steps (n,) float32.

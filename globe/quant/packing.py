@@ -1,15 +1,20 @@
 """Rows of different widths in one string of bytes, and back.
 
-Expert after expert, input after input, a row of K symbols of b bits takes ⌈K·b / 8⌉ bytes; bit j of a row is bit j mod 8
-of its byte ⌊j / 8⌋. Where everything lies follows from the widths, so nothing but the symbols is stored.
+Expert after expert, input after input, a row of K symbols of b bits takes ⌈K·b / 8⌉ bytes; bit j of a row is bit
+j mod 8 of its byte ⌊j / 8⌋. Where everything lies follows from the widths, so nothing but the symbols is stored.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from globe.quant import trellis
+
+CHUNK = 2**22
+"""Entries that are packed or unpacked at a time, each of their bits in a byte."""
 
 
 def row_bytes(widths: Tensor, length: int) -> Tensor:
@@ -30,13 +35,11 @@ def pack(symbols: Tensor, widths: Tensor) -> Tensor:
     offsets = row_offsets(flat, length)
     payload = torch.zeros(int(row_bytes(flat, length).sum()), dtype=torch.uint8, device=symbols.device)
     places = torch.arange(8, dtype=torch.uint8, device=symbols.device)
-    for width in _present(flat):
-        chosen = torch.where(flat == width)[0]
-        for some in chosen.split(max(1, 2**22 // length)):
-            bits = ((rows[some][..., None] >> places[:width]) & 1).flatten(1)
-            bits = torch.nn.functional.pad(bits, (0, -bits.shape[1] % 8)).view(len(some), -1, 8)
-            packed = (bits << places).sum(2, dtype=torch.uint8)
-            payload[offsets[some, None] + torch.arange(packed.shape[1], device=payload.device)] = packed
+    for width, some in rows_by_width(flat, length):
+        bits = ((rows[some][..., None] >> places[:width]) & 1).flatten(1)
+        bits = torch.nn.functional.pad(bits, (0, -bits.shape[1] % 8)).view(len(some), -1, 8)
+        packed = (bits << places).sum(2, dtype=torch.uint8)
+        payload[offsets[some, None] + torch.arange(packed.shape[1], device=payload.device)] = packed
     return payload
 
 
@@ -45,10 +48,8 @@ def unpack(payload: Tensor, widths: Tensor, length: int) -> Tensor:
     flat = widths.flatten()
     offsets = row_offsets(flat, length)
     rows = torch.zeros(len(flat), length, dtype=torch.uint8, device=payload.device)
-    for width in _present(flat):
-        chosen = torch.where(flat == width)[0]
-        for some in chosen.split(max(1, 2**22 // length)):
-            rows[some] = _symbols(payload, offsets[some], width, length)
+    for width, some in rows_by_width(flat, length):
+        rows[some] = _symbols(payload, offsets[some], width, length)
     return rows.view(*widths.shape, length)
 
 
@@ -70,16 +71,19 @@ def decode(payload: Tensor, offsets: Tensor, widths: Tensor, steps: Tensor, leng
         )
         return out
     levels = trellis.levels(payload.device)
-    for width in _present(widths):
-        chosen = torch.where(widths == width)[0]
-        for some in chosen.split(max(1, 2**22 // length)):
-            states = trellis.states(_symbols(payload, offsets[some], width, length), width)
-            out[some] = levels[states].float() * steps[some, None]
+    for width, some in rows_by_width(widths, length):
+        states = trellis.states(_symbols(payload, offsets[some], width, length), width)
+        out[some] = levels[states].float() * steps[some, None]
     return out
 
 
-def _present(widths: Tensor) -> list[int]:
-    return [width for width in widths.unique().tolist() if width]
+def rows_by_width(widths: Tensor, length: int) -> Iterator[tuple[int, Tensor]]:
+    """Each width above 0 among `widths` (n,) with the rows (m,) that have it, a few million entries at a time."""
+    most = max(1, CHUNK // length)
+    for width in range(1, trellis.MAX_WIDTH + 1):
+        rows = torch.where(widths == width)[0]
+        for start in range(0, len(rows), most):
+            yield width, rows[start : start + most]
 
 
 def _symbols(payload: Tensor, offsets: Tensor, width: int, length: int) -> Tensor:

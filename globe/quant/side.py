@@ -12,13 +12,18 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from globe.quant.scales import PER_OCTAVE, nearest_exponents
+from globe.quant.scales import PER_OCTAVE
 from globe.quant.water_fill import HIGHEST, LOWEST, UNIT, widths_at
 
 SCALES_PER_WIDTH = 31
 """Scales that a row of its own can have, downwards from its expert's base: 31/6 octaves, a factor of 36."""
 HEADROOM = PER_OCTAVE // 2
 """Steps from the largest scale that is expected to the base."""
+
+
+def side_bytes(num_experts: int, num_inputs: int, is_shared: bool) -> int:
+    """What `SharedRows` or `OwnRows` of E experts with N inputs take."""
+    return 4 * num_experts + 3 * num_inputs if is_shared else num_experts * (num_inputs + 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +46,7 @@ class OwnRows:
     @property
     def num_bytes(self) -> int:
         """Stored."""
-        return self.marks.numel() + 2 * self.bases.numel()
+        return side_bytes(*self.marks.shape, is_shared=False)
 
     def __getitem__(self, experts: Tensor) -> OwnRows:
         return OwnRows(self.marks[experts], self.bases[experts])
@@ -71,7 +76,7 @@ class SharedRows:
     @property
     def num_bytes(self) -> int:
         """Stored."""
-        return 4 * self.expert_costs.numel() + 3 * self.input_costs.numel()
+        return side_bytes(len(self.expert_costs), len(self.input_costs), is_shared=True)
 
     def __getitem__(self, experts: Tensor) -> SharedRows:
         return dataclasses.replace(
@@ -94,7 +99,7 @@ class SharedCosts:
 
 
 def fit_sum(x: Tensor, weights: Tensor | None = None, rounds: int = 20) -> tuple[Tensor, Tensor]:
-    """u (E,) and v (N,), v of mean 0, that minimise Σ w_ei (x_ei − u_e − v_i)², by alternation; weights 1 by default."""
+    """u (E,) and v (N,), v of mean 0, that minimise Σ w_ei (x_ei − u_e − v_i)², by alternation; w = 1 by default."""
     if weights is None:
         u = x.mean(1)
         return u, x.mean(0) - u.mean()
@@ -116,11 +121,11 @@ def share_costs(costs: Tensor) -> SharedCosts:
     return SharedCosts(u.round().to(torch.int32), v.to(torch.int32))
 
 
-def share_rows(costs: SharedCosts, multiplier: int, mean_squares: Tensor) -> SharedRows:
-    """What is stored for rows (E, N) that are expected to have these mean squares when they are coded."""
+def share_rows(costs: SharedCosts, multiplier: int, exponents: Tensor) -> SharedRows:
+    """What is stored for rows that scales with exponents (E, N) are expected to suit when they are coded."""
     expert_costs = (costs.experts - multiplier).clamp(LOWEST, HIGHEST).to(torch.int16)
     widths = widths_at(expert_costs[:, None].int() + costs.inputs, 0)
-    u, v = fit_sum(nearest_exponents(mean_squares.sqrt()).double(), (widths > 0).double())
+    u, v = fit_sum(exponents.double(), (widths > 0).double())
     return SharedRows(
         expert_costs,
         costs.inputs.to(torch.int16),

@@ -1,10 +1,10 @@
 """Rows of numbers as paths of a bit-shift trellis: b bits an entry, each entry read off a state of L = 12 bits.
 
-A row of K entries is a ring of K·b bits, and entry t is the level of the L bits that begin at bit t·b (Tseng et al. 2024,
-QTIP, arXiv 2406.11235: bit-shift trellis, closed by tail-biting). Consecutive entries share L − b of their bits, which
-is what makes their levels fill space better than those of a scalar quantiser. The level of a state is computed, not
-stored: a 32-bit multiplication and addition, and the sum of the four bytes of what results (QTIP's 1MAD, its two numbers
-found by search for L = 12). Everything up to the level is integers, so decoding is exact on every machine.
+A row of K entries is a ring of K·b bits, and entry t is the level of the L bits that begin at bit t·b (Tseng et al.
+2024, QTIP, arXiv 2406.11235: bit-shift trellis, closed by tail-biting). Consecutive entries share L − b of their bits,
+which is what makes their levels fill space better than those of a scalar quantiser. The level of a state is computed,
+not stored: a 32-bit multiplication and addition, and the sum of the four bytes of what results (QTIP's 1MAD, its two
+numbers found by search for L = 12). Everything up to the level is integers, so decoding is exact on every machine.
 
 `L`, the numbers of `levels` and the order of bits are fixed by the format; `DISTORTION` is what the quantiser loses.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +26,10 @@ MAX_WIDTH = 8
 MULTIPLIER, ADDEND = 2524809683, 4196459566
 """The level of state s is the sum of the bytes of (MULTIPLIER · s + ADDEND) mod 2³², less MEAN."""
 MEAN = 511
-RMS = 136.7
+RMS = 136.692
 """Root mean square of the levels."""
+LARGEST = 468
+"""No level is larger, and the least is −476."""
 DISTORTION = (1.0, 0.2732, 0.0726, 0.0189, 0.00486, 0.001292, 0.000347, 0.0001145, 0.0000446)
 """Mean squared error of long rows of independent normal entries of variance 1, by width."""
 GAIN = (1.0, 0.87, 1.02, 1.08, 1.11, 1.14, 1.17, 1.18, 1.2)
@@ -146,7 +149,7 @@ def states(symbols: Tensor, width: int) -> Tensor:
 
 
 @functools.cache
-def compiled():  # noqa: ANN202
+def compiled() -> Any:
     """`kernels`, or None without numba."""
     try:
         from globe.quant import kernels

@@ -12,6 +12,7 @@ At high rates that is the classical b = ½ log₂(c / θ') (Cover and Thomas 200
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -23,9 +24,7 @@ from globe.quant.trellis import DISTORTION
 
 UNIT = 256
 """Parts of a factor of 2 in costs."""
-THRESHOLDS = tuple(
-    round(-UNIT * math.log2(more - less)) for more, less in zip(DISTORTION, DISTORTION[1:], strict=False)
-)
+THRESHOLDS = tuple(round(-UNIT * math.log2(more - less)) for more, less in itertools.pairwise(DISTORTION))
 """τ_b of b = 1 to MAX_WIDTH; increasing."""
 LOWEST, HIGHEST = -(2**15), 2**15 - 1
 """Log costs are kept within int16."""
@@ -50,7 +49,7 @@ class Rows:
     """Rows of one length that get their bits by one multiplier with all others."""
 
     costs: Tensor
-    """Log costs of leaving a row out, per entry, int32, of any shape."""
+    """Log costs of leaving a row out, per entry, int32, of any shape; of shared rows the sums."""
     length: int
     """K: entries of a row."""
 

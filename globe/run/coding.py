@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.report import CodedReport
-from globe.experts.coding import CodingProblem, coding_problem, damped
+from globe.experts.coding import CodingProblem, coding_problem, damped, form_of
 from globe.experts.metric import LayerStatistics
 from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.measure.runnable import find_place
 from globe.measure.sensitivity import NUM_WINDOWS, Sensitivities, measure_sensitivities, random_windows
-from globe.model.coded_spec import CodedSpec, side_bytes
+from globe.model.coded_spec import CodedSpec
 from globe.model.loading import load
 from globe.quant.coded import CodedExperts
+from globe.quant.side import side_bytes
 from globe.quant.water_fill import water_fill
 from globe.run.job import Job
 from globe.terms import Family
@@ -29,8 +31,11 @@ from globe.terms import Family
 class CodingPlan:
     """How bits are shared out: a row gets all those whose gain reaches one multiplier."""
 
+    first_multiplier: int
+    """Log of the multiplier for the rows as they are, at which feedback is rehearsed; in the unit of
+    `globe.quant.water_fill`."""
     multiplier: int
-    """Log of the multiplier, in the unit of `globe.quant.water_fill`."""
+    """Log of the multiplier for the rows as feedback makes them."""
     importance: Mapping[tuple[int, Family], Tensor]
     """Damped sensitivities of the experts (E,), by layer and family."""
     num_bytes: int
@@ -40,7 +45,12 @@ class CodingPlan:
 def plan_to_json(plan: CodingPlan) -> dict[str, Any]:
     """The plan as a record holds it."""
     importance = {f"{layer} {family}": each.tolist() for (layer, family), each in plan.importance.items()}
-    return {"multiplier": plan.multiplier, "importance": importance, "num_bytes": plan.num_bytes}
+    return {
+        "first_multiplier": plan.first_multiplier,
+        "multiplier": plan.multiplier,
+        "importance": importance,
+        "num_bytes": plan.num_bytes,
+    }
 
 
 def plan_from_json(record: Mapping[str, Any]) -> CodingPlan:
@@ -49,7 +59,7 @@ def plan_from_json(record: Mapping[str, Any]) -> CodingPlan:
     for key, each in record["importance"].items():
         layer, family = key.split()
         importance[int(layer), family] = torch.tensor(each, dtype=torch.float32)
-    return CodingPlan(record["multiplier"], importance, record["num_bytes"])
+    return CodingPlan(record["first_multiplier"], record["multiplier"], importance, record["num_bytes"])
 
 
 def measured_sensitivities(job: Job, windows: Tensor | None) -> tuple[Sensitivities, str | None]:
@@ -74,16 +84,24 @@ def measured_sensitivities(job: Job, windows: Tensor | None) -> tuple[Sensitivit
 def plan_coding(job: Job, statistics: Mapping[int, LayerStatistics] | None, sensitivities: Sensitivities) -> CodingPlan:
     """The least multiplier at which everything that is stored of the coded families fits the budget of bits."""
     assert job.config.bits is not None
-    importance, groups, original, side = damped(sensitivities), [], 0, 0
+    importance = damped(sensitivities)
+    shapes = {key: job.layers[key[0]] for key in importance}
+    original = sum(layer.num_experts * layer.intermediate_size * layer.hidden_size for layer in shapes.values())
+    side = sum(_side_bytes(layer, family) for (_, family), layer in shapes.items())
+    budget = max(0, int(job.config.bits * original / 8) - side)
     with explained_exhaustion("planning", FITS_EXHAUSTED):
-        for index, family in importance:
-            problem = _problem(job, statistics, importance, index, family)
-            E, N, K = problem.X.shape
-            groups.append(problem.rows())
-            original, side = original + E * N * K, side + side_bytes(E, N, shared=problem.shared)
-    budget = int(job.config.bits * original / 8) - side
-    filled = water_fill(groups, max(0, budget))
-    return CodingPlan(filled.multiplier, importance, filled.num_bytes + side)
+        problems = (_problem(job, statistics, importance, *key) for key in importance)
+        first = water_fill([problem.rows() for problem in problems], budget).multiplier
+        problems = (_problem(job, statistics, importance, *key) for key in importance)
+        filled = water_fill([problem.rehearsed(first).rows() for problem in problems], budget)
+    return CodingPlan(first, filled.multiplier, importance, filled.num_bytes + side)
+
+
+def _side_bytes(layer: ExpertLayer, family: Family) -> int:
+    num_inputs, num_outputs = layer.hidden_size, layer.intermediate_size
+    if family == "down":
+        num_inputs, num_outputs = num_outputs, num_inputs
+    return side_bytes(layer.num_experts, num_inputs, form_of(family, num_outputs) == "shared")
 
 
 def code_layer(
@@ -93,7 +111,7 @@ def code_layer(
     for family in job.config.families:
         began = time.monotonic()
         problem = _problem(job, statistics, plan.importance, index, family)
-        coded, decoded = problem.code(plan.multiplier)
+        coded, decoded = problem.rehearsed(plan.first_multiplier).code(plan.multiplier)
         missed, energies = (x.double().square().sum((1, 2)) for x in (problem.X - decoded, problem.X))
         widths = coded.side.widths()
         report = CodedReport(
@@ -107,7 +125,7 @@ def code_layer(
             [float(f"{bits:.4g}") for bits in widths.double().mean(1).tolist()],
             torch.bincount(widths.flatten().int(), minlength=9).tolist(),
         )
-        yield CodedSpec(index, family, coded.payload.numel(), shared=problem.shared), coded, report
+        yield CodedSpec(index, family, coded.payload.numel(), shared=problem.form == "shared"), coded, report
 
 
 def _problem(
