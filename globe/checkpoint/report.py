@@ -54,7 +54,11 @@ class CodedReport:
     family: str
     original_parameters: int
     stored_bytes: int
-    """Paths, widths and scales."""
+    """Paths, widths and scales, and the bank."""
+    num_bases: int
+    """Of the bank of what the experts share; 0 where none pays."""
+    bank_bytes: int
+    """Of `stored_bytes`, those of the bank."""
     seconds: float
     error: float
     """Relative Frobenius error."""

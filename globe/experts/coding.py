@@ -20,6 +20,7 @@ from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.reader import Checkpoint
 from globe.checkpoint.stacks import read_family
 from globe.experts.metric import LayerStatistics
+from globe.quant.banked import CodedBank, share_bank
 from globe.quant.coded import CodedExperts, Form, Rehearsal, code_experts, rehearse, row_costs, shared_or_not
 from globe.quant.feedback import Order, order_inputs
 from globe.quant.side import SharedCosts
@@ -46,6 +47,8 @@ class CodingProblem:
     """In which inputs are coded."""
     importance: Tensor
     """(E,): what a unit of tr(Δᵀ C Δ) costs."""
+    second_moment: Tensor
+    """C (N, N) of all experts' inputs together."""
     form: Form
     """Whether rows have widths and scales of their own, or share them."""
 
@@ -56,6 +59,14 @@ class CodingProblem:
     def rows(self) -> Rows:
         """What water-filling sees first: the rows as they are."""
         return _rows(self.costs(self.X.square().mean(2)), self.X.shape[2])
+
+    def bank(self, multiplier: int, num_bases: int | None = None) -> CodedBank | None:
+        """What the experts share, if it pays at a multiplier, or as many bases as were found before."""
+        return share_bank(self.X, self.second_moment, self.order, self.importance, multiplier, num_bases)
+
+    def without(self, bank: CodedBank | None) -> CodingProblem:
+        """What is left of the experts when the bank's mixtures are taken from them."""
+        return self if bank is None else dataclasses.replace(self, X=self.X - bank.add_to(torch.zeros_like(self.X)))
 
     def rehearsed(self, multiplier: int) -> Rehearsed:
         """With the rows as feedback will make them at about this multiplier."""
@@ -99,7 +110,7 @@ def coding_problem(
     C = _second_moments(statistics, family, X.shape[1])
     energies = torch.einsum("enk,snm,emk->e", X, C, X) if len(C) == 1 else ((C @ X) * X).sum((1, 2))
     importance = torch.where(energies > 0, sensitivities / energies, 0.0)
-    return CodingProblem(X, order_inputs(C), importance, form_of(family, X.shape[2]))
+    return CodingProblem(X, order_inputs(C), importance, C.mean(0), form_of(family, X.shape[2]))
 
 
 def form_of(family: Family, num_outputs: int) -> Form:

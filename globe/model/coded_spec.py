@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from globe.errors import CheckpointError
+from globe.quant.banked import BankedExperts, CodedBank
 from globe.quant.coded import CodedExperts
 from globe.quant.side import OwnRows, SharedRows
 from globe.terms import FAMILIES
@@ -33,6 +34,10 @@ class CodedSpec:
     """Bytes of the paths of all rows."""
     shared: bool
     """Whether widths and scales are sums of a number of the expert's and one of the input's, or each row's own."""
+    num_bases: int = 0
+    """Bases of the bank of what the experts share; 0: there is none."""
+    bases_payload: int = 0
+    """Bytes of the paths of the bases' rows."""
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     """What else the entry held; written back unchanged."""
 
@@ -40,7 +45,8 @@ class CodedSpec:
         where = f"layer {shown(self.layer)} {shown(self.family)}"
         if self.family not in FAMILIES:
             raise CheckpointError(f"a coded family must be one of {', '.join(FAMILIES)}; found {shown(self.family)}")
-        for name, most in (("layer", 1 << 20), ("payload", _LARGEST)):
+        limits = {"layer": 1 << 20, "payload": _LARGEST, "num_bases": 1 << 10, "bases_payload": _LARGEST}
+        for name, most in limits.items():
             value = getattr(self, name)
             if not 0 <= value <= most:
                 raise CheckpointError(f"coded {where}: {name} must be from 0 to {most}; found {shown(value)}")
@@ -62,9 +68,16 @@ class CodedSpec:
             }
         else:
             side = {"marks": ((E, N), torch.uint8), "expert_scales": ((E,), torch.int16)}
+        if M := self.num_bases:
+            side |= {
+                "codes": ((E, M), torch.int16),
+                "bases_payload": ((self.bases_payload,), torch.uint8),
+                "bases_marks": ((M, N), torch.uint8),
+                "bases_scales": ((M,), torch.int16),
+            }
         return {"payload": ((self.payload,), torch.uint8), **side}
 
-    def experts(self, parts: Mapping[str, Tensor], num_outputs: int) -> CodedExperts:
+    def experts(self, parts: Mapping[str, Tensor], num_outputs: int) -> BankedExperts:
         """What the stored parts are together."""
         if self.shared:
             side: OwnRows | SharedRows = SharedRows(
@@ -72,7 +85,11 @@ class CodedSpec:
             )
         else:
             side = OwnRows(parts["marks"], parts["expert_scales"])
-        return CodedExperts(parts["payload"], side, num_outputs)
+        rest, bank = CodedExperts(parts["payload"], side, num_outputs), None
+        if self.num_bases:
+            of_bases = OwnRows(parts["bases_marks"], parts["bases_scales"])
+            bank = CodedBank(CodedExperts(parts["bases_payload"], of_bases, num_outputs), parts["codes"])
+        return BankedExperts(rest, bank)
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> CodedSpec:
@@ -83,7 +100,9 @@ class CodedSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """The entry for config.json."""
-        known = {name: getattr(self, name) for name in ("layer", "family", "payload", "shared")}
+        known = {
+            name: getattr(self, name) for name in ("layer", "family", "payload", "shared", "num_bases", "bases_payload")
+        }
         return {**self.extra, **known}
 
 
@@ -93,17 +112,38 @@ class _Entry:
     family: str
     payload: int
     shared: bool
+    num_bases: int
+    bases_payload: int
 
 
-def stored_parts(coded: CodedExperts) -> dict[str, Tensor]:
+def spec_of(layer: int, family: str, coded: BankedExperts) -> CodedSpec:
+    """What config.json will say of coded experts."""
+    rest, bank = coded.rest, coded.bank
+    shared = isinstance(rest.side, SharedRows)
+    if bank is None:
+        return CodedSpec(layer, family, rest.payload.numel(), shared)
+    return CodedSpec(layer, family, rest.payload.numel(), shared, bank.codes.shape[1], bank.bases.payload.numel())
+
+
+def stored_parts(coded: BankedExperts) -> dict[str, Tensor]:
     """The tensors of coded experts, by part."""
-    side = coded.side
-    if isinstance(side, OwnRows):
-        return {"payload": coded.payload, "marks": side.marks, "expert_scales": side.bases}
-    return {
-        "payload": coded.payload,
-        "expert_costs": side.expert_costs,
-        "input_costs": side.input_costs,
-        "expert_scales": side.expert_scales,
-        "input_scales": side.input_scales,
-    }
+    rest, bank = coded.rest, coded.bank
+    parts = {"payload": rest.payload}
+    if isinstance(rest.side, OwnRows):
+        parts |= {"marks": rest.side.marks, "expert_scales": rest.side.bases}
+    else:
+        parts |= {
+            "expert_costs": rest.side.expert_costs,
+            "input_costs": rest.side.input_costs,
+            "expert_scales": rest.side.expert_scales,
+            "input_scales": rest.side.input_scales,
+        }
+    if bank is not None:
+        assert isinstance(bank.bases.side, OwnRows)
+        parts |= {
+            "codes": bank.codes,
+            "bases_payload": bank.bases.payload,
+            "bases_marks": bank.bases.side.marks,
+            "bases_scales": bank.bases.side.bases,
+        }
+    return parts

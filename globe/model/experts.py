@@ -32,7 +32,7 @@ from globe.model.names import (
     dense_parameter,
 )
 from globe.model.sharing import bytes_per_token, is_cheaper, is_linear, is_readable, run_shared
-from globe.quant.coded import CodedExperts
+from globe.quant.banked import BankedExperts
 
 
 class GlobeExperts(nn.Module):
@@ -264,7 +264,7 @@ class GlobeExperts(nn.Module):
         parts = [parameter for name, parameter in parameters.items() if name.startswith(f"globe_{spec.family}_")]
         return any(part.is_meta for part in parts) or self._globe_coded_experts(spec, parameters).is_sound()
 
-    def _globe_coded_experts(self, spec: CodedSpec, parameters: Mapping[str, Tensor]) -> CodedExperts:
+    def _globe_coded_experts(self, spec: CodedSpec, parameters: Mapping[str, Tensor]) -> BankedExperts:
         num_inputs, num_outputs = self.globe_layout.sides(spec.family)
         names = spec.shapes(self.globe_layout.num_experts, num_inputs)
         return spec.experts({part: parameters[coded_parameter(spec.family, part)] for part in names}, num_outputs)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,11 +19,11 @@ from globe.experts.metric import LayerStatistics
 from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.measure.runnable import find_place
 from globe.measure.sensitivity import NUM_WINDOWS, Sensitivities, measure_sensitivities, random_windows
-from globe.model.coded_spec import CodedSpec
+from globe.model.coded_spec import CodedSpec, spec_of
 from globe.model.loading import load
-from globe.quant.coded import CodedExperts
+from globe.quant.banked import BankedExperts, CodedBank
 from globe.quant.side import side_bytes
-from globe.quant.water_fill import water_fill
+from globe.quant.water_fill import Rows, water_fill
 from globe.run.job import Job
 from globe.terms import Family
 
@@ -31,11 +32,11 @@ from globe.terms import Family
 class CodingPlan:
     """How bits are shared out: a row gets all those whose gain reaches one multiplier."""
 
-    first_multiplier: int
-    """Log of the multiplier for the rows as they are, at which feedback is rehearsed; in the unit of
-    `globe.quant.water_fill`."""
-    multiplier: int
-    """Log of the multiplier for the rows as feedback makes them."""
+    multipliers: tuple[int, int, int]
+    """Log of the multiplier, in the unit of `globe.quant.water_fill`: for the rows as they are, at which banks are
+    chosen; for what banks leave of them, at which feedback is rehearsed; for the rows as feedback makes them."""
+    num_bases: Mapping[tuple[int, Family], int]
+    """Bases of the bank of each layer and family; 0: none pays."""
     importance: Mapping[tuple[int, Family], Tensor]
     """Damped sensitivities of the experts (E,), by layer and family."""
     num_bytes: int
@@ -44,22 +45,25 @@ class CodingPlan:
 
 def plan_to_json(plan: CodingPlan) -> dict[str, Any]:
     """The plan as a record holds it."""
-    importance = {f"{layer} {family}": each.tolist() for (layer, family), each in plan.importance.items()}
     return {
-        "first_multiplier": plan.first_multiplier,
-        "multiplier": plan.multiplier,
-        "importance": importance,
+        "multipliers": plan.multipliers,
+        "num_bases": {f"{layer} {family}": count for (layer, family), count in plan.num_bases.items()},
+        "importance": {f"{layer} {family}": each.tolist() for (layer, family), each in plan.importance.items()},
         "num_bytes": plan.num_bytes,
     }
 
 
 def plan_from_json(record: Mapping[str, Any]) -> CodingPlan:
     """The inverse."""
-    importance = dict[tuple[int, Family], Tensor]()
-    for key, each in record["importance"].items():
-        layer, family = key.split()
-        importance[int(layer), family] = torch.tensor(each, dtype=torch.float32)
-    return CodingPlan(record["first_multiplier"], record["multiplier"], importance, record["num_bytes"])
+
+    def places(entries: Mapping[str, Any]) -> Iterator[tuple[tuple[int, Family], Any]]:
+        for key, entry in entries.items():
+            layer, family = key.split()
+            yield (int(layer), cast(Family, family)), entry
+
+    importance = {place: torch.tensor(each, dtype=torch.float32) for place, each in places(record["importance"])}
+    first, second, third = record["multipliers"]
+    return CodingPlan((first, second, third), dict(places(record["num_bases"])), importance, record["num_bytes"])
 
 
 def measured_sensitivities(job: Job, windows: Tensor | None) -> tuple[Sensitivities, str | None]:
@@ -90,11 +94,25 @@ def plan_coding(job: Job, statistics: Mapping[int, LayerStatistics] | None, sens
     side = sum(_side_bytes(layer, family) for (_, family), layer in shapes.items())
     budget = max(0, int(job.config.bits * original / 8) - side)
     with explained_exhaustion("planning", FITS_EXHAUSTED):
-        problems = (_problem(job, statistics, importance, *key) for key in importance)
-        first = water_fill([problem.rows() for problem in problems], budget).multiplier
-        problems = (_problem(job, statistics, importance, *key) for key in importance)
-        filled = water_fill([problem.rehearsed(first).rows() for problem in problems], budget)
-    return CodingPlan(first, filled.multiplier, importance, filled.num_bytes + side)
+        problems = {key: functools.partial(_problem, job, statistics, importance, *key) for key in importance}
+        first = second = water_fill([problem().rows() for problem in problems.values()], budget).multiplier
+        left, num_bases, in_banks = list[Rows](), dict[tuple[int, Family], int](), 0
+        for key, problem in problems.items():
+            whole = problem()
+            bank = whole.bank(first)
+            num_bases[key] = 0 if bank is None else bank.codes.shape[1]
+            in_banks += 0 if bank is None else bank.num_bytes
+            left.append(whole.without(bank).rows())
+        if in_banks:
+            second = water_fill(left, max(0, budget - in_banks)).multiplier
+        rows = (_without_bank(problem(), first, num_bases[key])[1] for key, problem in problems.items())
+        filled = water_fill([rest.rehearsed(second).rows() for rest in rows], max(0, budget - in_banks))
+    return CodingPlan((first, second, filled.multiplier), num_bases, importance, filled.num_bytes + side + in_banks)
+
+
+def _without_bank(whole: CodingProblem, multiplier: int, num_bases: int) -> tuple[CodedBank | None, CodingProblem]:
+    bank = whole.bank(multiplier, num_bases)
+    return bank, whole.without(bank)
 
 
 def _side_bytes(layer: ExpertLayer, family: Family) -> int:
@@ -106,26 +124,30 @@ def _side_bytes(layer: ExpertLayer, family: Family) -> int:
 
 def code_layer(
     job: Job, plan: CodingPlan, statistics: Mapping[int, LayerStatistics] | None, index: int
-) -> Iterator[tuple[CodedSpec, CodedExperts, CodedReport]]:
+) -> Iterator[tuple[CodedSpec, BankedExperts, CodedReport]]:
     """Family after family of a layer: what config.json says of it, what is stored, and how it went."""
     for family in job.config.families:
         began = time.monotonic()
-        problem = _problem(job, statistics, plan.importance, index, family)
-        coded, decoded = problem.rehearsed(plan.first_multiplier).code(plan.multiplier)
-        missed, energies = (x.double().square().sum((1, 2)) for x in (problem.X - decoded, problem.X))
-        widths = coded.side.widths()
+        whole = _problem(job, statistics, plan.importance, index, family)
+        bank, problem = _without_bank(whole, plan.multipliers[0], plan.num_bases[index, family])
+        rest, decoded = problem.rehearsed(plan.multipliers[1]).code(plan.multipliers[2])
+        coded = BankedExperts(rest, bank)
+        missed, energies = (x.double().square().sum((1, 2)) for x in (problem.X - decoded, whole.X))
+        widths = rest.side.widths()
         report = CodedReport(
             index,
             family,
-            problem.X.numel(),
+            whole.X.numel(),
             coded.num_bytes,
+            0 if bank is None else bank.codes.shape[1],
+            0 if bank is None else bank.num_bytes,
             time.monotonic() - began,
             float((missed.sum() / energies.sum()).sqrt()) if energies.sum() > 0 else 0.0,
             torch.where(missed > 0, (missed / energies).sqrt(), 0.0).tolist(),
             [float(f"{bits:.4g}") for bits in widths.double().mean(1).tolist()],
             torch.bincount(widths.flatten().int(), minlength=9).tolist(),
         )
-        yield CodedSpec(index, family, coded.payload.numel(), shared=problem.form == "shared"), coded, report
+        yield spec_of(index, family, coded), coded, report
 
 
 def _problem(

@@ -1,0 +1,146 @@
+"""Experts that share something: a bank of coded bases, mixed by each expert's codes, and the rest coded by itself.
+
+    X_e ≈ Σ_j a_ej B_j + R_e
+
+The bases are the best for the experts in the metric of their inputs (the E x E Gram matrix has them), and are coded
+first; what is left includes their error. A base need not be more precise than what is left is large: at its own price
+of one bit an entry, a bit more is worth it while D > 1 / Σ_e a_ej² / ρ_e, with ρ_e the mean square of the rest (or of
+what the multiplier would leave uncoded anyway). The bank is worth its bits where the rest costs so much less; experts
+that share nothing get none.
+"""
+
+# `torch.linalg` has no type stubs
+# pyright: reportUnknownMemberType=false
+
+from __future__ import annotations
+
+import dataclasses
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from globe.quant.coded import CodedExperts, code_own, rehearse
+from globe.quant.feedback import Order, order_inputs
+from globe.quant.trellis import DISTORTION
+from globe.quant.water_fill import UNIT, log_costs, widths_at
+
+CODE_UNIT = 2.0**-12
+"""What codes are stored in multiples of, int16."""
+_LARGEST_CODE = 4.0
+MOST_BASES = 8
+"""Bases of a bank, at most; more are tried while they pay."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CodedBank:
+    """What experts share, as it is stored."""
+
+    bases: CodedExperts
+    """B (M, N, K)."""
+    codes: Tensor
+    """a (E, M) int16, in units of `CODE_UNIT`."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Stored, everything counted."""
+        return self.bases.num_bytes + 2 * self.codes.numel()
+
+    def add_to(self, rest: Tensor, experts: Tensor | None = None) -> Tensor:
+        """Add the mixtures of the experts (n,), or of all, to the rest (n, N, K) in place: base after base, product and
+        sum rounded each, so that every machine gets the same bits."""
+        codes = self.codes if experts is None else self.codes[experts]
+        for base, code in zip(self.bases.decode(), (codes * CODE_UNIT).unbind(1), strict=True):
+            rest += code[:, None, None] * base
+        return rest
+
+
+@dataclasses.dataclass(frozen=True)
+class BankedExperts:
+    """Experts as they are stored: the rest, and the bank if they share anything."""
+
+    rest: CodedExperts
+    bank: CodedBank | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Stored, everything counted."""
+        return self.rest.num_bytes + (0 if self.bank is None else self.bank.num_bytes)
+
+    def is_sound(self) -> bool:
+        """Whether all parts fit each other."""
+        return self.rest.is_sound() and (self.bank is None or self.bank.bases.is_sound())
+
+    def decode(self, experts: Tensor | None = None) -> Tensor:
+        """The experts with these indices (n,), or all: (n, N, K) float32; the same bits on every machine."""
+        rest = self.rest.decode(experts)
+        return rest if self.bank is None else self.bank.add_to(rest, experts)
+
+
+def bits_and_loss(costs: Tensor, multiplier: int) -> Tensor:
+    """What rows with log costs cost at best, per entry and in units of the multiplier: bits, and loss over it."""
+    ratios = ((costs - multiplier).double() / UNIT).exp2()
+    widths = widths_at(costs, multiplier).long()
+    return widths + ratios * torch.tensor(DISTORTION, dtype=torch.float64, device=costs.device)[widths]
+
+
+def share_bank(
+    X: Tensor, second_moment: Tensor, order: Order, importance: Tensor, multiplier: int, num_bases: int | None = None
+) -> CodedBank | None:
+    """The bank that saves most at a log multiplier, coded; None where none pays.
+
+    X (E, N, K), second_moment C (N, N) of all experts' inputs together, importance (E,). 1, 2, 4, … bases are tried as
+    long as they save bits; or the bank has `num_bases`, which were found before.
+    """
+    weights = importance.clamp_min(1e-6 * importance.mean()).double()
+    if len(X) < 2 or num_bases == 0 or not bool((weights > 0).all()):
+        return None
+    roots = weights.sqrt()
+    gram = ((second_moment @ X).flatten(1) @ X.flatten(1).mT).double() * roots[:, None] * roots
+    vectors = cast(Tensor, torch.linalg.eigh(gram)[1]).flip(1)
+    prices = torch.empty_like(order.prices).scatter_(1, order.inputs, order.prices)
+
+    def row_costs(x: Tensor) -> Tensor:
+        return log_costs(importance[:, None] * prices * x.square().mean(2))
+
+    def bank_of(count: int) -> CodedBank:
+        codes = vectors[:, :count] / roots[:, None]
+        codes = (codes / codes.abs().amax(0) * (_LARGEST_CODE / CODE_UNIT)).round().to(torch.int16)
+        bases = _fit_bases(X, codes, weights)
+        return _code_bases(X, bases, codes, second_moment, importance[:, None] * prices, multiplier)
+
+    def total(rest: Tensor) -> float:
+        return float(bits_and_loss(row_costs(rest), multiplier).sum()) * X.shape[2]
+
+    if num_bases is not None:
+        return bank_of(num_bases)
+    least, best, count = total(X), None, 1
+    while count <= min(MOST_BASES, len(X) // 2):
+        bank = bank_of(count)
+        found = total(X - bank.add_to(torch.zeros_like(X))) + 8 * bank.num_bytes
+        if found >= least:
+            break
+        least, best, count = found, bank, 2 * count
+    return best
+
+
+def _fit_bases(X: Tensor, codes: Tensor, weights: Tensor) -> Tensor:
+    """B (M, N, K) that minimises Σ_e w_e ‖X_e − Σ_j a_ej B_j‖²."""
+    a = codes.double() * CODE_UNIT
+    gram = a.mT @ (weights[:, None] * a)
+    mixing = cast(Tensor, torch.linalg.solve(gram, (weights[:, None] * a).mT))
+    return torch.einsum("me,enk->mnk", mixing.to(X), X)
+
+
+def _code_bases(
+    X: Tensor, bases: Tensor, codes: Tensor, second_moment: Tensor, row_importance: Tensor, multiplier: int
+) -> CodedBank:
+    """Code the bases as precisely as what they leave asks for."""
+    a = codes.float() * CODE_UNIT
+    rest = (X - torch.einsum("em,mnk->enk", a, bases)).square().mean(2)
+    uncoded = 2.0 ** (multiplier / UNIT) / row_importance.clamp_min(torch.finfo(rest.dtype).tiny)
+    tolerated = 1 / (a.square().mT @ (1 / torch.maximum(rest, uncoded).clamp_min(torch.finfo(rest.dtype).tiny)))
+    order = order_inputs(second_moment[None])
+    widths = widths_at(log_costs(bases.square().mean(2) / tolerated), 0)
+    coded, _ = code_own(bases, order, widths, rehearse(bases, order, widths))
+    return CodedBank(coded, codes)
