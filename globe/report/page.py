@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import jinja2
 
 from globe.checkpoint.manifest import add_to_manifest
 from globe.checkpoint.reader import open_checkpoint
-from globe.checkpoint.report import BankReport, Report, root_mean_square
+from globe.checkpoint.report import BankReport, CodedReport, Report, root_mean_square
 from globe.checkpoint.writer import write_file
 from globe.errors import CheckpointError, GlobeError
 from globe.plan.scopes import compact
@@ -84,7 +84,7 @@ def _of_files(folder: Path, notes: list[str]) -> tuple[list[Bytes], list[Spectra
 
 
 def _content(report: Report, sizes: list[Bytes], spectra: list[Spectra], notes: list[str]) -> dict[str, Any]:
-    banks = report.banks
+    banks, coded = report.banks, report.coded
     trajectories, constant = _trajectories(banks)
     return {
         "report": report,
@@ -92,13 +92,17 @@ def _content(report: Report, sizes: list[Bytes], spectra: list[Spectra], notes: 
         "settings": {name: _setting(value) for name, value in sorted(report.config.items())},
         "num_fits": len(banks),
         "num_matrices": sum(bank.num_matrices for bank in banks),
-        "layers": sorted({layer for bank in banks for layer in bank.layers}),
+        "num_stacks": len(coded),
+        "layers": sorted({layer for bank in banks for layer in bank.layers} | {part.layer for part in coded}),
         "sizes": sizes,
         "largest": max((max(entry.before, entry.after) for entry in sizes), default=1) or 1,
-        "heat": _heat(banks),
+        "heat": _heat(_errors(report), "{:.4f}", _mean_error),
+        "bits": _heat(_bits(coded), "{:.2f}", _mean) if coded else None,
+        "budget": _budget(coded),
+        "widths": _expert_widths(coded),
         "families": [family for family in FAMILIES if family in report.family_errors()],
-        "strips": _strips(banks),
-        "worst": _worst(banks),
+        "strips": _strips(report),
+        "worst": _worst(report),
         "trajectories": trajectories,
         "constant": constant,
         "spectra": _spectra(spectra),
@@ -145,52 +149,91 @@ def _count(bank: BankReport, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _errors(banks: Sequence[BankReport]) -> dict[int, dict[str, float]]:
-    """By layer and family, whichever bank they are in."""
+def _errors(report: Report) -> dict[int, dict[str, float]]:
+    """By layer and family, in whichever bank they are, or coded."""
     errors: dict[int, dict[str, float]] = {}
-    for bank in banks:
+    for bank in report.banks:
         for layer, families in bank.errors.items():
             errors.setdefault(int(layer), {}).update({name: float(error) for name, error in families.items()})
+    for part in report.coded:
+        errors.setdefault(part.layer, {})[part.family] = part.error
     return dict(sorted(errors.items()))
 
 
-def _heat(banks: Sequence[BankReport]) -> dict[str, Any]:
-    """Rows of the table of errors, in blocks that sit side by side, each cell with its shade from 0 to 1."""
-    errors = _errors(banks)
-    values = [error for families in errors.values() for error in families.values() if math.isfinite(error)]
-    low, high = min(values), max(values)
-    families = [family for family in FAMILIES if any(family in row for row in errors.values())]
+def _bits(coded: Sequence[CodedReport]) -> dict[int, dict[str, float]]:
+    """Stored bits per weight by layer and family, everything counted."""
+    bits: dict[int, dict[str, float]] = {}
+    for part in coded:
+        bits.setdefault(part.layer, {})[part.family] = part.bits
+    return dict(sorted(bits.items()))
 
-    def cell(error: float | None) -> tuple[str, str]:
-        if error is None:
+
+def _mean(values: Collection[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _mean_error(values: Collection[float]) -> float:
+    return root_mean_square(values)
+
+
+def _heat(
+    values: Mapping[int, Mapping[str, float]], form: str, mean: Callable[[Collection[float]], float]
+) -> dict[str, Any]:
+    """Rows of a table by layer and family, in blocks that sit side by side, each cell with its shade from 0 to 1."""
+    finite = [value for families in values.values() for value in families.values() if math.isfinite(value)]
+    low, high = min(finite), max(finite)
+    families = [family for family in FAMILIES if any(family in row for row in values.values())]
+
+    def cell(value: float | None) -> tuple[str, str]:
+        if value is None:
             return "–", "0"
-        return f"{error:.4f}", f"{(error - low) / (high - low) if high > low else 0.5:.2f}"
+        return form.format(value), f"{(value - low) / (high - low) if high > low else 0.5:.2f}"
 
     rows = [
         {
             "layer": layer,
             "cells": [cell(row.get(family)) for family in families],
-            "all": f"{root_mean_square(row.values()):.4f}",
+            "all": form.format(mean(row.values())),
         }
-        for layer, row in errors.items()
+        for layer, row in values.items()
     ]
     height = _ROWS if len(rows) > _ROWS else len(rows)
     blocks = [rows[start : start + height] for start in range(0, len(rows), height)]
-    return {"families": families, "blocks": blocks, "low": f"{low:.4f}", "high": f"{high:.4f}"}
+    return {"families": families, "blocks": blocks, "low": form.format(low), "high": form.format(high)}
 
 
-def _expert_errors(banks: Sequence[BankReport]) -> Iterator[tuple[int, str, list[float]]]:
-    for bank in banks:
+def _budget(coded: Sequence[CodedReport]) -> list[dict[str, Any]]:
+    """Rows of each width: how many, and the share of all that they are."""
+    counts = [sum(part.rows_by_width[width] for part in coded) for width in range(9)]
+    total = sum(counts) or 1
+    return [{"width": width, "rows": count, "share": count / total} for width, count in enumerate(counts) if count]
+
+
+def _expert_widths(coded: Sequence[CodedReport]) -> list[Chart]:
+    """Bits of every expert's entries, by family and layer."""
+    top = max((width for part in coded for width in part.expert_widths), default=0.0)
+    charts: list[Chart | None] = []
+    for family in FAMILIES:
+        own = sorted((part for part in coded if part.family == family), key=lambda part: part.layer)
+        groups = {str(part.layer): part.expert_widths for part in own}
+        charts.append(strip_chart(f"Bits of an entry, {family}", groups, "layer", top=top))
+    return [chart for chart in charts if chart is not None]
+
+
+def _expert_errors(report: Report) -> Iterator[tuple[int, str, list[float]]]:
+    for bank in report.banks:
         for layer, families in bank.expert_errors.items():
             for family, errors in families.items():
                 yield int(layer), family, [float(error) for error in errors]
+    for part in report.coded:
+        yield part.layer, part.family, part.expert_errors
 
 
-def _strips(banks: Sequence[BankReport]) -> list[Chart]:
+def _strips(report: Report) -> list[Chart]:
     by_family: dict[str, dict[int, list[float]]] = {}
-    for layer, family, errors in _expert_errors(banks):
+    for layer, family, errors in _expert_errors(report):
         by_family.setdefault(family, {})[layer] = errors
-    every = [error for _, _, errors in _expert_errors(banks) for error in errors if math.isfinite(error)]
+    every = [error for _, _, errors in _expert_errors(report) for error in errors if math.isfinite(error)]
     charts: list[Chart | None] = []
     for family in FAMILIES:
         layers = by_family.get(family, {})
@@ -199,10 +242,10 @@ def _strips(banks: Sequence[BankReport]) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def _worst(banks: Sequence[BankReport]) -> list[dict[str, Any]]:
+def _worst(report: Report) -> list[dict[str, Any]]:
     every = [
         {"layer": layer, "family": family, "expert": number, "error": error}
-        for layer, family, errors in _expert_errors(banks)
+        for layer, family, errors in _expert_errors(report)
         for number, error in enumerate(errors)
         if math.isfinite(error)
     ]

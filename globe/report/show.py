@@ -30,7 +30,8 @@ from globe.model.loading import expert_layers, load, open_source
 from globe.model.serving import set_compose_cache
 from globe.plan.scopes import Scope, compact
 from globe.plan.settings import CompressConfig
-from globe.run.job import make_job
+from globe.run.coding import CodingPlan
+from globe.run.job import Job, make_job
 from globe.run.observer import Observers, clock, describe
 from globe.run.prepare import prepare
 from globe.terminal import Terminal
@@ -173,15 +174,20 @@ def show_inspection(console: Terminal, model: str, config: CompressConfig) -> No
     _show_experts(console, checkpoint, layers)
     preparation = None if checkpoint.repo is not None else prepare(job, Observers(()))
     scopes = job.scopes if preparation is None else preparation.scopes
-    _show_plan(console, scopes)
+    coding = None if preparation is None else preparation.coding
+    if not job.config.is_coded:
+        _show_plan(console, scopes)
     if preparation is not None:
         because = preparation.calibration.uncalibrated_because
         _show_fallbacks(console, because, preparation.uniform_because, dataclasses.asdict(config))
     elif config.allocation == "sensitivity":
-        console.print("note: banks get their shares of the budget when the weights are here", style="yellow")
+        console.print("note: the budget is shared out when the weights are here", style="yellow")
     _show_notes(console, job.notes)
-    original, predicted = job.original_bytes(), job.predicted_bytes(scopes)
+    original, predicted = job.original_bytes(), job.predicted_bytes(scopes, coding and coding.num_bytes)
     console.print(f"whole model {megabytes(original)} -> {megabytes(predicted)} ({predicted / original:.1%})")
+    if job.config.is_coded:
+        _show_coding(console, job, coding)
+        return
     device = usable_device(config.device)
     work = config.steps * sum(bank.step_multiply_adds for scope in scopes for bank in scope.banks)
     seconds = work / multiply_add_rate(device)
@@ -195,6 +201,17 @@ def show_inspection(console: Terminal, model: str, config: CompressConfig) -> No
             style="yellow",
             soft_wrap=True,
         )
+
+
+def _show_coding(console: Terminal, job: Job, plan: CodingPlan | None) -> None:
+    """What the budget of bits buys."""
+    if plan is None:
+        console.print(f"experts     at most {job.config.bits:g} bits a weight, everything counted")
+        return
+    bits = 8 * plan.num_bytes / job.original_parameters()
+    shared = sum(count > 0 for count in plan.num_bases.values())
+    console.print(f"experts     {bits:.3f} bits a weight, everything counted")
+    console.print(f"banks       pay for {shared} of {len(plan.num_bases)} stacks of experts")
 
 
 def _show_fallbacks(

@@ -77,11 +77,13 @@ class Job:
             return getattr(torch, self.config.factor_dtype)
         return TORCH_DTYPES[self.layers[layer].dtype]
 
-    def predicted_bytes(self, scopes: Sequence[Scope]) -> int:
-        """Of the output's tensors, with banks as in `scopes`; coded experts are taken to use up their budget."""
+    def predicted_bytes(self, scopes: Sequence[Scope], coded: int | None = None) -> int:
+        """Of the output's tensors, with banks as in `scopes`, and `coded` bytes where experts are coded: as long as
+        that is not known, their budget."""
         kept = sum(self.checkpoint.tensors[name].nbytes for names in self.kept().values() for name in names)
+        kept += self.dtype(self.scopes[0].layers[0]).itemsize  # the tripwire
         if self.config.bits is not None:
-            kept += int(self.config.bits * self.original_parameters() / 8)
+            kept += int(self.config.bits * self.original_parameters() / 8) if coded is None else coded
         factors = sum(
             bank.stored_parameters * self.dtype(bank.layers[0]).itemsize for scope in scopes for bank in scope.banks
         )
