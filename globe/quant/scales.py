@@ -49,7 +49,7 @@ def fit_exponents(rows: Tensor, widths: Tensor) -> Tensor:
 
 
 def scales(exponents: Tensor) -> Tensor:
-    """2^(k / PER_OCTAVE), float32, the same bits everywhere: a table for the fraction, and a power of two from its bits.
+    """2^(k / PER_OCTAVE), float32, the same bits everywhere: a table for the fraction times an exact power of two.
 
     Exponents beyond the normal numbers of float32 give the least and the greatest power of two times the fraction.
     """
