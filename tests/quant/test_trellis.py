@@ -28,6 +28,15 @@ def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trellis, "compiled", lambda: None)
 
 
+def small_trellis(monkeypatch: pytest.MonkeyPatch, log_states: int, levels: Tensor) -> None:
+    """Another L and other levels, searched in torch."""
+    without_numba(monkeypatch)
+    monkeypatch.setattr(trellis, "LOG_STATES", log_states)
+    monkeypatch.setattr(trellis, "NUM_STATES", 2**log_states)
+    monkeypatch.setattr(trellis, "levels", lambda device=None: levels)  # noqa: ARG005
+    monkeypatch.setattr(trellis, "_scaled_levels", trellis._scaled_levels.__wrapped__)
+
+
 def test_levels_are_sums_of_bytes() -> None:
     for state in (0, 1, 2, 1000, trellis.NUM_STATES - 1):
         mixed = (state * trellis.MULTIPLIER + trellis.ADDEND) % 2**32
@@ -99,14 +108,11 @@ def best_path(x: Tensor, width: int, levels: Tensor, log_states: int) -> tuple[f
 @pytest.mark.parametrize("width", [1, 2])
 def test_no_ring_is_much_better(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exhaustive search on a small trellis: the closing is found by a heuristic, the rest exactly."""
-    monkeypatch.setattr(trellis, "LOG_STATES", 4)
-    monkeypatch.setattr(trellis, "NUM_STATES", 16)
     levels = torch.special.ndtri((torch.arange(16) + 0.5) / 16)[
         torch.randperm(16, generator=torch.Generator().manual_seed(0))
     ]
     levels = (levels * trellis.RMS).round().int()
-    monkeypatch.setattr(trellis, "levels", lambda device=None: levels)  # noqa: ARG005
-    without_numba(monkeypatch)
+    small_trellis(monkeypatch, 4, levels)
     found, least = 0.0, 0.0
     equal = 0
     for seed in range(20):
@@ -123,11 +129,8 @@ def test_no_ring_is_much_better(width: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_given_the_closing_the_path_is_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against dynamic programming in float64 over explicit predecessors, all closings tried."""
-    monkeypatch.setattr(trellis, "LOG_STATES", 5)
-    monkeypatch.setattr(trellis, "NUM_STATES", 32)
     levels = (torch.randn(32, generator=torch.Generator().manual_seed(1)) * trellis.RMS).round().int()
-    monkeypatch.setattr(trellis, "levels", lambda device=None: levels)  # noqa: ARG005
-    without_numba(monkeypatch)
+    small_trellis(monkeypatch, 5, levels)
     width, length = 2, 20
     x = normal_rows(1, length, width)
     _, states = trellis.encode(x, width)
@@ -164,3 +167,13 @@ def test_short_rows_and_strange_widths_are_refused() -> None:
     for width in (0, 9):
         with pytest.raises(ValueError, match="1 to 8 bits"):
             trellis.encode(torch.zeros(1, 16), width)
+
+
+def test_threads_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    if trellis.compiled() is None:
+        pytest.skip("numba is not installed")
+    x = normal_rows(7, 64, 2)
+    one = trellis.encode(x, 2)
+    monkeypatch.setattr(trellis, "_LEAST_PER_THREAD", 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    torch.testing.assert_close(trellis.encode(x, 2), one, rtol=0, atol=0)
