@@ -155,13 +155,9 @@ def _compiled_search(x: Tensor, width: int, window: int) -> tuple[Tensor, Tensor
     else:  # the compiled search holds no lock
         size = -(-len(x) // num_threads)
         parts = [slice(start, start + size) for start in range(0, len(x), size)]
-        list(_threads(num_threads).map(search, parts))
+        with ThreadPoolExecutor(num_threads) as threads:
+            list(threads.map(search, parts))
     return symbols, states
-
-
-@functools.cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count)
 
 
 def states(symbols: Tensor, width: int) -> Tensor:
