@@ -36,20 +36,20 @@ def fit_exponents(rows: Tensor, widths: Tensor) -> Tensor:
     beyond the levels. At 6 bits and more a few such entries would cost more than all others.
     """
     mean_squares = rows.square().mean(1)
-    least = nearest_exponents(mean_squares.sqrt())
-    reach = _REACH * LARGEST * steps(least, widths)
-    found = least.clone()
-    who = torch.where((rows.abs().amax(1) > reach) & (widths > 0))[0]
-    larger = torch.arange(_TRIED, device=rows.device)
-    growth = torch.exp2(larger / PER_OCTAVE)
-    within = _WITHIN * torch.tensor(DISTORTION, device=rows.device)[widths[who].long()] * mean_squares[who]
-    beyond = torch.stack([(rows[who].abs() - reach[who, None] * g).clamp_min(0).square().mean(1) for g in growth], 1)
-    found[who] += (within[:, None] * growth.square() + beyond).argmin(1).to(torch.int32)
+    found = nearest_exponents(mean_squares.sqrt())
+    reach = _REACH * LARGEST * steps(found, widths)
+    within = _WITHIN * torch.tensor(DISTORTION, device=rows.device)[widths.long()] * mean_squares
+    growth = 2 ** (torch.arange(_TRIED, device=rows.device) / PER_OCTAVE)
+    beyond = (rows.abs() - reach[:, None]).clamp_min(0).square().mean(1)
+    who = torch.where((beyond > within * (growth[1] ** 2 - 1)) & (widths > 0))[0]  # no larger scale pays for others
+    large = rows[who].abs()
+    left = [(large - reach[who, None] * g).clamp_min(0).square().mean(1) for g in growth]
+    found[who] += (within[who, None] * growth.square() + torch.stack(left, 1)).argmin(1).to(torch.int32)
     return found
 
 
 def scales(exponents: Tensor) -> Tensor:
-    """2^(k / PER_OCTAVE), float32, the same bits everywhere: a table for the fraction, and a power of two from its bits.
+    """2^(k / PER_OCTAVE), float32, the same bits everywhere: a table for the fraction times an exact power of two.
 
     Exponents beyond the normal numbers of float32 give the least and the greatest power of two times the fraction.
     """

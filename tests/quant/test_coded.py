@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from globe.quant import trellis
+from globe.quant.coded import CodedExperts, Form, code_experts, rehearse, row_costs, shared_or_not
+from globe.quant.feedback import Order, order_inputs
+from globe.quant.side import OwnRows, SharedCosts, side_bytes
+from globe.quant.water_fill import Rows, water_fill, widths_at
+
+E, N, K = 4, 32, 64
+FORMS: list[Form] = ["own", "shared"]
+
+
+def make(seed: int = 0, num_outputs: int = K) -> tuple[Tensor, Tensor, Tensor]:
+    """Experts (E, N, K), a second moment (1, N, N) and importances (E,), all of them uneven."""
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(E, N, num_outputs, generator=generator) * torch.logspace(0, -0.5, N)[:, None]
+    half = torch.randn(N, N, generator=generator) * torch.logspace(0, -1, N)
+    return X, (half @ half.mT / N + 0.02 * torch.eye(N))[None], torch.logspace(0, -1.5, E)
+
+
+def total(costs: Tensor | SharedCosts) -> Tensor:
+    return costs.total() if isinstance(costs, SharedCosts) else costs
+
+
+def coded(X: Tensor, order: Order, importance: Tensor, bits: float, form: Form) -> tuple[CodedExperts, Tensor, int]:
+    length = max(X.shape[2], trellis.LOG_STATES)
+    budget = int(X.numel() * bits / 8) - side_bytes(E, N, form == "shared")
+    mean_squares = X.square().mean(2)
+    for _ in range(2):
+        costs = shared_or_not(row_costs(mean_squares, importance, order), form)
+        multiplier = water_fill([Rows(total(costs), length)], budget).multiplier
+        expected = rehearse(X, order, widths_at(total(costs), multiplier))
+        mean_squares = expected.mean_squares
+    return *code_experts(X, order, costs, multiplier, expected), budget
+
+
+def loss(X: Tensor, Y: Tensor, C: Tensor, importance: Tensor) -> float:
+    def weighted(D: Tensor) -> Tensor:
+        return importance @ torch.einsum("enk,nm,emk->e", D, C[0], D)
+
+    return float(weighted(Y - X) / weighted(X))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("num_outputs", [5, 12, 37, K])
+def test_what_is_stored_decodes_to_what_was_chosen(form: Form, num_outputs: int) -> None:
+    X, C, importance = make(num_outputs=num_outputs)
+    found, decoded, budget = coded(X, order_inputs(C), importance, 5.0, form)
+    assert found.payload.dtype == torch.uint8
+    assert len(found.payload) <= budget
+    assert found.num_bytes == len(found.payload) + side_bytes(E, N, form == "shared")
+    torch.testing.assert_close(found.decode(), decoded, rtol=0, atol=0)
+    some = torch.tensor([2, 0, 2])
+    torch.testing.assert_close(found.decode(some), decoded[some], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_without_numba_it_is_the_same(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    if trellis.compiled() is None:
+        pytest.skip("numba is not installed")
+    X, C, importance = make(num_outputs=16)
+    fast, decoded, _ = coded(X, order_inputs(C), importance, 3.0, form)
+    monkeypatch.setattr(trellis, "compiled", lambda: None)
+    slow, again, _ = coded(X, order_inputs(C), importance, 3.0, form)
+    torch.testing.assert_close(fast.payload, slow.payload, rtol=0, atol=0)
+    torch.testing.assert_close(decoded, again, rtol=0, atol=0)
+    torch.testing.assert_close(slow.decode(), decoded, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_ingredient_pays(form: Form) -> None:
+    X, C, importance = make(num_outputs=256)
+    order = order_inputs(C)
+    _, decoded, _ = coded(X, order, importance, 3.0, form)
+    found = loss(X, decoded, C, importance)
+    even = order_inputs(torch.diag_embed(C.diagonal(dim1=1, dim2=2)))
+    _, decoded, _ = coded(X, even, importance, 3.0, form)
+    assert found < 0.8 * loss(X, decoded, C, importance)  # no feedback
+    expected = rehearse(X, order, torch.full((E, N), 3, dtype=torch.uint8))
+    alike = torch.full((E, N), -2300, dtype=torch.int32)
+    assert widths_at(alike, -3800).unique().tolist() == [3]
+    _, decoded = code_experts(X, order, alike, -3800, expected)
+    assert found < 0.5 * loss(X, decoded, C, importance)  # no water-filling
+
+
+def test_the_rehearsal_says_what_comes() -> None:
+    """Mean squares are those of the rows coded in earnest, also where inputs are alike and most get no bits."""
+    X, C, importance = make(num_outputs=512)
+    X = X + 3 * X[:, :1]  # rows that share a part
+    order = order_inputs(C)
+    widths = widths_at(row_costs(X.square().mean(2), importance, order), -900)
+    assert 0.2 < float((widths == 0).float().mean()) < 0.9
+    expected = rehearse(X, order, widths)
+    side = code_experts(X, order, row_costs(X.square().mean(2), importance, order), -900, expected)[0].side
+    assert isinstance(side, OwnRows)
+    off = (side.exponents() - expected.exponents)[widths > 0].float()
+    assert float(off.abs().mean()) < 0.3
+
+
+def test_zero_experts_take_no_bytes_and_decode_to_zero() -> None:
+    X, C, importance = make()
+    X[1] = 0
+    order = order_inputs(C)
+    found, decoded, _ = coded(X, order, importance, 3.0, "own")
+    assert int(found.side.widths()[1].sum()) == 0
+    assert bool((decoded[1] == 0).all())
+    assert bool(decoded.isfinite().all())
