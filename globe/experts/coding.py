@@ -24,6 +24,7 @@ from globe.quant.banked import CodedBank, share_bank
 from globe.quant.coded import CodedExperts, Form, Rehearsal, code_experts, rehearse, row_costs, shared_or_not
 from globe.quant.feedback import Order, order_inputs
 from globe.quant.side import SharedCosts
+from globe.quant.trellis import LOG_STATES
 from globe.quant.water_fill import Rows, widths_at
 from globe.terms import Family
 
@@ -91,7 +92,7 @@ class Rehearsed:
 
 
 def _rows(costs: Tensor | SharedCosts, length: int) -> Rows:
-    return Rows(costs.total() if isinstance(costs, SharedCosts) else costs, length)
+    return Rows(costs.total() if isinstance(costs, SharedCosts) else costs, max(length, LOG_STATES))
 
 
 def coding_problem(
