@@ -23,6 +23,7 @@ from globe.experts.metric import LayerStatistics
 from globe.quant.coded import CodedExperts, Form, Rehearsal, code_experts, rehearse, row_costs, shared_or_not
 from globe.quant.feedback import Order, order_inputs
 from globe.quant.side import SharedCosts
+from globe.quant.trellis import LOG_STATES
 from globe.quant.water_fill import Rows, widths_at
 from globe.terms import Family
 
@@ -79,8 +80,8 @@ class Rehearsed:
         return code_experts(self.problem.X, self.problem.order, costs, multiplier, self.expected)
 
 
-def _rows(costs: Tensor | SharedCosts, length: int) -> Rows:
-    return Rows(costs.total() if isinstance(costs, SharedCosts) else costs, length)
+def _rows(costs: Tensor | SharedCosts, num_outputs: int) -> Rows:
+    return Rows(costs.total() if isinstance(costs, SharedCosts) else costs, max(num_outputs, LOG_STATES))
 
 
 def coding_problem(

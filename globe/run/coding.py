@@ -13,6 +13,7 @@ from torch import Tensor
 
 from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.report import CodedReport
+from globe.errors import SettingsError
 from globe.experts.coding import CodingProblem, coding_problem, damped, form_of
 from globe.experts.metric import LayerStatistics
 from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
@@ -95,6 +96,18 @@ def plan_coding(job: Job, statistics: Mapping[int, LayerStatistics] | None, sens
         problems = (_problem(job, statistics, importance, *key) for key in importance)
         filled = water_fill([problem.rehearsed(first).rows() for problem in problems], budget)
     return CodingPlan(first, filled.multiplier, importance, filled.num_bytes + side)
+
+
+def check_reach(job: Job) -> None:
+    """Raise `SettingsError` where widths and scales alone take all the bits that are asked for."""
+    places = [job.layers[index] for scope in job.scopes for index in scope.layers]
+    side = sum(_side_bytes(layer, family) for layer in places for family in job.config.families)
+    least = 8 * side / job.original_parameters()
+    if job.config.bits is not None and job.config.bits < least:
+        raise SettingsError(
+            f"bits {job.config.bits:g} is out of reach: widths and scales of experts this small take {least:.2f} bits "
+            "a weight; choose more, or keep"
+        )
 
 
 def _side_bytes(layer: ExpertLayer, family: Family) -> int:
