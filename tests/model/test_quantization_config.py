@@ -55,7 +55,8 @@ def test_says_what_is_compressed() -> None:
 
 
 def test_round_trips_with_unknown_keys() -> None:
-    section = {**SECTION, "inner": {"quant_method": "other"}, "banks": [{**BANK, "note": [1, 2]}], "coded": [{**CODED, "note": "x"}]}
+    entries = {"banks": [{**BANK, "note": [1, 2]}], "coded": [{**CODED, "note": "x"}]}
+    section = {**SECTION, "inner": {"quant_method": "other"}, **entries}
     config = GlobeQuantizationConfig.from_dict(section)
     assert json.loads(config.to_json_string()) == section
     assert copy.deepcopy(config).to_dict() == section
