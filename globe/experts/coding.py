@@ -91,8 +91,8 @@ class Rehearsed:
         return code_experts(self.problem.X, self.problem.order, costs, multiplier, self.expected)
 
 
-def _rows(costs: Tensor | SharedCosts, length: int) -> Rows:
-    return Rows(costs.total() if isinstance(costs, SharedCosts) else costs, max(length, LOG_STATES))
+def _rows(costs: Tensor | SharedCosts, num_outputs: int) -> Rows:
+    return Rows(costs.total() if isinstance(costs, SharedCosts) else costs, max(num_outputs, LOG_STATES))
 
 
 def coding_problem(

@@ -45,7 +45,7 @@ def _restore(module: GlobeExperts, dtype: torch.dtype) -> None:
     for name in [name for name in (*parameters, *dict(module.named_children())) if is_factor(name)]:
         delattr(module, name)
     module.globe_cache = None
-    del module.globe_layout, module.globe_uses, module.globe_cache
+    del module.globe_layout, module.globe_uses, module.globe_coded, module.globe_cache
     module.__class__ = type(module).__bases__[1]
     for name, tensor in dense.items():
         module.register_parameter(name, nn.Parameter(tensor))

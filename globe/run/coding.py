@@ -14,6 +14,7 @@ from torch import Tensor
 
 from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.report import CodedReport
+from globe.errors import SettingsError
 from globe.experts.coding import CodingProblem, coding_problem, damped, form_of
 from globe.experts.metric import LayerStatistics
 from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
@@ -113,6 +114,18 @@ def plan_coding(job: Job, statistics: Mapping[int, LayerStatistics] | None, sens
 def _without_bank(whole: CodingProblem, multiplier: int, num_bases: int) -> tuple[CodedBank | None, CodingProblem]:
     bank = whole.bank(multiplier, num_bases)
     return bank, whole.without(bank)
+
+
+def check_reach(job: Job) -> None:
+    """Raise `SettingsError` where widths and scales alone take all the bits that are asked for."""
+    places = [job.layers[index] for scope in job.scopes for index in scope.layers]
+    side = sum(_side_bytes(layer, family) for layer in places for family in job.config.families)
+    least = 8 * side / job.original_parameters()
+    if job.config.bits is not None and job.config.bits < least:
+        raise SettingsError(
+            f"bits {job.config.bits:g} is out of reach: widths and scales of experts this small take {least:.2f} bits "
+            "a weight; choose more, or keep"
+        )
 
 
 def _side_bytes(layer: ExpertLayer, family: Family) -> int:

@@ -25,7 +25,7 @@ from globe.model.loading import (
 )
 from globe.plan.scopes import Scope, scope_from_json
 from globe.run import allocation
-from globe.run.coding import CodingPlan, measured_sensitivities, plan_coding, plan_from_json, plan_to_json
+from globe.run.coding import CodingPlan, check_reach, measured_sensitivities, plan_coding, plan_from_json, plan_to_json
 from globe.run.folder import RunFolder
 from globe.run.job import Job
 from globe.run.observer import Observer
@@ -64,6 +64,8 @@ class Preparation:
 
 def prepare(job: Job, watch: Observer, folder: RunFolder | None = None) -> Preparation:
     """Calibrate and make the plan, or take up those that are finished in the `folder`."""
+    if job.config.is_coded:
+        check_reach(job)
     calibration = None if folder is None else _load_calibration(folder, watch)
     if calibration is None:
         if job.config.calibrate != "none":

@@ -34,8 +34,8 @@ class SweepConfig:
     """Codes: signed (ridge) or on the simplex."""
     warm_start: tuple[WarmStartName, ...] = (CompressConfig.warm_start,)
     """Where each fit begins."""
-    common: CompressConfig = CompressConfig()
-    """All other settings, the same at every point."""
+    common: CompressConfig = CompressConfig(keep=0.75)
+    """All other settings, the same at every point; its keep says that there are banks, and is each point's own."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """What every point is judged on."""
     save_models: bool = False
@@ -53,10 +53,10 @@ class SweepConfig:
             values = getattr(self, axis)
             if not values or len(set(values)) < len(values):
                 raise SettingsError(f"{axis} holds {list(values)}; give one or more values, each once")
-            if getattr(self.common, axis) != getattr(CompressConfig, axis):
+            if axis != "keep" and getattr(self.common, axis) != getattr(CompressConfig, axis):
                 raise SettingsError(f"{axis} is an axis of the sweep: give its values there, not among what is common")
-        if self.common.rank_ratio is not None:
-            raise SettingsError("a sweep chooses rank and bases by keep: leave out rank_ratio and basis_ratio")
+        if self.common.rank_ratio is not None or self.common.bits is not None:
+            raise SettingsError("a sweep chooses rank and bases by keep: leave out bits, rank_ratio and basis_ratio")
         for choice in self.layers:
             parse_layers(choice)
         for keep, scope in itertools.product(self.keep, self.scope):

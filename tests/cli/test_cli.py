@@ -29,6 +29,7 @@ SETTINGS = {
     "evaluate": (EvaluateConfig,),
     "inspect": (CompressConfig,),
 }
+BANKS = ("--steps", "2", "--keep", "0.75")
 FAST = ("--steps", "3", "--keep", "0.7", "--layers", "3")
 
 
@@ -97,7 +98,7 @@ def test_coarse_experts_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixt
         num_key_value_heads=2, num_local_experts=4,
     )  # fmt: skip
     MixtralForCausalLM(config).save_pretrained(tmp_path / "coarse")
-    status, out, _ = run(capsys, "inspect", tmp_path / "coarse")
+    status, out, _ = run(capsys, "inspect", tmp_path / "coarse", "--keep", "0.75")
     assert status == 0
     assert "coarse" in out
 
@@ -114,6 +115,9 @@ def test_env_names_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
         (("compress", "no/such/model/anywhere", "-o", "x"), "does not exist"),
         (("compress", "-o", "x", "--keep", "0.00001"), "choose from"),
         (("compress", "-o", "x", "--keep", "75"), "(75 % is 0.75)"),
+        (("compress", "-o", "x", "--bits", "1"), "must be from 1.5 to 8"),
+        (("compress", "-o", "x", "--bits", "3", "--keep", "0.5"), "give one of keep, bits"),
+        (("compress", "-o", "x", "--steps", "9"), "steps is a setting of banks, which bits has none of: give keep"),
         (("compress", "-o", "x", "--scope", "banana"), "choose layer, model or a number of layers"),
         (("compress", "-o", "x", "--layers", "0-3", "7,99"), "layers 99 hold no routed experts"),
         (("compress", "-o", "x", "--calibrate", "wikitext"), "save a data set's text to a file first"),
@@ -149,10 +153,10 @@ def test_an_interrupted_run_says_how_to_go_on(
     write_source(tmp_path / "source")
     with monkeypatch.context() as patch:
         patch.setattr(scope_module, "fit_bank", interrupt)
-        status, _, err = run(capsys, "compress", tmp_path / "source", "-o", tmp_path / "out", "--steps", 2)
+        status, _, err = run(capsys, "compress", tmp_path / "source", "-o", tmp_path / "out", *BANKS)
     assert status == 130
     assert "interrupted: the same command goes on" in err
-    command = ("compress", tmp_path / "source", "-o", tmp_path / "out", "--steps", 2)
+    command = ("compress", tmp_path / "source", "-o", tmp_path / "out", *BANKS)
     assert run(capsys, *command)[0] == 0
     status, _, err = run(capsys, *command)
     assert (status, err[:10]) == (0, "finished: ")
@@ -165,7 +169,7 @@ def test_a_signal_ends_a_run_as_ctrl_c_does(
     write_source(tmp_path / "source")
     with monkeypatch.context() as patch:
         patch.setattr(scope_module, "fit_bank", lambda *_, **__: signal.raise_signal(number))
-        ended, _, err = run(capsys, "compress", tmp_path / "source", "-o", tmp_path / "out", "--steps", 2)
+        ended, _, err = run(capsys, "compress", tmp_path / "source", "-o", tmp_path / "out", *BANKS)
     assert ended == status
     assert f"ended by {signal.Signals(number).name}: the same command goes on after the last finished scope" in err
     assert signal.getsignal(number) is signal.SIG_DFL

@@ -20,7 +20,7 @@ def statistics(counts: tuple[int, ...] = (30, 5, 400, 65)) -> LayerStatistics:
         family: tokens[:, None] * scale * normal(E, P, seed=seed).square()
         for seed, (family, scale) in enumerate((("gate", 2.0), ("up", 0.7), ("down", 3.0)))
     }
-    return LayerStatistics(250, second_moment(D), tokens, tokens.sqrt(), rows)  # type: ignore[arg-type]
+    return LayerStatistics(250, second_moment(D), tokens, rows)  # type: ignore[arg-type]
 
 
 def test_the_input_metric_is_shrunk_at_equal_trace() -> None:

@@ -68,7 +68,7 @@ def test_statistics_are_the_sums_over_tokens(model_type: str) -> None:
     hook.remove()
     tokens, chosen, router_weights = (torch.cat(parts) for parts in zip(*caught, strict=True))
 
-    counts, norms = torch.zeros(E), torch.zeros(E, dtype=torch.float64)
+    counts, moments = torch.zeros(E), torch.zeros(E, P, P, dtype=torch.float64)
     rows = {family: torch.zeros(E, P, dtype=torch.float64) for family in ("gate", "up", "down")}
     step = 1e-6
     for x, experts, weights in zip(tokens.double(), chosen.tolist(), router_weights.tolist(), strict=True):
@@ -78,23 +78,22 @@ def test_statistics_are_the_sums_over_tokens(model_type: str) -> None:
             h = inner(module, a, u)
             by_gate = (inner(module, a + step, u) - inner(module, a - step, u)) / (2 * step)
             by_up = (inner(module, a, u + step) - inner(module, a, u - step)) / (2 * step)
-            output = h @ down
-            if module.has_bias:
-                output = output + module.down_proj_bias[expert].double()
             counts[expert] += 1
-            norms[expert] += weight * output.norm()
+            moments[expert] += weight**2 * torch.outer(h, h)
             energy = down.square().sum(1)
             rows["gate"][expert] += weight**2 * by_gate**2 * energy
             rows["up"][expert] += weight**2 * by_up**2 * energy
             rows["down"][expert] += weight**2 * h**2
 
-    found = calibrate(model, windows(), [LAYER], batch=2)
+    found = calibrate(model, windows(), [LAYER], batch=2, inner=True)
     assert list(found) == [LAYER]
+    assert calibrate(model, windows(), [LAYER], batch=2)[LAYER].inner is None
     statistics = found[LAYER]
     assert statistics.num_tokens == len(tokens) == 48
     torch.testing.assert_close(statistics.inputs, tokens.mT @ tokens / len(tokens))
     torch.testing.assert_close(statistics.counts, counts)
-    torch.testing.assert_close(statistics.output_norms.double(), norms, rtol=1e-4, atol=1e-5)
+    assert statistics.inner is not None
+    torch.testing.assert_close(statistics.inner.double(), moments, rtol=1e-4, atol=1e-6)
     for family, expected in rows.items():
         torch.testing.assert_close(statistics.rows[family].double(), expected, rtol=1e-4, atol=1e-6)
 
@@ -140,8 +139,9 @@ def test_half_precision_is_summed_in_single() -> None:
     assert float((found.inputs - expected.inputs).norm() / expected.inputs.norm()) < 0.05
 
 
-def test_statistics_survive_a_file(tmp_path: Path) -> None:
-    layers = calibrate(tiny_model("qwen3_moe"), windows(), [0, 2])
+@pytest.mark.parametrize("inner", [False, True])
+def test_statistics_survive_a_file(tmp_path: Path, inner: bool) -> None:
+    layers = calibrate(tiny_model("qwen3_moe"), windows(), [0, 2], inner=inner)
     save_statistics(tmp_path / "statistics.safetensors", layers)
     restored = load_statistics(tmp_path / "statistics.safetensors")
     assert list(restored) == [0, 2]
@@ -151,6 +151,8 @@ def test_statistics_survive_a_file(tmp_path: Path) -> None:
 
 def check_equal(found: LayerStatistics, expected: LayerStatistics) -> None:
     assert found.num_tokens == expected.num_tokens
-    for name in ("inputs", "counts", "output_norms"):
+    for name in ("inputs", "counts"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
+    assert (found.inner is None) == (expected.inner is None)
+    assert found.inner is None or torch.equal(found.inner, expected.inner)  # pyright: ignore[reportArgumentType]
     assert all(torch.equal(found.rows[family], rows) for family, rows in expected.rows.items())

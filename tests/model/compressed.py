@@ -149,12 +149,12 @@ def write_compressed(
         for layer in spec.layers:
             for family in spec.families:
                 put_experts(model, layer, family, composed(names, factors, spec, layer, family, activation))
-    tensors[names.tripwire(banks)] = tripwire_tensor(dtype)
+    quantization = GlobeQuantizationConfig(banks, activation=activation, globe_version="0.1.0")
+    tensors[names.tripwire(quantization.compressed)] = tripwire_tensor(dtype)
     path.mkdir()
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
-    section = GlobeQuantizationConfig(banks, activation, globe_version="0.1.0").to_dict()
-    (path / "config.json").write_text(json.dumps({**config, "quantization_config": section}))
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": quantization.to_dict()}))
     return Compressed(path, source, model, names, factors)
 
 

@@ -16,6 +16,7 @@ def test_names_of_the_format() -> None:
     assert NAMES.adapters(1, "gate") == "model.layers.1.mlp.experts.globe_gate_adapters"
     assert NAMES.codes(1, "down") == "model.layers.1.mlp.experts.globe_down_codes"
     assert NAMES.dense(1, "up") == "model.layers.1.mlp.experts.globe_up_dense"
+    assert NAMES.coded(1, "down", "payload") == "model.layers.1.mlp.experts.globe_down_payload"
     own, shared = spec((2,), ("gate", "up")), spec((1, 3), ("down",))
     assert NAMES.bases(own) == "model.layers.2.mlp.experts.globe_banks.gate_up.bases"
     assert NAMES.bases(shared) == "model.globe_banks.layers_1_3_down.bases"
@@ -27,15 +28,15 @@ def test_a_model_that_is_its_own_base() -> None:
 
 
 @pytest.mark.parametrize(
-    ("banks", "expected"),
+    ("compressed", "expected"),
     [
-        ([spec((1,), ("up",)), spec((0,), ("down",))], "model.layers.0.mlp.experts.down_proj"),
-        ([spec((0,), ("down",)), spec((0,), ("gate",))], "model.layers.0.mlp.experts.gate_up_proj"),
-        ([spec((2, 3), ("gate", "up", "down"))], "model.layers.2.mlp.experts.gate_up_proj"),
+        ([(1, "up"), (0, "down")], "model.layers.0.mlp.experts.down_proj"),
+        ([(0, "down"), (0, "gate")], "model.layers.0.mlp.experts.gate_up_proj"),
+        ([(3, "down"), (2, "gate"), (2, "up"), (2, "down")], "model.layers.2.mlp.experts.gate_up_proj"),
     ],
 )
-def test_the_tripwire_is_in_the_first_compressed_layer(banks: list[BankSpec], expected: str) -> None:
-    assert NAMES.tripwire(banks) == expected
+def test_the_tripwire_is_in_the_first_compressed_layer(compressed: list[tuple[int, str]], expected: str) -> None:
+    assert NAMES.tripwire(compressed) == expected
     assert tripwire_tensor(torch.bfloat16).numel() == 1
 
 

@@ -10,20 +10,22 @@ from transformers.quantizers import AutoQuantizationConfig
 
 from globe.errors import CheckpointError, GlobeError
 from globe.model import BankSpec, GlobeQuantizationConfig
+from globe.model.coded_spec import CodedSpec
 
 BANK: dict[str, Any] = {
     "layers": [0],
     "families": ["gate", "up", "down"],
     "rank": 48,
     "num_bases": 18,
-    "encoding": {"bases": "plain", "codes": "plain", "adapters": "plain"},
 }
+CODED: dict[str, Any] = {"layer": 3, "family": "down", "payload": 4096, "shared": False}
 SECTION: dict[str, Any] = {
     "quant_method": "globe",
-    "format_version": 1,
+    "format_version": 2,
     "globe_version": "0.1.0",
     "activation": "tanh",
     "banks": [BANK, {**BANK, "layers": [1, 2, 5], "families": ["gate", "up"]}],
+    "coded": [CODED, {**CODED, "family": "gate", "shared": True}],
 }
 
 
@@ -37,10 +39,24 @@ def test_parses_the_section_of_config_json() -> None:
     )
     assert [bank.shared for bank in config.banks] == [False, True]
     assert [bank.name for bank in config.banks] == ["gate_up_down", "layers_1_5_gate_up"]
+    assert config.coded == (CodedSpec(3, "down", 4096, shared=False), CodedSpec(3, "gate", 4096, shared=True))
+    assert config.coded_of(3) == list(config.coded)
+    assert config.coded_of(0) == []
+    assert [bank.name for bank in config.banks_of(2)] == ["layers_1_5_gate_up"]
+
+
+def test_says_what_is_compressed() -> None:
+    config = GlobeQuantizationConfig.from_dict(SECTION)
+    in_banks = {(0, "gate"), (0, "up"), (0, "down")} | {(layer, f) for layer in (1, 2, 5) for f in ("gate", "up")}
+    assert sorted(config.compressed) == sorted(in_banks | {(3, "down"), (3, "gate")})
+    coded_alone = GlobeQuantizationConfig(coded=[CODED])
+    assert coded_alone.compressed == [(3, "down")]
+    assert coded_alone.to_dict()["banks"] == []
 
 
 def test_round_trips_with_unknown_keys() -> None:
-    section = {**SECTION, "inner": {"quant_method": "other"}, "banks": [{**BANK, "note": [1, 2]}]}
+    entries = {"banks": [{**BANK, "note": [1, 2]}], "coded": [{**CODED, "note": "x"}]}
+    section = {**SECTION, "inner": {"quant_method": "other"}, **entries}
     config = GlobeQuantizationConfig.from_dict(section)
     assert json.loads(config.to_json_string()) == section
     assert copy.deepcopy(config).to_dict() == section
@@ -50,17 +66,26 @@ def test_a_spec_is_a_value() -> None:
     spec = BankSpec((0,), ("up",), rank=2, num_bases=3)
     assert {spec, dataclasses.replace(spec)} == {spec}
     assert BankSpec.from_dict(spec.to_dict()) == spec
+    coded = CodedSpec(1, "up", 10, shared=True)
+    assert {coded, dataclasses.replace(coded)} == {coded}
+    assert CodedSpec.from_dict(coded.to_dict()) == coded
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version 1; found 2"),
+        ({"format_version": 1}, r"format_version 2; found 1\. Install the version of globe-moe that wrote"),
+        ({"format_version": 3}, r"format_version 2; found 3\. Install the version of globe-moe that wrote"),
+        ({"format_version": "2"}, "found '2'"),
+        ({"format_version": True}, "found True"),
         ({"activation": "relu"}, "activation 'relu' is unknown"),
-        ({"banks": []}, "no banks"),
-        ({"banks": None}, "must be a list; found None"),
-        ({"banks": [BANK, {**BANK, "families": ["up"]}]}, "up of layer 0 is in two banks: gate_up_down and up"),
-        ({"banks": [{**BANK, "layers": [0, 1]}, {**BANK, "layers": [1]}]}, "gate of layer 1 is in two banks"),
+        ({"banks": [], "coded": []}, "no banks and nothing coded"),
+        ({"banks": None}, "banks must be a list; found None"),
+        ({"coded": None}, "coded must be a list; found None"),
+        ({"banks": [BANK, {**BANK, "families": ["up"]}]}, "up of layer 0 is twice .* bank gate_up_down and in bank up"),
+        ({"banks": [{**BANK, "layers": [0, 1]}, {**BANK, "layers": [1]}]}, "gate of layer 1 is twice"),
+        ({"coded": [CODED, CODED]}, "down of layer 3 is twice in config.json: in what is coded and in what is coded"),
+        ({"coded": [{**CODED, "layer": 0}]}, "down of layer 0 is twice .* bank gate_up_down and in what is coded"),
     ],
 )
 def test_refuses_a_section_it_cannot_read(change: dict[str, Any], message: str) -> None:
@@ -81,9 +106,6 @@ def test_refuses_a_section_it_cannot_read(change: dict[str, Any], message: str) 
         ({"rank": 0}, "rank must be a positive int, of 1048576 at most; found 0"),
         ({"rank": [48, 32]}, r"rank is \[48, 32\]; it must be a whole number"),
         ({"num_bases": True}, "num_bases is True; it must be a whole number"),
-        ({"encoding": {**BANK["encoding"], "bases": "int7"}}, "'bases': 'int7'"),
-        ({"encoding": {"bases": "plain"}}, "reads encodings"),
-        ({"encoding": None}, "encoding is None; it must be an object"),
     ],
 )
 def test_refuses_a_bank_it_cannot_read(change: dict[str, Any], message: str) -> None:
@@ -95,3 +117,26 @@ def test_refuses_a_bank_it_cannot_read(change: dict[str, Any], message: str) -> 
 def test_refuses_a_bank_with_a_field_missing(missing: str) -> None:
     with pytest.raises(CheckpointError, match=missing):
         BankSpec.from_dict({key: value for key, value in BANK.items() if key != missing})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer": -1}, "layer must be from 0 to 1048576; found -1"),
+        ({"layer": "0"}, "layer is '0'; it must be a whole number"),
+        ({"family": "router"}, "must be one of gate, up, down; found 'router'"),
+        ({"payload": -1}, "payload must be from 0 to"),
+        ({"payload": 2**60}, "payload must be from 0 to"),
+        ({"payload": 1.5}, "payload is 1.5; it must be a whole number"),
+        ({"shared": 1}, "shared is 1; it must be true or false"),
+    ],
+)
+def test_refuses_a_coded_family_it_cannot_read(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        CodedSpec.from_dict({**CODED, **change})
+
+
+@pytest.mark.parametrize("missing", sorted(CODED))
+def test_refuses_a_coded_family_with_a_field_missing(missing: str) -> None:
+    with pytest.raises(CheckpointError, match=missing):
+        CodedSpec.from_dict({key: value for key, value in CODED.items() if key != missing})

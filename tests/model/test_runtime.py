@@ -10,12 +10,10 @@ from accelerate import cpu_offload, disk_offload
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import validate_quantization_for_training
 
-from globe import CompressConfig, compress
 from globe.model.names import is_factor
 from tests.model.compressed import FAMILY_SETTINGS, D, logits, token_ids
 from tests.model.conftest import Make
 from tests.rounding import assert_equal_but_for_rounding
-from tests.tiny_sources import write_source
 
 OFFLOADED = {
     "model.embed_tokens": "cpu",
@@ -74,15 +72,6 @@ def test_offload_of_a_loaded_model(compressed: Make, tmp_path: Path, banks: str)
         assert all(parameter.is_meta for parameter in factors)
         for _ in range(2):
             assert_equal_but_for_rounding(logits(model), expected)
-
-
-def test_disk_offload_of_factors_in_few_bits(tmp_path: Path) -> None:
-    write_source(tmp_path / "source")
-    compress(tmp_path / "source", tmp_path / "small", CompressConfig(keep=0.7, steps=1, factor_dtype="int4"))
-    load = AutoModelForCausalLM.from_pretrained
-    model = load(tmp_path / "small", device_map={"": "disk"}, offload_folder=tmp_path / "offload")
-    assert model.model.layers[0].mlp.experts.globe_down_adapters.dtype == torch.uint8
-    assert_equal_but_for_rounding(logits(model), logits(load(tmp_path / "small")))
 
 
 @pytest.mark.parametrize("banks", ["per_layer", "whole_model"])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from globe.bank.precision import Precision
-from globe.bank.rounding import encode
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -24,14 +22,11 @@ from tests.model.compressed import FAMILIES, D, E, P
 
 CPU = torch.device("cpu")
 SPLITS = ((FAMILIES,), (("gate", "up"), ("down",)), (("gate", "down"), ("up",)))
-PLAIN = Precision()
-PACKED = Precision(bases=3, codes=8, adapters=5)
 
 
 def experts(
     family: str = "qwen3_moe",
     split: tuple[tuple[str, ...], ...] = SPLITS[0],
-    precision: Precision = PLAIN,
     activation: str = "identity",
     dtype: torch.dtype = torch.float32,
 ) -> GlobeExperts:
@@ -44,20 +39,12 @@ def experts(
     module = kind(config).to(dtype).eval()
     torch.manual_seed(0)
     uses = [
-        BankUse(Bank(2 * len(families), 5, D, activation, dtype, CPU, precision), families, own="_".join(families))
+        BankUse(Bank(2 * len(families), 5, D, activation, dtype, CPU), families, own="_".join(families))
         for families in split
     ]
     factorise(module, experts_layout(module), uses)
-    columns = {"bases": (D, precision.bases), "codes": (0, precision.codes), "adapters": (5, precision.adapters)}
-    num_bases = {name: use.bank.num_bases for use in uses for name in use.families}
-    for name, parameter in module.named_parameters():
-        if parameter.is_floating_point():
-            nn.init.normal_(parameter, std=0.5)
-            continue
-        kind_of = name.rpartition("_")[2].rpartition(".")[2]
-        width, bits = columns[kind_of]
-        width = width or num_bases[name.split("_")[1]]
-        parameter.data = encode(0.5 * torch.randn(*parameter.shape[:-1], width), bits or 8)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
     assert any(is_factor(name) for name, _ in module.named_parameters())
     return module  # pyright: ignore[reportReturnType]
 
@@ -88,15 +75,14 @@ routes = st.lists(st.lists(st.integers(0, E), min_size=2, max_size=2, unique=Tru
 @given(
     st.sampled_from(["qwen3_moe", "gpt_oss"]),
     st.sampled_from(SPLITS),
-    st.sampled_from([PLAIN, PACKED]),
     st.sampled_from([100, 2**28]),
     routes,
 )
 def test_shared_products_give_what_composed_experts_give(
-    family: str, split: tuple[tuple[str, ...], ...], precision: Precision, working_bytes: int, index: list[list[int]]
+    family: str, split: tuple[tuple[str, ...], ...], working_bytes: int, index: list[list[int]]
 ) -> None:
     """Composed where gradients are wanted; indices of E stand for other devices' experts."""
-    module = experts(family, split, precision)
+    module = experts(family, split)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bank_module, "WORKING_BYTES", working_bytes)
         expected = module(*inputs(index)).detach()

@@ -1,19 +1,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
-from globe.bank.precision import Precision
 from hypothesis import given
 from hypothesis import strategies as st
 
 from globe.errors import SettingsError
 from globe.plan.scopes import (
+    Scope,
     choose_shape,
-    choose_shape_for_bits,
     compact,
     make_plan,
-    stored_bytes,
+    scope_from_json,
     stored_parameters,
 )
 from globe.plan.settings import CompressConfig
@@ -105,9 +105,9 @@ def test_experts_of_different_shapes_do_not_share_a_bank() -> None:
         ({"keep": 0.5, "rank_ratio": 0.5, "basis_ratio": 0.5}, "give one of keep, bits"),
         ({"rank_ratio": 1.5, "basis_ratio": 0.5}, "at most 1"),
         ({"keep": 0.5, "bits": 3}, "give one of keep, bits"),
-        ({"bits": 3, "factor_dtype": "int4"}, "bits chooses the factors' dtype"),
-        ({"bits": 0}, "above 0"),
-        ({"factor_dtype": "int4", "solver": "am"}, "am does not round the bank"),
+        ({"bits": 3, "rank_ratio": 0.5, "basis_ratio": 0.5}, "give one of keep, bits"),
+        ({"bits": 3, "scope": "model"}, "scope is a setting of banks"),
+        ({"keep": 0.5, "factor_dtype": "int4"}, "factor_dtype 'int4' is unknown"),
         ({"families": ("gate", "side")}, "side"),
         ({"families": ()}, "none"),
         ({"scope": "half"}, "half"),
@@ -125,24 +125,7 @@ def test_indices_are_shown_as_runs() -> None:
     assert compact([]) == "none"
 
 
-@given(
-    num_matrices=st.integers(2, 400),
-    rows=st.integers(4, 200),
-    columns=st.integers(8, 300),
-    bits=st.floats(0.5, 9),
-    packed=st.sampled_from([(3, 8, 4), (4, 8, 4), (8, 8, 8), (None, None, None)]),
-)
-def test_a_shape_chosen_for_bits_takes_no_more_of_them(
-    num_matrices: int, rows: int, columns: int, bits: float, packed: tuple[int | None, ...]
-) -> None:
-    precision, total = Precision(*packed), num_matrices * rows * columns
-    if stored_bytes(num_matrices, rows, columns, 1, 1, precision, 2) * 8 > bits * total:
-        with pytest.raises(SettingsError, match="out of reach"):
-            choose_shape_for_bits(num_matrices, rows, columns, bits, precision, 2)
-        return
-    rank, num_bases = choose_shape_for_bits(num_matrices, rows, columns, bits, precision, 2)
-    assert 1 <= rank <= min(rows, columns)
-    assert 1 <= num_bases <= num_matrices
-    assert stored_bytes(num_matrices, rows, columns, rank, num_bases, precision, 2) * 8 <= bits * total
-    if num_bases < num_matrices:  # one basis more is too many
-        assert stored_bytes(num_matrices, rows, columns, rank, num_bases + 1, precision, 2) * 8 > bits * total
+def test_coded_layers_are_scopes_without_banks() -> None:
+    scopes = make_plan([Layer(0), Layer(3, intermediate_size=8)], CompressConfig(bits=3))
+    assert scopes == [Scope((0,), ()), Scope((3,), ())]
+    assert [scope_from_json(json.loads(json.dumps(dataclasses.asdict(scope)))) for scope in scopes] == scopes

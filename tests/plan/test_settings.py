@@ -17,16 +17,18 @@ from globe.train.config import FitConfig
 @pytest.mark.parametrize(
     ("given", "name", "meant"),
     [
-        ({"scope": 4}, "scope", "4"),
+        ({"keep": 0.5, "scope": 4}, "scope", "4"),
         ({"layers": range(3)}, "layers", (0, 1, 2)),
         ({"layers": [0, 1]}, "layers", (0, 1)),
         ({"layers": 3}, "layers", (3,)),
         ({"layers": np.array([1, 2])}, "layers", (1, 2)),
-        ({"steps": np.int64(7)}, "steps", 7),
-        ({"steps": 1e3}, "steps", 1000),
+        ({"keep": 0.5, "steps": np.int64(7)}, "steps", 7),
+        ({"keep": 0.5, "steps": 1e3}, "steps", 1000),
+        ({"bits": 3}, "bits", 3.0),
+        ({"bits": np.float32(2.5)}, "bits", 2.5),
         ({"keep": np.float32(0.5)}, "keep", 0.5),
         ({"keep": torch.tensor(0.5)}, "keep", 0.5),
-        ({"stream": np.True_}, "stream", True),
+        ({"keep": 0.5, "stream": np.True_}, "stream", True),
         ({"calibrate": Path("text.txt")}, "calibrate", "text.txt"),
         ({"families": "up"}, "families", ("up",)),
         ({"families": {"down", "gate"}}, "families", ("gate", "down")),
@@ -47,7 +49,12 @@ def test_what_has_one_reading_is_read_so(given: dict[str, Any], name: str, meant
         ({"keep": -0.5}, "keep is -0.5"),
         ({"keep": True}, "keep is True"),
         ({"keep": [0.5]}, r"keep is \[0.5\]"),
-        ({"bits": 16}, "bits is 16; .* below 16"),
+        ({"bits": 16}, r"bits is 16; stored bits per original weight must be from 1\.5 to 8: for more, give keep"),
+        ({"bits": 8.01}, r"bits is 8\.01; .* from 1\.5 to 8"),
+        ({"bits": 1.49}, r"bits is 1\.49; .* from 1\.5 to 8"),
+        ({"bits": 0}, "bits is 0"),
+        ({"bits": float("nan")}, "bits is nan"),
+        ({"bits": True}, "bits is True"),
         ({"bits": "3"}, "bits is '3'"),
         ({"rank_ratio": float("nan"), "basis_ratio": 0.5}, "rank_ratio is nan"),
         ({"steps": 0}, "steps is 0; it must be at least 1"),
@@ -78,6 +85,46 @@ def test_what_has_one_reading_is_read_so(given: dict[str, Any], name: str, meant
 def test_what_has_none_is_refused_by_name(given: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         CompressConfig(**given)
+
+
+@pytest.mark.parametrize("budget", [{}, {"bits": 3}], ids=str)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("scope", "model"),
+        ("share_families", False),
+        ("max_experts", 100),
+        ("stream", True),
+        ("activation", "silu"),
+        ("codes", "softmax"),
+        ("support", 2),
+        ("solver", "am"),
+        ("warm_start", "svd"),
+        ("steps", 7),
+        ("factor_dtype", "bfloat16"),
+    ],
+)
+def test_settings_of_banks_need_a_budget_of_banks(budget: dict[str, Any], name: str, value: object) -> None:
+    with pytest.raises(SettingsError, match=rf"{name} is a setting of banks, .*: give keep with it"):
+        CompressConfig(**budget, **{name: value})
+    assert getattr(CompressConfig(keep=0.5, **{name: value}), name) == value  # pyright: ignore[reportArgumentType]
+
+
+def test_without_a_budget_experts_are_coded_in_four_bits() -> None:
+    bare = CompressConfig()
+    assert bare.is_coded
+    assert bare.bits is None
+    assert bare.resolved().bits == 4
+    assert bare.resolved().resolved() == bare.resolved()
+    assert CompressConfig(bits=2.5).resolved().bits == 2.5
+    for banks in (CompressConfig(keep=0.5), CompressConfig(rank_ratio=0.5, basis_ratio=0.5)):
+        assert not banks.is_coded
+        assert banks.resolved().bits is None
+
+
+@pytest.mark.parametrize("bits", [1.5, 8])
+def test_the_ends_of_the_range_are_in_it(bits: float) -> None:
+    assert CompressConfig(bits=bits).bits == bits
 
 
 @pytest.mark.parametrize(

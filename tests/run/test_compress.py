@@ -96,10 +96,7 @@ def test_the_compressed_model_has_the_logits_of_its_dense_export(tmp_path: Path,
         {"codes": "entmax15", "support": 3},
         {"solver": "am", "activation": "silu"},
         {"factor_dtype": "bfloat16"},
-        {"factor_dtype": "int8"},
-        {"factor_dtype": "int3", "scope": "model"},
-        {"factor_dtype": "int5", "bank_dtype": "int4", "families": ("gate", "down")},
-        {"bank_dtype": "int4"},
+        {"factor_dtype": "float16", "scope": "model"},
     ],
 )
 def test_every_choice_of_scope_and_families_loads_as_it_exports(
@@ -111,7 +108,7 @@ def test_every_choice_of_scope_and_families_loads_as_it_exports(
     assert 0 < report.error < 1
     assert 0.5 < report.kept <= 0.7
     export_dense(tmp_path / "out", tmp_path / "dense")
-    tolerance = 1e-4 if config.factor_dtype == "bfloat16" else 1e-5
+    tolerance = 1e-4 if config.factor_dtype in ("bfloat16", "float16") else 1e-5
     torch.testing.assert_close(logits(tmp_path / "out"), logits(tmp_path / "dense"), rtol=0, atol=tolerance)
 
     source, output = open_checkpoint(tmp_path / "source"), open_checkpoint(tmp_path / "out")
@@ -411,17 +408,17 @@ def test_a_killed_stream_goes_on_within_its_scope(
     with pytest.raises(InjectedError):
         compress(source, tmp_path / "out", config, [Watch(())])
     compress(source, tmp_path / "out", config, [Watch(())])
-    assert seen == [1, 2, 3, 4, 4, 5, 6, 7]
+    assert seen == [0, 1, 2, 3, 4, 4, 5, 6]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
     for shard in open_checkpoint(tmp_path / "whole").shards:
         assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "whole" / shard).read_bytes()
 
 
-def test_a_stream_knows_of_few_bits_as_the_fit_in_memory_does(source: Path, tmp_path: Path) -> None:
-    settings = CompressConfig(keep=0.8, scope="model", steps=60, factor_dtype="int4")
+def test_a_stream_fits_as_well_as_a_fit_in_memory(source: Path, tmp_path: Path) -> None:
+    settings = CompressConfig(keep=0.8, scope="model", steps=60)
     whole = compress(source, tmp_path / "whole", settings)
     streamed = compress(source, tmp_path / "streamed", dataclasses.replace(settings, stream=True))
-    assert streamed.error < 1.2 * whole.error
+    assert streamed.error < 1.05 * whole.error
     assert streamed.compressed_bytes == whole.compressed_bytes
 
 

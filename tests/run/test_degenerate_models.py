@@ -74,7 +74,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "by family": {"share_families": False, "calibrate": "none"},
     "am": {"solver": "am", "share_families": False, **ALONE},
     "streamed": {"scope": "model", "stream": True, "share_families": False, **ALONE},
-    "few bits": {"factor_dtype": "int4", "share_families": False, **ALONE},
 }
 
 

@@ -19,7 +19,7 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks
 
 
-@pytest.mark.parametrize("changes", [{}, {"scope": "model"}, {"factor_dtype": "int4"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"scope": "model"}, {"bits": 3}], ids=str)
 def test_lora_on_attention_trains_saves_and_loads(tmp_path: Path, changes: dict[str, Any]) -> None:
     write_source(tmp_path / "source")
     path = tmp_path / "small"

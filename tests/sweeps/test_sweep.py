@@ -128,14 +128,21 @@ def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
         ({"keep": ()}, "keep holds"),
         ({"codes": ("ridge", "ridge")}, "each once"),
         ({"layers": ("first",)}, "layers 'first' is not understood"),
-        ({"common": CompressConfig(keep=0.5)}, "keep is an axis"),
         ({"common": CompressConfig(keep=0.75, layers=(1,))}, "layers is an axis"),
-        ({"common": CompressConfig(rank_ratio=0.5, basis_ratio=0.5)}, "leave out rank_ratio"),
+        ({"common": CompressConfig(rank_ratio=0.5, basis_ratio=0.5)}, "leave out bits, rank_ratio"),
+        ({"common": CompressConfig(bits=3)}, "chooses rank and bases by keep: leave out bits"),
     ],
 )
 def test_a_grid_that_makes_no_sense_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         SweepConfig(**settings)
+
+
+def test_what_is_common_may_say_any_keep() -> None:
+    """Or there could be no settings of banks in it; every point has its own."""
+    config = SweepConfig(keep=(0.7, 0.6), common=CompressConfig(keep=0.3, steps=7))
+    assert [(at.keep, at.steps) for at in map(config.at, config.points())] == [(0.7, 7), (0.6, 7)]
+    assert SweepConfig().at(SweepConfig().points()[0]).bits is None
 
 
 @given(st.sets(st.integers(0, 40), min_size=1))

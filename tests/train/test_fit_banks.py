@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from globe.bank.objective import InputMetric, Problem, objective, project
+from globe.bank.objective import InputMetric, Problem, Projection, objective, project
 from globe.errors import GlobeError, SettingsError
 from globe.init.warm_start import warm_start
 from globe.terms import CodeMap, WarmStartName
-from globe.train import fit_banks
+from globe.train import fit_banks, varpro
 from globe.train.config import FitConfig
 from globe.train.fit_banks import fit_bank
 from globe.train.result import FitResult, StepRecord
@@ -351,12 +351,11 @@ def test_a_step_that_is_not_finite_ends_the_fit_with_the_best_before_it(
     experts: Tensor, solver: str, monkeypatch: pytest.MonkeyPatch
 ):
     healthy = fit_bank(experts, configure(solver=solver, activation="identity"))
-    true_step, true_am_step, count = VariableProjection.step, fit_banks.am_step, itertools.count(1)
+    true_evaluate, true_am_step, count = VariableProjection.evaluate, fit_banks.am_step, itertools.count(0)
 
-    def step(self: VariableProjection, *args: Any) -> None:
-        true_step(self, *args)
-        if next(count) > 5:
-            self._projection = dataclasses.replace(self._projection, objective=math.nan)
+    def evaluate(self: VariableProjection) -> Projection:
+        found = true_evaluate(self)
+        return dataclasses.replace(found, objective=math.nan) if next(count) > 5 else found
 
     def poisoned(*args: Any, **settings: Any):
         taken = true_am_step(*args, **settings)
@@ -365,7 +364,7 @@ def test_a_step_that_is_not_finite_ends_the_fit_with_the_best_before_it(
         return taken
 
     seen: list[Any] = []
-    monkeypatch.setattr(VariableProjection, "step", step)
+    monkeypatch.setattr(VariableProjection, "evaluate", evaluate)
     monkeypatch.setattr(fit_banks, "am_step", poisoned)
     result = fit_bank(experts, configure(solver=solver, activation="identity"), on_step=seen.append)
     assert result.outcome == "non_finite"
@@ -394,11 +393,13 @@ def test_varpro_returns_to_the_best_when_it_leaves_the_window(experts: Tensor):
 
 
 def test_fallbacks_are_counted(experts: Tensor, monkeypatch: pytest.MonkeyPatch):
-    true_project = fit_banks.project
+    true_project = varpro.project
 
     def counting(*args: Any, **settings: Any):
         return dataclasses.replace(true_project(*args, **settings), num_fallbacks=3)
 
     assert fit_bank(experts, configure()).stats.num_fallbacks == 0
-    monkeypatch.setattr(fit_banks, "project", counting)
-    assert fit_bank(experts, configure()).stats.num_fallbacks == 3
+    monkeypatch.setattr(varpro, "project", counting)
+    result = fit_bank(experts, configure())
+    assert result.stats.num_restarts == 0
+    assert result.stats.num_fallbacks == 3 * len(result.steps)  # each step evaluates once

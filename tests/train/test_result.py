@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import get_args
 
 from globe.bank.factors import Factors
-from globe.train.result import MEANING, FitResult, Outcome, StepRecord
+from globe.train.result import MEANING, FitResult, FitStats, Outcome, StepRecord
 from tests.random_experts import normal
 
 
@@ -15,4 +15,4 @@ def test_every_outcome_is_put_into_words():
 def test_history_is_the_error_of_every_step():
     steps = tuple(StepRecord(i, error, error, 1.0, 1.0, 1.0, 4.0, 1.0, 1.0) for i, error in enumerate((0.5, 0.4, 0.4)))
     factors = Factors(normal(2, 3, 2), normal(2, 1), normal(1, 2, 4), "tanh")
-    assert FitResult(factors, "max_steps", steps, {}).history == [0.5, 0.4, 0.4]
+    assert FitResult(factors, "max_steps", steps, FitStats()).history == [0.5, 0.4, 0.4]

@@ -10,7 +10,9 @@ from globe.bank.objective import Problem, project
 from globe.errors import GlobeError, SettingsError
 from globe.train.config import FitConfig
 from globe.train.fit_banks import fit_bank
-from globe.train.stream import ExpertParts, State, fit_parts
+from globe.train.parts import ExpertParts
+from globe.train.result import StepRecord
+from globe.train.stream import State, fit_parts
 from tests.plain_alternation import plain_alternation
 from tests.random_experts import normal, planted_alignment
 
@@ -59,12 +61,36 @@ def test_it_goes_on_from_any_pass_to_the_same_bytes(experts: Tensor):
         states.append({name: value.clone() for name, value in state.items()})
 
     whole = fit_parts(split(experts), config, save=save)
-    assert len(states) == 3 + 6
+    assert len(states) == 3 + 5  # after each pass of the alignment, and each move
     for state in states:
         again = fit_parts(split(experts), config, state=state)
         assert torch.equal(again.factors.bases, whole.factors.bases)
         assert torch.equal(again.factors.codes, whole.factors.codes)
         assert again.history == whole.history
+
+
+def test_records_begin_at_the_warm_start_and_the_error_never_rises(experts: Tensor):
+    config, seen = configure(learning_rate=8.0, patience=3, window=0.05), list[StepRecord]()
+    result = fit_parts(split(experts), config, seen.append)
+    assert tuple(seen) == result.steps
+    assert [record.step for record in seen] == list(range(config.max_steps + 1))
+    assert seen[0].step_size == 0
+    assert all(record.step_size > 0 for record in seen[1:-1])
+    assert all(later <= earlier for earlier, later in itertools.pairwise(result.history))
+    assert any(later.raw_error > earlier.raw_error for earlier, later in itertools.pairwise(seen))  # but iterates do
+    assert result.stats.num_restarts > 0
+    assert sum(result.stats.popularity) == pytest.approx(1, abs=1e-5)
+    assert set(result.stats.warm_start) == {"alignment_error"}
+
+
+def test_it_goes_on_to_the_same_bytes_after_returns_to_the_best(experts: Tensor):
+    config, states = configure(learning_rate=8.0, patience=3, window=0.05, align_steps=3), list[State]()
+    whole = fit_parts(split(experts), config, save=lambda s: states.append({k: v.clone() for k, v in s.items()}))
+    assert whole.stats.num_restarts > 0
+    for state in states[8::7]:
+        again = fit_parts(split(experts), config, state=state)
+        assert torch.equal(again.factors.bases, whole.factors.bases)
+        assert (again.steps, again.stats) == (whole.steps, whole.stats)
 
 
 def test_the_alignment_ends_where_plain_alternation_in_memory_does(experts: Tensor):

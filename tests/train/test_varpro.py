@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from globe.bank.codes import CODE_FLOOR, on_simplex, prune, simplex_preimage, support, top_mask
 from globe.bank.objective import Problem, project
 from globe.init.warm_start import warm_start
+from globe.train.parts import ExpertParts
 from globe.train.varpro import FIRST_DECAY, SECOND_DECAY, Accelerated, VariableProjection
 from tests.random_experts import normal, simplex
 
@@ -19,8 +21,21 @@ MAPS = ["ridge", "entmax15", "sparsemax", "softmax"]
 def begin(code_map: str, activation: str = "tanh", learning_rate: float = 0.5, temperature: float = 1.0):
     problem = Problem(normal(E, P, D))
     start = warm_start(problem.weights, R, M, codes=code_map, align_steps=2)
-    solver = VariableProjection(problem, start.codes, start.bases, activation, code_map, learning_rate, temperature)
+    solver = solver_of(problem, start.codes, start.bases, activation, code_map, learning_rate, temperature)
     return problem, start, solver
+
+
+def solver_of(problem: Problem, codes: Tensor, bases: Tensor, *settings: Any, **more: Any) -> VariableProjection:
+    """At these factors, which stay as they are; the solver moves its own bases."""
+    parts, energy = ExpertParts.in_memory(problem), float(problem.energy())
+    return VariableProjection(parts, codes, bases.clone(), *settings, energy=energy, **more)
+
+
+def step(solver: VariableProjection, length: float, temperature: float) -> float:
+    """Evaluate and move; the objective before."""
+    objective = solver.evaluate().objective
+    solver.move(length, temperature)
+    return objective
 
 
 def test_the_accelerated_step_is_adams():
@@ -52,10 +67,8 @@ def test_a_zero_gradient_moves_nothing():
 @pytest.mark.parametrize("activation", ["identity", "silu", "tanh"])
 def test_small_steps_lower_the_objective(code_map: str, activation: str):
     _, _, solver = begin(code_map, activation)
-    objectives = [solver.objective]
-    for _ in range(8):
-        solver.step(0.02, 1.0)
-        objectives.append(solver.objective)
+    objectives = [step(solver, 0.02, 1.0) for _ in range(8)]
+    objectives.append(solver.evaluate().objective)
     assert objectives[1] < objectives[0]
     assert objectives[-1] < objectives[1]
 
@@ -63,23 +76,37 @@ def test_small_steps_lower_the_objective(code_map: str, activation: str):
 @pytest.mark.parametrize("code_map", MAPS)
 def test_the_objective_is_that_of_the_present_factors(code_map: str):
     problem, start, solver = begin(code_map)
-    assert solver.objective == project(problem, start.codes, start.bases, "tanh").objective
+    assert solver.evaluate().objective == project(problem, start.codes, start.bases, "tanh").objective
     for _ in range(3):
-        solver.step(0.3, 1.0)
-        assert solver.objective == project(problem, solver.codes, solver.bases, "tanh").objective
+        step(solver, 0.3, 1.0)
+        assert solver.evaluate().objective == project(problem, solver.codes, solver.bases, "tanh").objective
         if code_map != "ridge":
             assert (solver.codes >= 0).all()
             torch.testing.assert_close(solver.codes.sum(1), torch.ones(E, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("code_map", MAPS)
-def test_the_start_is_left_alone(code_map: str):
+def test_the_codes_of_the_start_are_left_alone(code_map: str):
     _, start, solver = begin(code_map)
-    codes, bases = start.codes.clone(), start.bases.clone()
-    solver.step(1.0, 1.0)
+    codes = start.codes.clone()
+    step(solver, 1.0, 1.0)
     assert torch.equal(start.codes, codes)
-    assert torch.equal(start.bases, bases)
-    assert not torch.equal(solver.bases, bases)
+    assert not torch.equal(solver.codes, codes)
+    assert not torch.equal(solver.bases, start.bases)
+
+
+@pytest.mark.parametrize("code_map", MAPS)
+def test_parts_give_what_all_experts_at_once_give(code_map: str):
+    problem, start, whole = begin(code_map)
+    pieces = [slice(0, 3), slice(3, 4), slice(4, E)]
+    parts = ExpertParts([3, 1, 4], P, D, lambda index: Problem(problem.weights[pieces[index]]))
+    assert parts.energy() == pytest.approx(float(problem.energy()))
+    settings = ("tanh", code_map, 0.5, 1.0)
+    split = VariableProjection(parts, start.codes, start.bases.clone(), *settings, energy=parts.energy())
+    for _ in range(4):
+        assert step(split, 0.3, 1.0) == pytest.approx(step(whole, 0.3, 1.0), rel=1e-9)
+    torch.testing.assert_close(split.codes, whole.codes)
+    torch.testing.assert_close(split.bases, whole.bases)
 
 
 @pytest.mark.parametrize("temperature", [0.2, 1.0, 5.0])
@@ -87,7 +114,7 @@ def test_the_start_is_left_alone(code_map: str):
 def test_a_step_of_no_length_stays_at_the_start(code_map: str, temperature: float):
     """The scores begin where map(z / T), pruned as ever, is the warm start's codes, at any temperature."""
     _, start, solver = begin(code_map, temperature=temperature)
-    solver.step(0.0, temperature)
+    step(solver, 0.0, temperature)
     expected = start.codes if code_map == "ridge" else prune(start.codes, CODE_FLOOR)
     torch.testing.assert_close(solver.codes, expected, rtol=1e-6, atol=1e-8)
     assert torch.equal(solver.bases, start.bases)
@@ -100,8 +127,8 @@ def test_scores_follow_the_gradient_through_the_map(code_map: str, temperature: 
     problem = Problem(normal(E, P, D))
     codes, bases = simplex(E, M), normal(M, R, D, seed=3)
     scores = simplex_preimage(codes, code_map) * temperature
-    solver = VariableProjection(problem, codes, bases, "tanh", code_map, 1e-4, temperature)
-    solver.step(1.0, temperature)
+    solver = solver_of(problem, codes, bases, "tanh", code_map, 1e-4, temperature)
+    step(solver, 1.0, temperature)
 
     def value(z: Tensor) -> float:
         return project(problem, on_simplex(z / temperature, code_map), bases, "tanh").objective
@@ -120,13 +147,13 @@ def test_scores_follow_the_gradient_through_the_map(code_map: str, temperature: 
 def test_a_fixed_support_stays_what_it_was():
     problem, start, _ = begin("ridge")
     codes = start.codes * top_mask(start.codes, 2)
-    solver = VariableProjection(problem, codes, start.bases, "tanh", "ridge", 0.5, 1.0, fixed_support=True)
+    solver = solver_of(problem, codes, start.bases, "tanh", "ridge", 0.5, 1.0, fixed_support=True)
     for _ in range(3):
-        solver.step(0.3, 1.0)
+        step(solver, 0.3, 1.0)
         assert torch.equal(solver.codes != 0, codes != 0)
     assert (support(solver.codes) == 2).all()
-    free = VariableProjection(problem, codes, start.bases, "tanh", "ridge", 0.5, 1.0)
-    free.step(0.3, 1.0)
+    free = solver_of(problem, codes, start.bases, "tanh", "ridge", 0.5, 1.0)
+    step(free, 0.3, 1.0)
     assert (support(free.codes) == M).all()
 
 
@@ -134,15 +161,17 @@ def test_a_fixed_support_stays_what_it_was():
 def test_restart_returns_to_the_factors_and_forgets_the_past(code_map: str):
     problem, start, solver = begin(code_map)
     for _ in range(4):
-        solver.step(0.5, 1.0)
+        step(solver, 0.5, 1.0)
+    solver.evaluate()
     solver.restart(start.codes, start.bases, 1.0)
     torch.testing.assert_close(solver.codes, start.codes)
-    assert solver.objective == pytest.approx(project(problem, start.codes, start.bases, "tanh").objective, rel=1e-9)
+    first = project(problem, start.codes, start.bases, "tanh").objective
+    solver.move(0.1, 1.0)  # along the gradient at the factors that it returned to
     _, _, fresh = begin(code_map)
-    solver.step(0.1, 1.0)
-    fresh.step(0.1, 1.0)
-    assert solver.objective == pytest.approx(fresh.objective, rel=1e-6)
-    assert math.isfinite(solver.objective)
+    assert step(fresh, 0.1, 1.0) == pytest.approx(first, rel=1e-9)
+    found = solver.evaluate().objective
+    assert found == pytest.approx(fresh.evaluate().objective, rel=1e-6)
+    assert math.isfinite(found)
 
 
 def test_the_rows_of_a_basis_share_their_second_moments():
