@@ -264,7 +264,18 @@ def _show_plan(console: Terminal, scopes: Sequence[Scope]) -> None:
 
 
 def _show_compressed(console: Terminal, report: Report) -> None:
-    table = Table(title=f"compressed from {report.source}")
+    title = f"compressed from {report.source}"
+    console.print(_table_of_banks(title, report) if report.banks else _table_of_coded(title, report))
+    stored = (
+        f"kept {report.kept:.4f} of the compressed families"
+        if report.bits is None
+        else f"{report.bits:.3f} bits a weight"
+    )
+    console.print(f"{stored}; whole model {megabytes(report.original_bytes)} -> {megabytes(report.compressed_bytes)}")
+
+
+def _table_of_banks(title: str, report: Report) -> Table:
+    table = Table(title=title)
     for name in ("bank", "rank", "bases", "error", "outcome"):
         table.add_column(name, justify="right")
     for bank in report.banks:
@@ -275,11 +286,16 @@ def _show_compressed(console: Terminal, report: Report) -> None:
             f"{bank.error:.4f}",
             bank.outcome,
         )
-    console.print(table)
-    console.print(
-        f"kept {report.kept:.4f} of the compressed families; whole model {megabytes(report.original_bytes)} -> "
-        f"{megabytes(report.compressed_bytes)}"
-    )
+    return table
+
+
+def _table_of_coded(title: str, report: Report) -> Table:
+    table = Table(title=title)
+    for name in ("layer", "family", "bits", "bases", "error"):
+        table.add_column(name, justify="right")
+    for part in report.coded:
+        table.add_row(str(part.layer), part.family, f"{part.bits:.2f}", str(part.num_bases), f"{part.error:.4f}")
+    return table
 
 
 def show_verification(console: Terminal, folder: Path) -> None:
