@@ -19,7 +19,7 @@ from globe.experts.coding import CodingProblem, coding_problem, damped, form_of
 from globe.experts.metric import LayerStatistics
 from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.measure.runnable import find_place
-from globe.measure.sensitivity import NUM_WINDOWS, Sensitivities, measure_sensitivities, random_windows
+from globe.measure.sensitivity import Sensitivities, measure_sensitivities, random_windows
 from globe.model.coded_spec import CodedSpec, spec_of
 from globe.model.loading import load
 from globe.quant.banked import BankedExperts, CodedBank
@@ -27,6 +27,9 @@ from globe.quant.side import side_bytes
 from globe.quant.water_fill import Rows, water_fill
 from globe.run.job import Job
 from globe.terms import Family
+
+MOST_WINDOWS = 64
+"""On which sensitivities are measured: single experts want more tokens than whole banks; measured, see docs/log.md."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,7 @@ def measured_sensitivities(job: Job, windows: Tensor | None) -> tuple[Sensitivit
         return equal, place.obstacle
     model = load(job.checkpoint.fetched(), place.device, torch.float32)
     windows = random_windows(model, job.config.seed) if windows is None else windows
-    windows = windows[:: math.ceil(len(windows) / NUM_WINDOWS)]
+    windows = windows[:: math.ceil(len(windows) / MOST_WINDOWS)]
     found = measure_sensitivities(model, windows, layers, job.config.seed)
     return {key: found[key] for key in equal}, None
 
