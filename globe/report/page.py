@@ -11,7 +11,7 @@ import jinja2
 
 from globe.checkpoint.manifest import add_to_manifest
 from globe.checkpoint.reader import open_checkpoint
-from globe.checkpoint.report import BankReport, Report, root_mean_square
+from globe.checkpoint.report import BankReport, CodedReport, Report, root_mean_square
 from globe.checkpoint.writer import write_file
 from globe.errors import CheckpointError, GlobeError
 from globe.plan.scopes import compact
@@ -92,13 +92,14 @@ def _content(report: Report, sizes: list[Bytes], spectra: list[Spectra], notes: 
         "settings": {name: _setting(value) for name, value in sorted(report.config.items())},
         "num_fits": len(banks),
         "num_matrices": sum(bank.num_matrices for bank in banks),
-        "layers": sorted({layer for bank in banks for layer in bank.layers}),
+        "num_coded": sum(len(part.expert_widths) for part in report.coded),
+        "layers": sorted(_errors(report)),
         "sizes": sizes,
         "largest": max((max(entry.before, entry.after) for entry in sizes), default=1) or 1,
-        "heat": _heat(banks),
+        "heat": _heat(report),
         "families": [family for family in FAMILIES if family in report.family_errors()],
-        "strips": _strips(banks),
-        "worst": _worst(banks),
+        "strips": _strips(report),
+        "worst": _worst(report),
         "trajectories": trajectories,
         "constant": constant,
         "spectra": _spectra(spectra),
@@ -106,6 +107,7 @@ def _content(report: Report, sizes: list[Bytes], spectra: list[Spectra], notes: 
         "popularity": _popularity(banks),
         "phases": _phases(banks),
         "fits": [_fit(bank) for bank in banks],
+        "coded": [_coded(part) for part in report.coded],
         "meaning": {bank.outcome: MEANING.get(bank.outcome, "") for bank in banks},
     }
 
@@ -145,20 +147,22 @@ def _count(bank: BankReport, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _errors(banks: Sequence[BankReport]) -> dict[int, dict[str, float]]:
-    """By layer and family, whichever bank they are in."""
+def _errors(report: Report) -> dict[int, dict[str, float]]:
+    """By layer and family, whichever bank they are in, or coded."""
     errors: dict[int, dict[str, float]] = {}
-    for bank in banks:
+    for bank in report.banks:
         for layer, families in bank.errors.items():
             errors.setdefault(int(layer), {}).update({name: float(error) for name, error in families.items()})
+    for part in report.coded:
+        errors.setdefault(part.layer, {})[part.family] = part.error
     return dict(sorted(errors.items()))
 
 
-def _heat(banks: Sequence[BankReport]) -> dict[str, Any]:
+def _heat(report: Report) -> dict[str, Any]:
     """Rows of the table of errors, in blocks that sit side by side, each cell with its shade from 0 to 1."""
-    errors = _errors(banks)
+    errors = _errors(report)
     values = [error for families in errors.values() for error in families.values() if math.isfinite(error)]
-    low, high = min(values), max(values)
+    low, high = min(values, default=0.0), max(values, default=0.0)
     families = [family for family in FAMILIES if any(family in row for row in errors.values())]
 
     def cell(error: float | None) -> tuple[str, str]:
@@ -179,18 +183,20 @@ def _heat(banks: Sequence[BankReport]) -> dict[str, Any]:
     return {"families": families, "blocks": blocks, "low": f"{low:.4f}", "high": f"{high:.4f}"}
 
 
-def _expert_errors(banks: Sequence[BankReport]) -> Iterator[tuple[int, str, list[float]]]:
-    for bank in banks:
+def _expert_errors(report: Report) -> Iterator[tuple[int, str, list[float]]]:
+    for bank in report.banks:
         for layer, families in bank.expert_errors.items():
             for family, errors in families.items():
                 yield int(layer), family, [float(error) for error in errors]
+    for part in report.coded:
+        yield part.layer, part.family, part.expert_errors
 
 
-def _strips(banks: Sequence[BankReport]) -> list[Chart]:
+def _strips(report: Report) -> list[Chart]:
     by_family: dict[str, dict[int, list[float]]] = {}
-    for layer, family, errors in _expert_errors(banks):
+    for layer, family, errors in _expert_errors(report):
         by_family.setdefault(family, {})[layer] = errors
-    every = [error for _, _, errors in _expert_errors(banks) for error in errors if math.isfinite(error)]
+    every = [error for _, _, errors in _expert_errors(report) for error in errors if math.isfinite(error)]
     charts: list[Chart | None] = []
     for family in FAMILIES:
         layers = by_family.get(family, {})
@@ -199,10 +205,10 @@ def _strips(banks: Sequence[BankReport]) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def _worst(banks: Sequence[BankReport]) -> list[dict[str, Any]]:
+def _worst(report: Report) -> list[dict[str, Any]]:
     every = [
         {"layer": layer, "family": family, "expert": number, "error": error}
-        for layer, family, errors in _expert_errors(banks)
+        for layer, family, errors in _expert_errors(report)
         for number, error in enumerate(errors)
         if math.isfinite(error)
     ]
@@ -280,6 +286,17 @@ def _phases(banks: Sequence[BankReport]) -> list[dict[str, Any]]:
             seconds[phase] = seconds.get(phase, 0.0) + float(spent)
     total = sum(seconds.values()) or 1.0
     return [{"name": name, "seconds": spent, "share": spent / total} for name, spent in seconds.items()]
+
+
+def _coded(part: CodedReport) -> dict[str, Any]:
+    rows = sum(part.rows_by_width) or 1
+    return {
+        "name": _name([part.layer], [part.family]),
+        "bits": part.bits,
+        "error": part.error,
+        "shares": [count / rows for count in part.rows_by_width],
+        "seconds": part.seconds,
+    }
 
 
 def _fit(bank: BankReport) -> dict[str, Any]:
