@@ -28,6 +28,9 @@ THRESHOLDS = tuple(round(-UNIT * math.log2(more - less)) for more, less in itert
 """τ_b of b = 1 to MAX_WIDTH; increasing."""
 LOWEST, HIGHEST = -(2**15), 2**15 - 1
 """Log costs are kept within int16."""
+LEAST_MULTIPLIER = LOWEST + 24 * UNIT
+"""However large the budget, rows of zeros get no bits, for they would no longer be zero; 24: how far the cost of an
+input may be above its expert's (`side.share_costs`)."""
 
 
 def log_costs(costs: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ def water_fill(groups: Sequence[Rows], budget: int) -> Filled:
     """
     if budget < 0:
         raise ValueError(f"rows cannot take {budget} bytes")
-    low, high = 2 * LOWEST, HIGHEST + 1  # low: all rows have MAX_WIDTH; high: all have none
+    low, high = LEAST_MULTIPLIER - 1, HIGHEST + 1  # low: all rows but zeros have MAX_WIDTH; high: all have none
     while high - low > 1:
         middle = (low + high) // 2
         taken = sum(group.num_bytes(middle) for group in groups)

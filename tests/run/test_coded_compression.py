@@ -1,0 +1,440 @@
+"""Experts in few bits: what is stored, what is told of it, and what becomes of odd models and killed runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from globe import CheckpointError, CompressConfig, SettingsError, compress, export_dense
+from globe.checkpoint.manifest import verify_files
+from globe.checkpoint.reader import open_checkpoint
+from globe.checkpoint.report import REPORT, CodedReport, Report
+from globe.measure import runnable, samples
+from globe.plan.scopes import Scope
+from globe.report.page import render
+from globe.run import prepare as prepare_module
+from globe.run import scope as scope_module
+from globe.run.observer import Observer
+from globe.terms import FAMILIES
+from tests.coded import ALONE, LAYERS, D, E, P, bytes_of_experts, write_source
+from tests.model.compressed import logits
+from tests.rounding import assert_equal_but_for_rounding
+
+WEIGHTS = LAYERS * 3 * E * P * D
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("coded") / "source"
+    write_source(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def coded(source: Path) -> Path:
+    """A compression with everything that is measured."""
+    compress(source, source.with_name("coded"), CompressConfig(bits=3))
+    return source.with_name("coded")
+
+
+@pytest.fixture(scope="module")
+def dense(coded: Path) -> Path:
+    return export_dense(coded, coded.with_name("dense"))
+
+
+def experts(folder: Path, layer: int, family: str) -> Tensor:
+    """(E, P, D) or (E, D, P), float64."""
+    checkpoint = open_checkpoint(folder)
+    names = [f"model.layers.{layer}.mlp.experts.{expert}.{family}_proj.weight" for expert in range(E)]
+    return torch.stack([checkpoint.read(name).double() for name in names])
+
+
+# the budget
+
+
+def test_no_more_is_stored_than_was_asked_for_and_hardly_less(source: Path, tmp_path: Path) -> None:
+    errors: list[float] = []
+    for bits in (1.5, 2.3, 4.0, 6.0, 8.0):
+        out = tmp_path / f"{bits:g}"
+        report = compress(source, out, dataclasses.replace(ALONE, bits=bits))
+        stored = bytes_of_experts(out)
+        assert 0.995 * bits <= 8 * stored / WEIGHTS <= bits
+        assert report.bits == 8 * stored / WEIGHTS
+        assert report.compressed_bytes == sum(t.nbytes for t in open_checkpoint(out).tensors.values())
+        errors.append(report.error)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] < 0.5
+    assert errors[-1] < 0.01
+
+
+def test_measured_rows_take_no_more_either(coded: Path) -> None:
+    assert 0.995 * 3 <= 8 * bytes_of_experts(coded) / WEIGHTS <= 3
+
+
+@pytest.mark.parametrize("families", [("gate", "up"), ("gate",), ("up",), ("down",), ("up", "down")], ids="+".join)
+def test_families_left_out_stay_and_the_others_have_the_budget(
+    source: Path, tmp_path: Path, families: tuple[Any, ...]
+) -> None:
+    out = tmp_path / "out"
+    report = compress(source, out, dataclasses.replace(ALONE, families=families))
+    halves = {("gate",): 1, ("up",): 1, ("up", "down"): 1}.get(families, 0)
+    stored = bytes_of_experts(out) - halves * LAYERS * E * P * D * 4
+    assert 0.99 * 3 <= 8 * stored / (WEIGHTS * len(families) / 3) <= 3
+    assert [(part.layer, part.family) for part in report.coded] == [(n, f) for n in range(LAYERS) for f in families]
+    export_dense(out, tmp_path / "dense")
+    for layer in range(LAYERS):
+        for family in FAMILIES:
+            same = torch.equal(experts(source, layer, family), experts(tmp_path / "dense", layer, family))
+            assert same == (family not in families)
+    load = AutoModelForCausalLM.from_pretrained
+    assert_equal_but_for_rounding(logits(load(out)), logits(load(tmp_path / "dense")))
+    load(out).save_pretrained(tmp_path / "again")
+    again, first = load(tmp_path / "again").state_dict(), load(out).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+
+
+def test_experts_too_small_for_their_widths_and_scales_are_refused_before_any_work(tmp_path: Path) -> None:
+    write_source(tmp_path / "source", num_experts=2, moe_intermediate_size=4)
+    with pytest.raises(SettingsError, match=r"bits 1\.5 is out of reach: widths and scales .* take \d\.\d\d bits"):
+        compress(tmp_path / "source", tmp_path / "out", CompressConfig(bits=1.5))
+
+
+@pytest.mark.parametrize("rows", [4, 8])
+def test_rows_too_short_to_close_are_counted_as_they_are_stored(tmp_path: Path, rows: int) -> None:
+    """A path has at least 12 entries."""
+    write_source(tmp_path / "source", moe_intermediate_size=rows)
+    report = compress(tmp_path / "source", tmp_path / "out", dataclasses.replace(ALONE, bits=4))
+    assert report.bits is not None
+    assert 3.95 < report.bits <= 4
+    export_dense(tmp_path / "out", tmp_path / "dense")
+    load = AutoModelForCausalLM.from_pretrained
+    assert_equal_but_for_rounding(logits(load(tmp_path / "out")), logits(load(tmp_path / "dense")))
+
+
+# the default, and what it falls back to
+
+
+def test_without_settings_a_model_is_run_and_coded_in_four_bits(source: Path, tmp_path: Path) -> None:
+    report = compress(source, tmp_path / "out")
+    assert (report.config["bits"], report.config["keep"]) == (4, None)
+    assert report.bits is not None
+    assert 3.98 < report.bits <= 4
+    assert report.banks == []
+    assert report.calibration is not None
+    assert report.calibration.text == "samples"
+    assert (report.uncalibrated_because, report.uniform_because) == (None, None)
+
+
+def test_what_is_measured_lowers_the_divergence(source: Path, tmp_path: Path, coded: Path) -> None:
+    compress(source, tmp_path / "out", ALONE)
+    load = AutoModelForCausalLM.from_pretrained
+    ids = samples.sample_windows(load(source), seed=5)
+
+    @torch.no_grad()
+    def log_p(folder: Path) -> Tensor:
+        return load(folder)(input_ids=ids).logits.double().log_softmax(-1)
+
+    p = log_p(source)
+    measured, alone = ((p.exp() * (p - log_p(folder))).sum(-1).mean() for folder in (coded, tmp_path / "out"))
+    assert 0 < float(measured) < float(alone)
+
+
+def test_a_model_too_large_to_be_run_is_coded_from_its_weights_and_says_so(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runnable, "MEMORY_SHARE", 0.0)
+    report = compress(source, tmp_path / "out", CompressConfig(bits=3))
+    assert report.calibration is None
+    assert "the model takes" in str(report.uncalibrated_because)
+    assert "the model takes" in str(report.uniform_because)
+    monkeypatch.undo()
+    compress(source, tmp_path / "alone", ALONE)
+    assert contents(tmp_path / "alone").keys() == contents(tmp_path / "out").keys()
+    for name, tensor in contents(tmp_path / "alone").items():
+        assert torch.equal(tensor, contents(tmp_path / "out")[name])
+
+
+def contents(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "calibrated", "measured"),
+    [
+        ({"calibrate": "none"}, False, True),
+        ({"allocation": "uniform"}, True, False),
+        ({"calibrate": "none", "allocation": "uniform"}, False, False),
+    ],
+)
+def test_statistics_and_sensitivities_are_each_left_out_alone(
+    source: Path, tmp_path: Path, settings: dict[str, Any], calibrated: bool, measured: bool
+) -> None:
+    report = compress(source, tmp_path / "out", CompressConfig(bits=2.5, **settings))
+    assert (report.calibration is not None) == calibrated
+    assert (report.uniform_because is None) == measured
+    assert calibrated or report.uncalibrated_because == "that is asked for"
+    assert measured or report.uniform_because == "that is asked for"
+    assert report.bits is not None
+    assert 2.48 < report.bits <= 2.5
+
+
+# odd models
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("zeros", ["an expert", "a family", "a layer", "all"])
+def test_zeros_stay_zeros_however_many_bits_there_are(source: Path, tmp_path: Path, zeros: str, bits: float) -> None:
+    own = shutil.copytree(source, tmp_path / "source")
+    part = {"an expert": "experts.3.", "a family": "layers.1.mlp.experts.", "a layer": "layers.0.mlp.experts."}
+    ending = {"a family": "down_proj.weight"}.get(zeros, "")
+    changed: list[str] = []
+
+    def change(name: str, tensor: Tensor) -> Tensor:
+        if ".experts." in name and part.get(zeros, "") in name and name.endswith(ending):
+            changed.append(name)
+            return torch.zeros_like(tensor)
+        return tensor
+
+    rewrite(own, change)
+    report = compress(own, tmp_path / "out", CompressConfig(bits=bits))
+    assert report.bits is not None
+    assert report.bits <= bits
+    assert Report.read(tmp_path / "out") == report
+    json.loads((tmp_path / "out" / REPORT).read_text(), parse_constant=pytest.fail)
+    assert "<svg" in render(tmp_path / "out")
+    export_dense(tmp_path / "out", tmp_path / "dense")
+    checkpoint = open_checkpoint(tmp_path / "dense")
+    assert changed
+    assert not any(bool(checkpoint.read(name).any()) for name in changed)
+    for part_report in report.coded:
+        for expert, error in enumerate(part_report.expert_errors):
+            name = f"model.layers.{part_report.layer}.mlp.experts.{expert}.{part_report.family}_proj.weight"
+            assert (error == 0) == (name in changed)
+    load = AutoModelForCausalLM.from_pretrained
+    assert_equal_but_for_rounding(logits(load(tmp_path / "out")), logits(load(tmp_path / "dense")))
+
+
+def rewrite(folder: Path, change: Callable[[str, Tensor], Tensor]) -> None:
+    for path in folder.glob("*.safetensors"):
+        tensors = {name: change(name, tensor) for name, tensor in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_experts_that_no_token_reaches_are_coded_too(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples, "NUM_SAMPLES", 1)
+    monkeypatch.setattr(samples, "LENGTH", 3)
+    report = compress(source, tmp_path / "out", CompressConfig(bits=3))
+    assert report.calibration is not None
+    assert report.calibration.num_unreached > 0
+    assert all(0 < error < 1 for part in report.coded for error in part.expert_errors)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e12])
+def test_the_units_of_an_expert_do_not_matter(source: Path, tmp_path: Path, scale: float) -> None:
+    own = shutil.copytree(source, tmp_path / "source")
+    rewrite(own, lambda name, tensor: tensor * scale if ".experts.1." in name else tensor)
+    report = compress(own, tmp_path / "out", ALONE)
+    for part in report.coded:
+        others = [error for expert, error in enumerate(part.expert_errors) if expert != 1]
+        assert part.expert_errors[1] < 1.2 * max(others)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(source: Path, tmp_path: Path, value: float) -> None:
+    own = shutil.copytree(source, tmp_path / "source")
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    rewrite(own, lambda other, tensor: tensor.index_fill(0, torch.tensor([1]), value) if other == name else tensor)
+    with pytest.raises(CheckpointError, match=name):
+        compress(own, tmp_path / "out", ALONE)
+
+
+def test_one_expert_is_enough(tmp_path: Path) -> None:
+    write_source(tmp_path / "source", num_experts=1, num_experts_per_tok=1)
+    report = compress(tmp_path / "source", tmp_path / "out", CompressConfig(bits=4))
+    assert report.bits is not None
+    assert 3.95 < report.bits <= 4
+
+
+# what is told
+
+
+def test_the_report_holds_the_errors_of_the_weights_as_stored(source: Path, coded: Path, dense: Path) -> None:
+    report = Report.read(coded)
+    assert Report.read(coded).to_json() == json.loads((coded / REPORT).read_text())
+    assert [(part.layer, part.family) for part in report.coded] == [(n, f) for n in range(LAYERS) for f in FAMILIES]
+    for part in report.coded:
+        before, after = (experts(folder, part.layer, part.family) for folder in (source, dense))
+        missed = (before - after).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
+        assert part.expert_errors == pytest.approx(missed.tolist(), rel=1e-4)
+        assert part.error == pytest.approx(float((before - after).norm() / before.norm()), rel=1e-4)
+        assert part.original_parameters == E * P * D
+        num_inputs = P if part.family == "down" else D
+        assert sum(part.rows_by_width) == E * num_inputs
+        widths = sum(width * count for width, count in enumerate(part.rows_by_width))
+        assert sum(part.expert_widths) * num_inputs == pytest.approx(widths, rel=1e-3)
+    assert sum(part.stored_bytes for part in report.coded) == bytes_of_experts(coded)
+    assert report.bits == 8 * bytes_of_experts(coded) / WEIGHTS
+    assert report.kept == pytest.approx(report.bits / 16)
+    assert set(report.family_errors()) == set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"family": "router"}, r"coded\[0\] is not of a layer and a family"),
+        ({"layer": -1}, r"coded\[0\] is not of a layer and a family"),
+        ({"rows_by_width": [1, 2]}, r"coded\[0\] is not of a layer and a family"),
+        ({"expert_widths": []}, r"coded\[0\] is not of a layer and a family"),
+        ({"stored_bytes": 0}, r"coded\[0\].stored_bytes is 0, which cannot be"),
+        ({"original_parameters": -3}, r"coded\[0\].original_parameters is -3"),
+        ({"seconds": -1.0}, r"-1\.0 seconds cannot be"),
+        ({"error": "small"}, r"error is 'small'"),
+    ],
+)
+def test_a_record_of_what_cannot_be_is_refused(
+    coded: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    content = json.loads((coded / REPORT).read_text())
+    content["coded"][0] |= change
+    (tmp_path / REPORT).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=message):
+        Report.read(tmp_path)
+
+
+class Told(Observer):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def start(self, scopes: Sequence[Scope], num_finished: int) -> None:
+        self.said.append(f"start {len(scopes)} {num_finished}")
+
+    def coded(self, families: Sequence[CodedReport]) -> None:
+        assert {part.layer for part in families} == {families[0].layer}
+        self.said.append(f"coded {families[0].layer} {'+'.join(part.family for part in families)}")
+
+    def scope(self, scope: Scope) -> None:
+        self.said.append(f"scope {scope.layers}")
+
+    def stop(self) -> None:
+        self.said.append("stop")
+
+
+def test_observers_are_told_of_every_layer(source: Path, tmp_path: Path) -> None:
+    told = Told()
+    compress(source, tmp_path / "out", dataclasses.replace(ALONE, families=("up", "down")), [told])
+    layers = [word for layer in range(LAYERS) for word in (f"coded {layer} up+down", f"scope ({layer},)")]
+    assert told.said == [f"start {LAYERS} 0", *layers, "stop"]
+
+
+def test_the_page_shows_bits_and_errors(coded: Path) -> None:
+    report, page = Report.read(coded), render(coded)
+    for part in report.coded:
+        assert f"{part.bits:.3f}" in page
+        assert f"{part.error:.4f}" in page
+    assert "Bits by layer and family" in page
+    assert "coded experts" in page
+    assert "widths and scales" in page
+    assert "could show" not in page
+
+
+# runs that were killed
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, num_layers: int) -> None:
+    code, calls = scope_module.code_layer, 0
+
+    def code_or_die(*arguments: Any) -> Iterator[Any]:
+        nonlocal calls
+        calls += 1
+        for number, family in enumerate(code(*arguments)):
+            if calls > num_layers and number == 1:
+                raise Killed
+            yield family
+
+    monkeypatch.setattr(scope_module, "code_layer", code_or_die)
+
+
+def assert_same_files(found: Path, expected: Path) -> None:
+    assert {path.name for path in found.iterdir()} == {path.name for path in expected.iterdir()}
+    for path in expected.glob("*.safetensors"):
+        assert (found / path.name).read_bytes() == path.read_bytes()
+    for name in ("config.json", "model.safetensors.index.json"):
+        ours, theirs = (json.loads((folder / name).read_text()) for folder in (found, expected))
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    source: Path, coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int
+) -> None:
+    config = CompressConfig(bits=3)
+    with monkeypatch.context() as patch:
+        kill_after(patch, layers)
+        with pytest.raises(Killed):
+            compress(source, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+    told = Told()
+    with monkeypatch.context() as patch:
+        for name in ("calibrate", "sample_windows", "measured_sensitivities", "plan_coding"):
+            patch.setattr(prepare_module, name, None)  # all of that is taken up
+        compress(source, tmp_path / "out", config, [told])
+    assert told.said[0] == f"start {LAYERS} {layers}"
+    verify_files(tmp_path / "out")
+    assert_same_files(tmp_path / "out", coded)
+
+
+def test_a_run_killed_planning_takes_up_its_calibration(
+    source: Path, coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "plan_coding", die)
+        with pytest.raises(Killed):
+            compress(source, tmp_path / "out", CompressConfig(bits=3))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "calibrate", None)
+        patch.setattr(prepare_module, "sample_windows", None)
+        compress(source, tmp_path / "out", CompressConfig(bits=3))
+    assert_same_files(tmp_path / "out", coded)
+
+
+def test_a_finished_layer_that_is_damaged_is_coded_again(
+    source: Path, coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        kill_after(patch, 1)
+        with pytest.raises(Killed):
+            compress(source, tmp_path / "out", CompressConfig(bits=3))
+    (file,) = (tmp_path / "out.partial").glob("model-00001-of-*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 16
+    file.write_bytes(content)
+    compress(source, tmp_path / "out", CompressConfig(bits=3))
+    assert_same_files(tmp_path / "out", coded)
+
+
+def test_going_on_with_other_bits_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        kill_after(patch, 1)
+        with pytest.raises(Killed):
+            compress(source, tmp_path / "out", ALONE)
+    with pytest.raises(SettingsError, match=r"bits was 3(\.0)?, now 2(\.0)?"):
+        compress(source, tmp_path / "out", dataclasses.replace(ALONE, bits=2))
