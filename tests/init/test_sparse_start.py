@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
 
 from globe.bank.codes import top_mask
 from globe.bank.factors import mix
@@ -29,6 +30,24 @@ def test_varimax_is_a_rotation_that_finds_sparse_codes():
     found = mixed @ rotation
     largest = found.abs().amax(1)
     assert (found.square().sum(1) - largest.square()).max() < 0.05 * found.square().sum(1).mean()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_varimax_is_the_best_of_all_angles(seed: int):
+    """Of codes without any sparse frame, where the two columns' sizes differ: against a scan of all rotations."""
+    codes = normal(50, 2, seed=seed) * torch.tensor([1.0, 2.0], dtype=F64) @ orthonormal(1, 2, 2, seed=seed)[0]
+
+    def variance_of_squares(rotation: Tensor) -> float:
+        return float((codes @ rotation).square().var(0, correction=0).sum())
+
+    angles = torch.linspace(0, torch.pi / 2, 2001, dtype=F64)
+    scanned = [
+        variance_of_squares(torch.stack([torch.stack([c, -s]), torch.stack([s, c])]))
+        for c, s in zip(angles.cos(), angles.sin(), strict=True)
+    ]
+    found = variance_of_squares(varimax(codes))
+    assert found == pytest.approx(max(scanned), rel=1e-5)
+    assert found > variance_of_squares(torch.eye(2, dtype=F64))
 
 
 @pytest.mark.parametrize("num_kept", [1, 2, 4])
