@@ -175,6 +175,9 @@ def test_pursuit_is_ten_gradient_steps_each_cut_to_the_support(num_kept: int):
     targets, nothing = mix(normal(30, 8, seed=3), bases) + normal(30, R, D, seed=4), torch.zeros(30, 8, dtype=F64)
     found = pursue_codes(nothing, targets, bases, num_kept, 0.0)
     torch.testing.assert_close(found, naive_pursuit(nothing, targets, bases, num_kept, 10))
+    begun = 3 * normal(30, 8, seed=5)
+    expected = naive_pursuit(begun, targets, bases, num_kept, 10)
+    torch.testing.assert_close(pursue_codes(begun, targets, bases, num_kept, 0.0), expected)
     once = naive_pursuit(nothing, targets, bases, num_kept, 1)
     assert ((once != 0) != (found != 0)).any()
     assert missed(found, targets, bases).sum() < missed(once, targets, bases).sum()
@@ -297,6 +300,13 @@ def test_spread_codes_have_the_support_and_keep_the_order(num_kept: int):
     assert (support(spread) == num_kept).all()
     torch.testing.assert_close(spread.sum(1), torch.ones(E, dtype=F64))
     assert torch.equal(spread.argmax(1), sparse.argmax(1))
+
+
+def test_every_atom_is_lent_a_tenth():
+    alpha = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.3, 0.2, 0]], dtype=F64)
+    expected = torch.tensor([[0.925, 0.025, 0.025, 0.025], [0.475, 0.295, 0.205, 0.025]], dtype=F64)
+    torch.testing.assert_close(spread_codes(alpha, 4), expected)
+    torch.testing.assert_close(spread_codes(alpha, 2)[1], torch.tensor([0.475, 0.295, 0, 0], dtype=F64) / 0.77)
 
 
 @pytest.mark.parametrize("name", ["entmax15", "sparsemax"])

@@ -90,3 +90,17 @@ def test_a_support_changes_signed_warm_starts_only():
     assert torch.equal(warm_start(weights, 3, M, support=M).codes, warm_start(weights, 3, M).codes)
     on_simplex = (warm_start(weights, 3, M, codes="entmax15", support=s).codes for s in (2, None))
     assert torch.equal(*on_simplex)
+
+
+def test_a_basis_that_nobody_mixes_becomes_the_expert_that_is_met_worst():
+    codes, bases = normal(E, M, seed=1), normal(M, P, D, seed=2)
+    weights = mix(codes[:, :4], bases[:4]) + 0.1 * normal(E, P, D, seed=3)
+    weights[7] *= 4
+    codes, bases = codes * torch.tensor([1.0, 1, 1, 1, 1e-6, 1e-6], dtype=F64), bases.clone()
+    bases[4:] *= 1e-6
+    found, learned, aligned = align_sparse(weights, codes, bases, 1, 1)
+    idle = (found == 0).all(0)
+    assert idle.any()
+    missed = (aligned - mix(found, learned)).flatten(1).norm(dim=1)
+    worst = missed.argsort(descending=True)[: int(idle.sum())]
+    torch.testing.assert_close(learned[idle], aligned[worst])

@@ -181,3 +181,8 @@ def test_codes_that_are_all_alike_still_move():
     solver = VariableProjection(Problem(normal(E, P, D)), codes, bases, "tanh", "ridge", 0.1, 1.0)
     solver.step(1.0, 1.0)
     torch.testing.assert_close((solver.codes - codes).abs(), torch.full_like(codes, 1e-4))
+
+
+def test_the_decays_are_what_was_measured():
+    """See docs/log.md: whoever measures anew changes both."""
+    assert (FIRST_DECAY, SECOND_DECAY) == (0.85, 0.9)
