@@ -5,8 +5,9 @@ The divergence of the compressed model is close to a sum over the banks,
     KL ≈ Σ_b s_b err_b(k_b)^p,    Σ_b k_b (parameters of b) = keep · (parameters of all),
 
 with s_b the sensitivity of the bank's experts and err_b its relative error when the share k_b of its parameters is
-kept. err falls about exponentially in k, so two short fits tell its level and slope. For noise p would be 2; what
-compression leaves out is not noise, and p was measured (docs/log.md).
+kept. The error of a short fit falls about exponentially in k, so two of them tell its level and slope; what a full fit
+gains over it grows with k alike for all banks. For noise p would be 2; what compression leaves out is not noise, and p
+was measured (docs/log.md).
 """
 
 from __future__ import annotations
@@ -23,27 +24,34 @@ ERROR_POWER = 3.0
 """p, measured."""
 DAMPING = 0.8
 """Exponent of the sensitivities: second-order theory and random tokens overstate the largest."""
-REACH = 0.75
-"""How far a bank's share may be from the uniform one, over what is there to take or to add."""
+REACH = 0.5
+"""How far a bank's share may be from the uniform one, over what is there to take or to add; as far as `ErrorCurve` was
+measured to hold."""
 STEP = 0.005
 """Between the shares that a bank is offered."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ErrorCurve:
-    """Relative error against the share of the parameters that is kept."""
+    """Relative error against the share k < 1 of the parameters that is kept, at most 1:
+
+    level · exp(slope (share − k) − gain k / √(1 − k))
+    """
 
     share: float
-    """Where it was measured."""
+    """Where a short fit was made."""
     level: float
-    """Error there."""
+    """Its error."""
     slope: float
-    """Fall of its logarithm per unit of share."""
+    """Fall of the logarithm of a short fit's error per unit of share."""
+    gain: float = 0.0
+    """Of a full fit over a short one."""
 
     def __call__(self, share: float) -> float:
         if self.level == 0:
             return 0.0
-        return math.exp(min(0.0, math.log(self.level) + self.slope * (self.share - share)))
+        short = math.log(self.level) + self.slope * (self.share - share)
+        return math.exp(min(0.0, short) - self.gain * share / math.sqrt(1 - share))
 
 
 def allocate(
@@ -73,9 +81,9 @@ def allocate(
 
 def _menu(bank: BankPlan, keep: float) -> list[BankPlan]:
     """Shapes of one bank around the uniform one, in ascending size."""
-    reach = REACH * min(keep, 1 - keep)
+    num_steps = round(REACH * min(keep, 1 - keep) / STEP)
     options = {bank.stored_parameters: bank}
-    for number in range(-int(reach / STEP), int(reach / STEP) + 1):
+    for number in range(-num_steps, num_steps + 1):
         try:
             rank, num_bases = choose_shape(bank.num_matrices, bank.rows, bank.columns, keep + number * STEP)
         except SettingsError:  # too little for a single basis

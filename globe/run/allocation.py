@@ -16,21 +16,16 @@ from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.measure.runnable import Place, find_place
 from globe.measure.sensitivity import NUM_WINDOWS, measure_sensitivities, random_windows
 from globe.model.loading import load
-from globe.plan.allocate import ErrorCurve, allocate
+from globe.plan.allocate import REACH, ErrorCurve, allocate
 from globe.plan.scopes import BankPlan, Scope, choose_shape, lowest_keep
 from globe.plan.settings import CompressConfig
 from globe.train.fit_banks import fit_bank
 
-SHORT_STEPS, SHORT_ALIGNMENTS = 20, 8
+SHORT_STEPS, SHORT_ALIGNMENTS = 20, 32
 """Of the fits that tell error against size."""
-
-
-FULL_EXPONENT, FULL_FACTOR = 1.4, 1.15
-"""A fit with the default settings ends at about this multiple of this power of the short fit's error."""
-
-
-SMALLER = 0.8
-"""Size of the second fit over that of the first."""
+GAIN, GAIN_STEPS = 0.35, 25
+"""Of a fit of n steps over a short one, in the sense of `ErrorCurve`: GAIN (1 − √(GAIN_STEPS / n)); measured, see
+docs/log.md."""
 
 
 def obstacle(checkpoint: Checkpoint, config: CompressConfig, num_banks: int) -> str | None:
@@ -72,22 +67,31 @@ def allocated(
 
 
 def measure_curve(weights: Tensor, bank: BankPlan, config: CompressConfig) -> ErrorCurve:
-    """Error against size of a bank, by two short fits to its experts (E, P, D); flat where none smaller can be had."""
-    original = bank.original_parameters
-    share, shape = bank.stored_parameters / original, (bank.num_matrices, bank.rows, bank.columns)
-    rank, num_bases = choose_shape(*shape, max(SMALLER * share, lowest_keep(*shape)))
-    smaller = dataclasses.replace(bank, rank=rank, num_bases=num_bases)
-    level, other = (_short_fit(weights, option, config) for option in (bank, smaller))
-    distance = share - smaller.stored_parameters / original
-    slope = math.log(other / level) / distance if distance > 0 and level > 0 and other > 0 else 0.0
-    return ErrorCurve(share, level, max(0.0, slope))
+    """Error against size of a bank, by two short fits to its experts (E, P, D), half of `REACH` to either side.
+
+    Flat where no two sizes can be had.
+    """
+    share, shape = bank.stored_parameters / bank.original_parameters, (bank.num_matrices, bank.rows, bank.columns)
+    aside = REACH / 2 * min(share, 1 - share)
+    smaller, larger = (
+        _resized(bank, *choose_shape(*shape, keep)) for keep in (max(share - aside, lowest_keep(*shape)), share + aside)
+    )
+    start = smaller.stored_parameters / bank.original_parameters
+    distance = larger.stored_parameters / bank.original_parameters - start
+    level, other = (_short_error(weights, option, config) for option in (smaller, larger))
+    slope = math.log(level / other) / distance if distance > 0 and level > 0 and other > 0 else 0.0
+    gain = GAIN * max(0.0, 1 - math.sqrt(GAIN_STEPS / config.steps))
+    return ErrorCurve(start, level, max(0.0, slope), gain)
 
 
-def _short_fit(weights: Tensor, bank: BankPlan, config: CompressConfig) -> float:
-    """The error that a full fit of this shape can be expected to end at."""
+def _resized(bank: BankPlan, rank: int, num_bases: int) -> BankPlan:
+    return dataclasses.replace(bank, rank=rank, num_bases=num_bases)
+
+
+def _short_error(weights: Tensor, bank: BankPlan, config: CompressConfig) -> float:
     fit = config.fit_config(bank.rank, bank.num_bases)
     fit = dataclasses.replace(fit, max_steps=min(SHORT_STEPS, fit.max_steps), align_steps=SHORT_ALIGNMENTS)
-    return FULL_FACTOR * fit_bank(weights, fit).history[-1] ** FULL_EXPONENT
+    return fit_bank(weights, fit).history[-1]
 
 
 def _place(checkpoint: Checkpoint, config: CompressConfig) -> Place:

@@ -149,6 +149,40 @@ def test_pursuit_finds_planted_supports_whatever_the_scale_of_the_atoms():
     torch.testing.assert_close(found, planted, rtol=1e-6, atol=1e-9)
 
 
+def naive_pursuit(codes: Tensor, targets: Tensor, bases: Tensor, num_kept: int, steps: int) -> Tensor:
+    """Hard-thresholding pursuit, expert by expert, on atoms of unit norm."""
+    norms = [float(base.norm()) for base in bases]
+    design = torch.stack([base.flatten() / norm for base, norm in zip(bases, norms, strict=True)], 1)
+    length = 1 / float(torch.linalg.matrix_norm(design, 2)) ** 2
+    found = torch.zeros_like(codes)
+    for e, target in enumerate(targets):
+        x = codes[e] * torch.tensor(norms, dtype=F64)
+        for _ in range(steps):
+            x = x + length * design.mT @ (target.flatten() - design @ x)
+            kept = sorted(range(len(x)), key=lambda j: -abs(float(x[j])))[:num_kept]
+            x = torch.tensor([float(x[j]) if j in kept else 0.0 for j in range(len(x))], dtype=F64)
+        best = torch.linalg.lstsq(design[:, kept], target.flatten()[:, None]).solution[:, 0]
+        for j, value in zip(kept, best, strict=True):
+            found[e, j] = value / norms[j]
+    return found
+
+
+@pytest.mark.parametrize("num_kept", [2, 3])
+def test_pursuit_is_ten_gradient_steps_each_cut_to_the_support(num_kept: int):
+    """From nothing, on atoms that are alike: one step alone ends on other supports and is further off."""
+    sizes = torch.linspace(0.5, 2, 8, dtype=F64)
+    bases = (normal(1, R, D, seed=1) + normal(8, R, D, seed=2)) * sizes[:, None, None]
+    targets, nothing = mix(normal(30, 8, seed=3), bases) + normal(30, R, D, seed=4), torch.zeros(30, 8, dtype=F64)
+    found = pursue_codes(nothing, targets, bases, num_kept, 0.0)
+    torch.testing.assert_close(found, naive_pursuit(nothing, targets, bases, num_kept, 10))
+    begun = 3 * normal(30, 8, seed=5)
+    expected = naive_pursuit(begun, targets, bases, num_kept, 10)
+    torch.testing.assert_close(pursue_codes(begun, targets, bases, num_kept, 0.0), expected)
+    once = naive_pursuit(nothing, targets, bases, num_kept, 1)
+    assert ((once != 0) != (found != 0)).any()
+    assert missed(found, targets, bases).sum() < missed(once, targets, bases).sum()
+
+
 def test_a_support_of_all_bases_is_dense():
     targets, bases = normal(E, R, D), normal(M, R, D, seed=1)
     assert torch.equal(ridge_codes(targets, bases, num_kept=M), ridge_codes(targets, bases))
@@ -266,6 +300,13 @@ def test_spread_codes_have_the_support_and_keep_the_order(num_kept: int):
     assert (support(spread) == num_kept).all()
     torch.testing.assert_close(spread.sum(1), torch.ones(E, dtype=F64))
     assert torch.equal(spread.argmax(1), sparse.argmax(1))
+
+
+def test_every_atom_is_lent_a_tenth():
+    alpha = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.3, 0.2, 0]], dtype=F64)
+    expected = torch.tensor([[0.925, 0.025, 0.025, 0.025], [0.475, 0.295, 0.205, 0.025]], dtype=F64)
+    torch.testing.assert_close(spread_codes(alpha, 4), expected)
+    torch.testing.assert_close(spread_codes(alpha, 2)[1], torch.tensor([0.475, 0.295, 0, 0], dtype=F64) / 0.77)
 
 
 @pytest.mark.parametrize("name", ["entmax15", "sparsemax"])

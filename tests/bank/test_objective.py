@@ -178,3 +178,11 @@ def test_relative_errors_are_per_expert():
     torch.testing.assert_close(relative_errors(weights, approximation), torch.tensor([0.0, 0.25, 1.0], dtype=F64))
     nothing = torch.zeros(1, 4, 5)
     assert relative_errors(nothing, nothing).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e30])
+def test_relative_errors_do_not_depend_on_the_units(unit: float):
+    """The squares of such float32 leave its range."""
+    weights, noise = normal(3, 4, 5).float(), 0.1 * normal(3, 4, 5, seed=1).float()
+    found = relative_errors(unit * weights, unit * (weights + noise))
+    torch.testing.assert_close(found, relative_errors(weights, weights + noise), rtol=1e-5, atol=0)

@@ -131,3 +131,30 @@ def test_the_units_of_the_weights_do_not_matter(unit: float) -> None:
     expected, found = row_scales(given, SIGMAS), row_scales(given, {family: unit * x for family, x in SIGMAS.items()})
     for family in SIGMAS:
         torch.testing.assert_close(found[family], expected[family])
+
+
+def test_the_scales_are_the_formula_row_by_row() -> None:
+    """With the constants that were measured (docs/log.md), expert by expert and row by row."""
+    given = statistics((90, 0, 4000, 80))
+    found, size = row_scales(given, SIGMAS), float(given.inputs.trace()) / D
+    importance: dict[str, list[float]] = {}
+    for family, sigma in SIGMAS.items():
+        unit = 1.0 if family == "down" else size
+        own = [sum(given.rows[family][e].tolist()) / P * sigma**2 * unit for e in range(E)]
+        own[1] = (own[0] + own[2] + own[3]) / 3
+        importance[family] = own
+    mean = sum(map(sum, importance.values())) / (3 * E)
+    for family, scales in found.items():
+        sums = given.rows[family]
+        for e in range(E):
+            weight = min(max((importance[family][e] / mean) ** 0.35, 1 / 3), 3.0)
+            profile = [float(sums[e, p]) + sum(float(sums[k, p]) for k in range(E)) / E for p in range(P)]
+            level = sum(profile) / P
+            expected = [(weight * (0.4 * each / level + 0.6)) ** 0.5 for each in profile]
+            assert scales[e].tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_input_metric_is_four_fifths_identity() -> None:
+    given = second_moment(D)
+    expected = 0.2 * given / given.diagonal().mean() + 0.8 * torch.eye(D).double()
+    torch.testing.assert_close(input_metric(statistics()), expected)

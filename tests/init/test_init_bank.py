@@ -173,6 +173,20 @@ def test_a_rejected_step_returns_what_it_was_given():
     assert step.bases is bases
 
 
+def test_a_step_that_raises_the_objective_by_a_trifle_is_rejected():
+    """From where Gauss-Newton has settled, a trifle of the way to noise."""
+    problem, adapters, alpha, bases, _ = begin()
+    for _ in range(60):
+        step = am_step(problem, adapters, alpha, bases, normal(E, R, D), bank_update="gauss_newton", **SETTINGS)
+        adapters, alpha, bases = step.adapters, step.alpha, step.bases
+    noise = float(mix(alpha, bases).std()) * normal(E, R, D, seed=3)
+    settings = SETTINGS | {"route_beta": 0.0, "use_weight_aware_targets": False, "step_size": 0.003}
+    tried = am_step(problem, adapters, alpha, bases, noise, **settings)
+    assert step.objective < tried.candidate_objective < 1.005 * step.objective
+    assert not tried.accepted
+    assert tried.bases is bases
+
+
 def test_a_step_that_is_not_finite_is_rejected():
     problem, adapters, alpha, bases, warm = begin()
     settings = SETTINGS | {"route_beta": 0.0, "use_weight_aware_targets": False}

@@ -107,3 +107,34 @@ def test_as_many_bases_as_experts_are_exact_at_once():
     codes, bases, aligned, errors = align(normal(E, P, D), P, E, 1)
     assert errors[0] < 1e-6
     torch.testing.assert_close(mix(codes, bases), aligned)
+
+
+def extrapolated_alternation(weights: Tensor, rank: int, num_bases: int, steps: int) -> tuple[list[float], int]:
+    """The alternation with exact polar factors and dense mixtures: errors, and how often the weights restarted."""
+    errors, restarts, count = list[float](), 0, 0
+    frames, last = initial_frames(weights, rank), torch.zeros(())
+    for step in range(steps):
+        stacked = (frames.mT @ weights).flatten(1)
+        u, s, vh = torch.linalg.svd(stacked, full_matrices=False)
+        now = (u[:, :num_bases] * s[:num_bases] @ vh[:num_bases]).view(len(weights), rank, -1)
+        errors.append(float((weights - frames @ now).norm() / weights.norm()))
+        rose = errors[-1] > min(errors)
+        restarts, count = restarts + rose, 0 if rose else count + 1
+        weight = (count - 1) / (count + 2) if count and step < steps - 2 else 0.0
+        ahead = now + weight * (now - last) if step else now
+        frames, last = polar(weights @ ahead.mT), now
+    return errors, restarts
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_extrapolation_is_nesterovs_with_restarts(seed: int):
+    weights = planted_alignment(24, 5, D, 3, 2, seed=seed) + 0.3 * normal(24, 5, D, seed=7 + seed)
+    expected, restarts = extrapolated_alternation(weights, 3, 3, 30)
+    assert restarts > 0
+    assert align(weights, 3, 3, 30)[3] == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_last_frames_are_exact_even_of_experts_that_hardly_have_their_rank():
+    weights = normal(E, P, D) * torch.logspace(0, -5, P, dtype=F64)[:, None]
+    frames = implied_frames(weights, align(weights, P, 3, 6)[2])
+    torch.testing.assert_close(frames.mT @ frames, torch.eye(P, dtype=F64).expand(E, P, P), rtol=0, atol=1e-6)

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
 
 from globe.bank.codes import top_mask
 from globe.bank.factors import mix
@@ -29,6 +30,24 @@ def test_varimax_is_a_rotation_that_finds_sparse_codes():
     found = mixed @ rotation
     largest = found.abs().amax(1)
     assert (found.square().sum(1) - largest.square()).max() < 0.05 * found.square().sum(1).mean()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_varimax_is_the_best_of_all_angles(seed: int):
+    """Of codes without any sparse frame, where the two columns' sizes differ: against a scan of all rotations."""
+    codes = normal(50, 2, seed=seed) * torch.tensor([1.0, 2.0], dtype=F64) @ orthonormal(1, 2, 2, seed=seed)[0]
+
+    def variance_of_squares(rotation: Tensor) -> float:
+        return float((codes @ rotation).square().var(0, correction=0).sum())
+
+    angles = torch.linspace(0, torch.pi / 2, 2001, dtype=F64)
+    scanned = [
+        variance_of_squares(torch.stack([torch.stack([c, -s]), torch.stack([s, c])]))
+        for c, s in zip(angles.cos(), angles.sin(), strict=True)
+    ]
+    found = variance_of_squares(varimax(codes))
+    assert found == pytest.approx(max(scanned), rel=1e-5)
+    assert found > variance_of_squares(torch.eye(2, dtype=F64))
 
 
 @pytest.mark.parametrize("num_kept", [1, 2, 4])
@@ -71,3 +90,17 @@ def test_a_support_changes_signed_warm_starts_only():
     assert torch.equal(warm_start(weights, 3, M, support=M).codes, warm_start(weights, 3, M).codes)
     on_simplex = (warm_start(weights, 3, M, codes="entmax15", support=s).codes for s in (2, None))
     assert torch.equal(*on_simplex)
+
+
+def test_a_basis_that_nobody_mixes_becomes_the_expert_that_is_met_worst():
+    codes, bases = normal(E, M, seed=1), normal(M, P, D, seed=2)
+    weights = mix(codes[:, :4], bases[:4]) + 0.1 * normal(E, P, D, seed=3)
+    weights[7] *= 4
+    codes, bases = codes * torch.tensor([1.0, 1, 1, 1, 1e-6, 1e-6], dtype=F64), bases.clone()
+    bases[4:] *= 1e-6
+    found, learned, aligned = align_sparse(weights, codes, bases, 1, 1)
+    idle = (found == 0).all(0)
+    assert idle.any()
+    missed = (aligned - mix(found, learned)).flatten(1).norm(dim=1)
+    worst = missed.argsort(descending=True)[: int(idle.sum())]
+    torch.testing.assert_close(learned[idle], aligned[worst])

@@ -160,3 +160,19 @@ def test_change_to_the_simplex_takes_different_experts_even_of_low_rank():
     signed = normal(E, 1) @ normal(1, 4, seed=1)
     _, atoms = to_simplex(signed, normal(4, 3, 5, seed=2))
     assert len({tuple(atom.flatten().tolist()) for atom in atoms}) == 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_change_to_the_simplex_takes_the_mixtures_that_stand_out_most(seed: int):
+    """Successive projection on the mixtures themselves, from bases neither orthogonal nor of one size."""
+    signed = normal(12, 4, seed=seed)
+    bases = (normal(4, 3, 5, seed=10 + seed) + normal(1, 3, 5, seed=20 + seed)) * torch.logspace(-1, 1, 4, dtype=F64)[
+        :, None, None
+    ]
+    mixed = mix(signed, bases)
+    residual, expected = mixed.flatten(1).clone(), []
+    for _ in range(4):
+        expected.append(int(residual.norm(dim=1).argmax()))
+        direction = residual[expected[-1]] / residual[expected[-1]].norm()
+        residual -= (residual @ direction)[:, None] * direction
+    torch.testing.assert_close(to_simplex(signed, bases)[1], mixed[expected])

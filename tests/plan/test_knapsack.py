@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,3 +51,31 @@ def test_the_budget_is_kept_and_no_smaller_one_is_served_better(problem: list[It
     largest_step = max(item[-1][0] - item[0][0] for item in problem)
     if spare >= largest_step:
         assert cost <= cheapest(problem, budget - largest_step) + 1e-9
+
+
+def sized(*options: tuple[int, float]) -> Item:
+    return list(options)
+
+
+BLOCKING = sized((1, 1e6), (99, 0.0))
+"""Worth most per unit and too large: at any price that serves the others it is bought."""
+
+
+@pytest.mark.parametrize(
+    ("others", "spare", "cost"),
+    [
+        ([sized((1, 4.0), (4, 1.0))], 2, 4.0),  # a unit short
+        ([sized((1, 4.0), (4, 1.0))], 3, 1.0),  # all that is spare
+        ([sized((1, 5.0), (5, 3.0)), sized((1, 4.0), (3, 2.5)), sized((1, 4.0), (3, 2.5))], 4, 10.0),  # per unit
+        ([sized((1, 5.0), (2, 5.0), (4, 1.0))], 3, 1.0),  # past an option that gains nothing
+        ([sized((1, 5.0), (2, 4.0), (3, 1.0))], 2, 1.0),  # past one that gains little
+    ],
+)
+def test_what_is_left_goes_to_the_most_profitable_enlargements(others: list[Item], spare: int, cost: float) -> None:
+    found, size = run([BLOCKING, *others], 1 + len(others) + spare)
+    assert found == 1e6 + cost
+    assert size <= 1 + len(others) + spare
+
+
+def test_of_options_of_one_cost_the_smallest_is_taken() -> None:
+    assert run([sized((1, 2.0), (3, 2.0), (9, 2.0)), sized((2, 0.0), (5, 0.0))], 100) == (2.0, 3)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,32 @@ from globe.run import prepare as prepare_module
 from globe.run import scope as scope_module
 from tests.model.compressed import FAMILIES, FAMILY_SETTINGS, LAYERS, D, E, P, tiny_model
 from tests.random_experts import normal
-from tests.tiny_sources import write_source
+from tests.tiny_sources import write_source, write_tokenizer
 
-QUICK = CompressConfig(keep=0.7, steps=5, layers=(1, 3), calibrate="calibration", calibration_tokens=512)
+QUICK = CompressConfig(keep=0.7, steps=5, layers=(0, 2))
 RANK, BASES = 5, 4
+LETTERS = "".join(map(chr, range(ord("a"), ord("a") + 26))) + "ABCDEFGHIJKLMNOPQRSTUV"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that takes windows as long as outside of the suite, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("calibrated") / "source"
+    write_source(folder)
+    write_tokenizer(folder, LETTERS)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": LENGTH}))
+    return folder
+
+
+def written(path: Path, letters: str) -> str:
+    path.write_text(letters)
+    return str(path)
+
+
+def random_letters(count: int, seed: int) -> str:
+    drawn = torch.randint(len(LETTERS), (count,), generator=torch.Generator().manual_seed(seed))
+    return "".join(LETTERS[place] for place in drawn)
 
 
 def windows() -> torch.Tensor:
@@ -89,8 +112,11 @@ def test_stored_adapters_are_exact_in_the_metric(tmp_path: Path) -> None:
         assert stored.errors[key] == pytest.approx(float((missed.square().sum() / energy).sqrt()), rel=1e-5)
 
 
-def test_a_calibrated_run_is_resumed_without_another_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compress("shipped", tmp_path / "whole", QUICK)
+def test_a_calibrated_run_is_resumed_without_another_pass(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(QUICK, calibrate=written(tmp_path / "text.txt", random_letters(700, seed=0)))
+    compress(source, tmp_path / "whole", config)
     fits, fit = 0, scope_module.fit_bank
 
     def fit_once(*args: Any, **kwargs: Any) -> Any:
@@ -103,36 +129,38 @@ def test_a_calibrated_run_is_resumed_without_another_pass(tmp_path: Path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(scope_module, "fit_bank", fit_once)
         with pytest.raises(KeyboardInterrupt):
-            compress("shipped", tmp_path / "out", QUICK)
-    text = tmp_path / "other.txt"
-    text.write_text("def other():\n    return 1\n" * 400)
+            compress(source, tmp_path / "out", config)
+    written(tmp_path / "text.txt", random_letters(700, seed=1))
     with pytest.raises(SettingsError, match="calibration was"):
-        compress("shipped", tmp_path / "out", dataclasses.replace(QUICK, calibrate=str(text)))
+        compress(source, tmp_path / "out", config)
+    written(tmp_path / "text.txt", random_letters(700, seed=0))
     with monkeypatch.context() as patch:
         patch.delattr(prepare_module, "calibrate")
-        report = compress("shipped", tmp_path / "out", QUICK)
+        report = compress(source, tmp_path / "out", config)
     for path in (tmp_path / "whole").glob("*.safetensors"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
     assert not (tmp_path / "out" / "calibration.safetensors").exists()
     assert Report.read(tmp_path / "out") == report
 
 
-def test_experts_never_reached_are_reported(tmp_path: Path) -> None:
-    report = compress("shipped", tmp_path / "out", dataclasses.replace(QUICK, allocation="uniform"))
+def test_experts_never_reached_are_reported(source: Path, tmp_path: Path) -> None:
+    """A text of one letter goes the same way everywhere: to two experts of six."""
+    text = written(tmp_path / "text.txt", "a" * 600)
+    config = dataclasses.replace(QUICK, calibrate=text, calibration_tokens=512, allocation="uniform")
+    report = compress(source, tmp_path / "out", config)
     assert report.calibration is not None
     assert report.calibration.num_tokens == 512
-    assert report.calibration.num_experts == 32
-    assert 5 in report.calibration.unreached["1"]
-    assert report.calibration.num_unreached >= 1
+    assert report.calibration.num_experts == 2 * E
+    assert {layer: len(experts) for layer, experts in report.calibration.unreached.items()} == {"0": 4, "2": 4}
+    assert report.calibration.num_unreached == 8
     alone = dataclasses.replace(QUICK, calibrate="none", allocation="uniform")
-    assert compress("shipped", tmp_path / "plain", alone).calibration is None
+    assert compress(source, tmp_path / "plain", alone).calibration is None
 
 
-def test_a_text_without_a_window_is_refused_before_any_work(tmp_path: Path) -> None:
-    text = tmp_path / "short.txt"
-    text.write_text("pass\n")
+def test_a_text_without_a_window_is_refused_before_any_work(source: Path, tmp_path: Path) -> None:
+    text = written(tmp_path / "short.txt", "a")
     with pytest.raises(SettingsError, match="give a longer text"):
-        compress("shipped", tmp_path / "out", dataclasses.replace(QUICK, calibrate=str(text)))
+        compress(source, tmp_path / "out", dataclasses.replace(QUICK, calibrate=text))
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -144,17 +172,17 @@ def all_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("all_samples")
-def test_by_default_the_model_is_calibrated_on_samples_of_its_own(tmp_path: Path) -> None:
-    report = compress("shipped", tmp_path / "out", dataclasses.replace(QUICK, calibrate="samples"))
+def test_by_default_the_model_is_calibrated_on_samples_of_its_own(source: Path, tmp_path: Path) -> None:
+    report = compress(source, tmp_path / "out", QUICK)
     assert report.calibration is not None
     assert (report.calibration.text, report.calibration.num_tokens) == ("samples", NUM_SAMPLES * LENGTH)
     assert report.uncalibrated_because is None
 
 
-def test_other_seeds_give_other_samples(tmp_path: Path) -> None:
-    settings = dataclasses.replace(QUICK, calibrate="samples", allocation="uniform")
+def test_other_seeds_give_other_samples(source: Path, tmp_path: Path) -> None:
+    settings = dataclasses.replace(QUICK, allocation="uniform")
     first, second = (
-        compress("shipped", tmp_path / f"{seed}", dataclasses.replace(settings, seed=seed)) for seed in (0, 1)
+        compress(source, tmp_path / f"{seed}", dataclasses.replace(settings, seed=seed)) for seed in (0, 1)
     )
     assert first.calibration is not None
     assert second.calibration is not None
@@ -180,19 +208,19 @@ def test_samples_follow_the_distribution_of_the_model() -> None:
 
 @pytest.mark.parametrize("reason", ["does not generate", "takes"])
 def test_a_model_that_cannot_be_run_is_fitted_uncalibrated_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
-    settings = dataclasses.replace(QUICK, calibrate="samples", allocation="uniform")
+    settings = dataclasses.replace(QUICK, allocation="uniform")
 
     if reason == "takes":
         monkeypatch.setattr("globe.measure.runnable.MEMORY_SHARE", 1e-9)
     else:
         monkeypatch.setattr("transformers.PreTrainedModel.can_generate", lambda *_: False)
-    report = compress("shipped", tmp_path / "out", settings)
+    report = compress(source, tmp_path / "out", settings)
     assert report.calibration is None
     assert report.uncalibrated_because is not None
     assert reason in report.uncalibrated_because
-    plain = compress("shipped", tmp_path / "plain", dataclasses.replace(settings, calibrate="none"))
+    plain = compress(source, tmp_path / "plain", dataclasses.replace(settings, calibrate="none"))
     assert report.error == plain.error
 
 
@@ -205,7 +233,7 @@ def test_a_model_that_cannot_be_run_is_fitted_uncalibrated_and_says_so(
     ],
 )
 def test_a_fault_while_sampling_is_not_taken_for_a_model_that_cannot_generate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, expected: type[BaseException]
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, expected: type[BaseException]
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise raised
@@ -217,12 +245,12 @@ def test_a_fault_while_sampling_is_not_taken_for_a_model_that_cannot_generate(
     )
     monkeypatch.setattr(where, fail, raising=False)
     with pytest.raises(expected):
-        compress("shipped", tmp_path / "out", dataclasses.replace(QUICK, calibrate="samples"))
+        compress(source, tmp_path / "out", QUICK)
 
 
-def test_a_streamed_bank_is_calibrated_like_one_in_memory(tmp_path: Path) -> None:
-    settings = dataclasses.replace(QUICK, calibrate="samples", scope="model", steps=15)
-    streamed = compress("shipped", tmp_path / "streamed", dataclasses.replace(settings, stream=True))
-    whole = compress("shipped", tmp_path / "whole", settings)
+def test_a_streamed_bank_is_calibrated_like_one_in_memory(source: Path, tmp_path: Path) -> None:
+    settings = dataclasses.replace(QUICK, scope="model", steps=15)
+    streamed = compress(source, tmp_path / "streamed", dataclasses.replace(settings, stream=True))
+    whole = compress(source, tmp_path / "whole", settings)
     assert streamed.calibration == whole.calibration  # the samples are the same ones
     assert streamed.error == pytest.approx(whole.error, rel=0.1)

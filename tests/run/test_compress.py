@@ -24,6 +24,7 @@ from globe import (
 from globe.checkpoint import layout, writer
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.report import Report
+from globe.model.names import is_factor
 from globe.plan.scopes import BankPlan
 from globe.run import compress as compress_module
 from globe.run import scope as scope_module
@@ -158,6 +159,8 @@ def test_the_report_holds_the_errors_of_the_weights_as_stored(source: Path, tmp_
     sizes = [tensor.nbytes for tensor in open_checkpoint(tmp_path / "out").tensors.values()]
     assert report.compressed_bytes == sum(sizes)
     assert report.original_bytes == sum(tensor.nbytes for tensor in before.tensors.values())
+    stored = [tensor.nbytes for tensor in open_checkpoint(tmp_path / "out").tensors.values() if is_factor(tensor.name)]
+    assert 4 * sum(bank.stored_parameters for bank in report.banks) == sum(stored)  # float32: every code counts
 
 
 def test_the_same_seed_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from globe.bank.objective import InputMetric, Problem
+from globe.bank.objective import InputMetric, Problem, relative_errors
 from globe.errors import GlobeError
 from globe.terms import CodeMap, WarmStartName
 from globe.train.config import FitConfig
-from globe.train.fit_banks import fit_bank
+from globe.train.fit_banks import FAINT, fit_bank, lift_faint
 from globe.train.result import FitResult
 from globe.train.stream import ExpertParts, fit_parts
-from tests.random_experts import normal, second_moment
+from tests.random_experts import normal, planted_alignment, second_moment
 
 P, D = 4, 6
 KINDS = ("zero", "first", "tiny", "huge", "denormal", "zero rows", "zero columns", "constant", "rank one", "plain")
@@ -127,3 +127,15 @@ def test_what_is_not_finite_is_still_refused(poison: float, scale: float) -> Non
     experts[1, 2, 3] = poison
     with pytest.raises(GlobeError, match="NaN or Inf"):
         fit_bank(experts, FitConfig(rank=2, num_bases=2))
+
+
+def test_an_expert_that_is_nothing_beside_the_others_is_still_approximated():
+    """Its features are lifted for the fit, and its adapters made smaller for that."""
+    experts = planted_alignment(12, 6, 16, 6, 4).float()
+    faint = experts * torch.ones(12).index_fill(0, torch.tensor([3]), 1e-9)[:, None, None]
+    result = fit_bank(faint, FitConfig(rank=5, num_bases=4, max_steps=20))
+    assert float(relative_errors(faint, result.factors.compose())[3]) < 0.9
+    lifted, back = lift_faint(faint)
+    torch.testing.assert_close(lifted * back, faint)
+    assert float(lifted[3].norm()) == pytest.approx(FAINT * float(faint.flatten(1).norm(dim=1).square().mean().sqrt()))
+    assert lift_faint(experts)[0] is experts

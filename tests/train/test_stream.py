@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from globe.bank.factors import mix
 from globe.bank.objective import Problem, project
 from globe.errors import GlobeError, SettingsError
 from globe.train.config import FitConfig
-from globe.train.fit_banks import fit_bank
+from globe.train.fit_banks import fit_bank, step_length
 from globe.train.parts import ExpertParts
 from globe.train.result import StepRecord
 from globe.train.stream import State, fit_parts
+from globe.train.varpro import VariableProjection
 from tests.plain_alternation import plain_alternation
 from tests.random_experts import normal, planted_alignment
 
@@ -45,6 +47,27 @@ def test_the_steps_are_those_of_all_experts_at_once(experts: Tensor):
     whole = ExpertParts((64,), P, D, lambda _: Problem(experts.clone()))
     one, three = fit_parts(whole, configure(max_steps=8)), fit_parts(split(experts), configure(max_steps=8))
     assert three.history == pytest.approx(one.history, rel=1e-3)
+
+
+def test_the_steps_are_those_of_the_solver_in_memory(experts: Tensor):
+    """From where the alignment ended, its mixtures brought to their starting deviation."""
+    config, states = configure(max_steps=12, align_steps=5), list[State]()
+    result = fit_parts(
+        split(experts), config, save=lambda state: states.append({k: v.clone() for k, v in state.items()})
+    )
+    codes, bases = states[4]["codes"], states[4]["bases"]
+    bases = bases * (0.5 / mix(codes, bases).std())
+    solver = VariableProjection(Problem(experts), codes, bases, "tanh", "ridge", config.learning_rate, 1.0)
+    errors = [solver.objective**0.5]
+    for step in range(1, 13):
+        solver.step(step_length(step, 12), 1.0)
+        errors.append(solver.objective**0.5)
+    assert result.history == pytest.approx(errors, rel=1e-3)
+
+
+def test_the_seed_decides_where_the_alignment_begins(experts: Tensor):
+    first, other = (fit_parts(split(experts), configure(max_steps=1, align_steps=1, seed=seed)) for seed in (0, 1))
+    assert first.history[0] != other.history[0]
 
 
 def test_the_last_error_is_that_of_the_factors_returned(experts: Tensor):

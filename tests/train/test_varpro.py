@@ -182,3 +182,36 @@ def test_the_rows_of_a_basis_share_their_second_moments():
     expected = start - 0.1 * gradient / gradient.square().mean(1, keepdim=True).sqrt()
     torch.testing.assert_close(factor.value, expected)
     assert factor.second.numel() == 3 * 5
+
+
+@pytest.mark.parametrize("code_map", MAPS)
+def test_a_first_step_is_as_many_deviations_of_each_factor_as_its_length_says(code_map: str):
+    """Codes or scores by their sign, bases by their share of a column's root mean square, in whatever units."""
+    codes, bases = (normal(E, M) if code_map == "ridge" else simplex(E, M)), normal(M, R, D, seed=3)
+    rate, length = 1e-3, 0.25
+    for unit in (1.0, 20.0):
+        given = codes / unit if code_map == "ridge" else codes
+        solver = VariableProjection(Problem(normal(E, P, D)), given, unit * bases, "tanh", code_map, rate, 1.0)
+        scores = solver._scores.value.clone()
+        solver.step(length, 1.0)
+        moved = (solver._scores.value - scores).abs()
+        expected = rate * length * float(scores.std())
+        # where a score has a slope at all
+        torch.testing.assert_close(moved[moved > 0], torch.full_like(moved[moved > 0], expected), rtol=1e-6, atol=0)
+        assert (moved > 0).sum() > moved.numel() / 2
+        columns = (solver.bases - unit * bases).square().mean(1).sqrt()
+        expected = rate * length * unit * float(bases.std())
+        torch.testing.assert_close(columns, torch.full_like(columns, expected), rtol=1e-6, atol=0)
+
+
+def test_codes_that_are_all_alike_still_move():
+    """Their deviation is 0; a thousandth is taken for it."""
+    codes, bases = torch.full((E, M), 0.5, dtype=torch.float64), normal(M, R, D, seed=3)
+    solver = VariableProjection(Problem(normal(E, P, D)), codes, bases, "tanh", "ridge", 0.1, 1.0)
+    solver.step(1.0, 1.0)
+    torch.testing.assert_close((solver.codes - codes).abs(), torch.full_like(codes, 1e-4))
+
+
+def test_the_decays_are_what_was_measured():
+    """See docs/log.md: whoever measures anew changes both."""
+    assert (FIRST_DECAY, SECOND_DECAY) == (0.85, 0.9)
