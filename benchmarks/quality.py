@@ -7,7 +7,7 @@ the checkpoint. GloBE goes the whole way: compressed to a directory and loaded f
 float32 on the same held-out tokens, against the original.
 
 With `--rivals all` the other factorisations, pruning and merging come in at the same budgets, rounding of the weights
-alone at the bytes that it takes, and GloBE with factors in few bits. GloBE is calibrated on samples of the model
+alone at the bytes that it takes, and GloBE's coded experts. GloBE is calibrated on samples of the model
 itself, its default, and also fitted to the weights alone and calibrated as the rivals are that need a text: on the
 shipped calibration split and nothing else.
 """
@@ -71,7 +71,7 @@ CALIBRATED: Mapping[str, Callable[[Stacks, float, torch.dtype, Calibration], App
 ROUNDINGS = ((8, 32), (4, 32), (4, 128), (3, 32), (3, 128), (2, 32), (2, 64), (2, 128))
 """Bits to which the weights alone are rounded, and weights that share a scale and an offset."""
 CLAIMED_RATIO = 0.5
-"""KL of GloBE in few bits over that of the better rounding that takes no more of them, at most."""
+"""KL of coded experts over that of the better rounding that takes no more of them, at most."""
 COLUMNS = (
     Column("keep", "keep", "g"),
     Column("method", "method"),
@@ -100,7 +100,7 @@ class QualityConfig:
     keeps: tuple[float, ...] = (0.75, 0.625, 0.5, 0.35)
     """Budgets: stored parameters of the experts over the original ones."""
     bits: tuple[float, ...] = (4.0, 3.0, 2.5)
-    """With all rivals: bits per weight that GloBE's factors take, everything counted."""
+    """With all rivals: bits per weight that GloBE's coded experts take, everything counted."""
     mobe_epochs: int = 2000
     """Adam steps of MoBE."""
     steps: int = 500
@@ -263,10 +263,10 @@ def rounding_rows(stacks: Stacks, calibration: Calibration, evaluator: Evaluator
             yield {"method": method, "shape": found.shape, "bytes": stored, **judged(stacks, found, evaluator)}
 
 
-def few_bits_rows(config: QualityConfig, evaluator: Evaluator) -> Iterator[dict[str, Any]]:
-    """GloBE with factors in few bits."""
+def coded_rows(config: QualityConfig, evaluator: Evaluator) -> Iterator[dict[str, Any]]:
+    """GloBE's coded experts."""
     for bits, (suffix, text) in itertools.product(config.bits, TEXTS.items()):
-        yield globe_row(config, evaluator, f"GloBE, few bits{suffix}", text, bits=bits)
+        yield globe_row(config, evaluator, f"GloBE, coded{suffix}", text, bits=bits)
 
 
 def add_ratios(rows: list[dict[str, Any]], original: float, dtype: torch.dtype) -> None:
@@ -302,7 +302,7 @@ def judge_claims(rows: list[dict[str, Any]]) -> list[Claim]:
             claims.append(
                 Claim(f"keep {keep:g}: GloBE's {name} is below every rival's", measured, globe[key] < best[key])
             )
-    for globe in (row for row in rows if row["method"].startswith("GloBE, few bits")):
+    for globe in (row for row in rows if row["method"].startswith("GloBE, coded")):
         rivals = [row for row in rows if row["method"].startswith("int") and row["bytes"] <= globe["bits"] / 16]
         if rivals:
             best = min(rivals, key=lambda row: row["kl"])
@@ -367,7 +367,7 @@ def main(config: QualityConfig) -> None:
             for row in more_rows_at(config, keep, stacks, dtype, calibration, evaluator):
                 add(row)
     if calibration is not None:
-        for row in few_bits_rows(config, evaluator):
+        for row in coded_rows(config, evaluator):
             add(row)
         for row in rounding_rows(stacks, calibration, evaluator):
             add(row)

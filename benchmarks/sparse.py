@@ -32,6 +32,7 @@ from globe.model.loading import expert_layers
 from globe.plan.scopes import make_plan
 from globe.terms import CodeMap
 from globe.train.fit_banks import step_length
+from globe.train.parts import ExpertParts
 from globe.train.varpro import VariableProjection
 
 COLUMNS = (
@@ -73,13 +74,14 @@ class Cut(VariableProjection):
 
     def __init__(self, problem: Problem, codes: Tensor, bases: Tensor, rule: Callable[[Tensor, int], Tensor]) -> None:
         self.count, self._rule = 0, rule
-        super().__init__(problem, codes, bases, "tanh", "ridge", 0.5, 1.0)
+        parts = ExpertParts.in_memory(problem)
+        super().__init__(parts, codes, bases.clone(), "tanh", "ridge", 0.5, 1.0, energy=parts.energy())
 
-    def _project(self) -> Projection:
+    def evaluate(self) -> Projection:
         size = self._scores.value * norms(self.bases)
         self._scores.value.mul_(self._rule(size.abs(), self.count))
         self.count += 1
-        return super()._project()
+        return super().evaluate()
 
 
 def ways(num_bases: int, num_kept: int, steps: int) -> dict[str, Callable[[Tensor, int], Tensor]]:
@@ -128,10 +130,12 @@ def run_ways(weights: Tensor, num_kept: int, config: SparseConfig) -> list[dict[
     def follow(way: str, codes: Tensor, rule: Callable[[Tensor, int], Tensor]) -> None:
         best = float("inf")
         solver = Cut(problem, codes, start.bases, rule)
+        solver.evaluate()
         for step in range(1, config.steps + 1):
-            solver.step(step_length(step, config.steps), 1.0)
+            solver.move(step_length(step, config.steps), 1.0)
+            objective = solver.evaluate().objective
             if int(support(solver.codes).max()) <= num_kept:
-                best = min(best, solver.objective)
+                best = min(best, objective)
         rows.append(row(way, "ridge", num_kept, solver.codes, best**0.5))
 
     for way, rule in ways(config.num_bases, num_kept, config.steps).items():

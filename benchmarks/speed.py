@@ -30,6 +30,7 @@ from globe.bank.factors import mix
 from globe.bank.objective import Problem, objective
 from globe.bank.targets import wanted_features, weight_aware_targets
 from globe.init.init_bank import am_step
+from globe.train.parts import ExpertParts
 from globe.train.varpro import VariableProjection
 
 ACTIVATION, ACTIVATION_LAMBDA = "silu", 0.5
@@ -206,11 +207,16 @@ def step_flops(case: Case) -> float:
 
 def fit_rate(case: Case, repeats: int) -> dict[str, Any]:
     """The rate of varpro's step beside that of torch.matmul on the product A φ(T)."""
-    solver = VariableProjection(Problem(case.weights), case.codes.clone(), case.bases, "tanh", "ridge", 0.5, 1.0)
+    parts, start = ExpertParts.in_memory(Problem(case.weights)), (case.codes.clone(), case.bases.clone())
+    solver = VariableProjection(parts, *start, "tanh", "ridge", 0.5, 1.0, energy=parts.energy())
+    solver.evaluate()
+
+    def step() -> None:
+        solver.move(0.01, 1.0)
+        solver.evaluate()
+
     features = case.features
-    found = medians(
-        {"step": lambda: solver.step(0.01, 1.0, None), "matmul": lambda: torch.matmul(case.adapters, features)}, repeats
-    )
+    found = medians({"step": step, "matmul": lambda: torch.matmul(case.adapters, features)}, repeats)
     flops = step_flops(case)
     step_rate = flops / found["step"] / 1e9
     matmul_rate = 2.0 * case.adapters.numel() * case.weights.shape[2] / found["matmul"] / 1e9

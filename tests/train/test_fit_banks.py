@@ -401,8 +401,8 @@ def test_the_window_is_one_of_errors(experts: Tensor):
     worst = max(ratios) - 1
     assert worst > 0.05
     wide = fit_bank(experts, configure(window=1.01 * worst, **settings))
-    assert (wide.metrics["num_restarts"], wide.history) == (0, free.history)
-    assert fit_bank(experts, configure(window=0.95 * worst, **settings)).metrics["num_restarts"] > 0
+    assert (wide.stats.num_restarts, wide.history) == (0, free.history)
+    assert fit_bank(experts, configure(window=0.95 * worst, **settings)).stats.num_restarts > 0
 
 
 @pytest.mark.parametrize("seed", range(2))

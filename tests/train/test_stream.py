@@ -57,12 +57,13 @@ def test_the_steps_are_those_of_the_solver_in_memory(experts: Tensor):
     )
     codes, bases = states[4]["codes"], states[4]["bases"]
     bases = bases * (0.5 / mix(codes, bases).std())
-    solver = VariableProjection(Problem(experts), codes, bases, "tanh", "ridge", config.learning_rate, 1.0)
-    errors = [solver.objective**0.5]
+    whole = ExpertParts.in_memory(Problem(experts))
+    solver = VariableProjection(whole, codes, bases, "tanh", "ridge", config.learning_rate, 1.0, energy=whole.energy())
+    errors = [solver.evaluate().objective ** 0.5]
     for step in range(1, 13):
-        solver.step(step_length(step, 12), 1.0)
-        errors.append(solver.objective**0.5)
-    assert result.history == pytest.approx(errors, rel=1e-3)
+        solver.move(step_length(step, 12), 1.0)
+        errors.append(solver.evaluate().objective ** 0.5)
+    assert [record.raw_error for record in result.steps] == pytest.approx(errors, rel=1e-3)
 
 
 def test_the_seed_decides_where_the_alignment_begins(experts: Tensor):

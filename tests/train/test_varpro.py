@@ -191,9 +191,9 @@ def test_a_first_step_is_as_many_deviations_of_each_factor_as_its_length_says(co
     rate, length = 1e-3, 0.25
     for unit in (1.0, 20.0):
         given = codes / unit if code_map == "ridge" else codes
-        solver = VariableProjection(Problem(normal(E, P, D)), given, unit * bases, "tanh", code_map, rate, 1.0)
+        solver = solver_of(Problem(normal(E, P, D)), given, unit * bases, "tanh", code_map, rate, 1.0)
         scores = solver._scores.value.clone()
-        solver.step(length, 1.0)
+        step(solver, length, 1.0)
         moved = (solver._scores.value - scores).abs()
         expected = rate * length * float(scores.std())
         # where a score has a slope at all
@@ -207,8 +207,8 @@ def test_a_first_step_is_as_many_deviations_of_each_factor_as_its_length_says(co
 def test_codes_that_are_all_alike_still_move():
     """Their deviation is 0; a thousandth is taken for it."""
     codes, bases = torch.full((E, M), 0.5, dtype=torch.float64), normal(M, R, D, seed=3)
-    solver = VariableProjection(Problem(normal(E, P, D)), codes, bases, "tanh", "ridge", 0.1, 1.0)
-    solver.step(1.0, 1.0)
+    solver = solver_of(Problem(normal(E, P, D)), codes, bases, "tanh", "ridge", 0.1, 1.0)
+    step(solver, 1.0, 1.0)
     torch.testing.assert_close((solver.codes - codes).abs(), torch.full_like(codes, 1e-4))
 
 
