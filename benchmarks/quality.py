@@ -168,8 +168,9 @@ def globe_row(
     config: QualityConfig, evaluator: Evaluator, method: str = "GloBE", calibrate: str = "samples", **budget: float
 ) -> dict[str, Any]:
     """GloBE at its defaults within a `budget`, keep or bits: compressed to a directory, loaded from it and judged."""
+    steps = {} if "bits" in budget else {"steps": config.steps}
     settings = CompressConfig(
-        steps=config.steps,
+        **steps,
         seed=config.seed,
         layers=config.layers,
         calibrate=calibrate,
@@ -181,13 +182,13 @@ def globe_row(
         quality = evaluator.directory(Path(folder) / "compressed")
         found = open_checkpoint(Path(folder) / "compressed").tensors.values()
         factors = sum(tensor.nbytes for tensor in found if is_factor(tensor.name))
-    bank = report.banks[0]
+    original = sum(part.original_parameters for part in (*report.banks, *report.coded))
     return {
         **budget,
         "method": method,
-        "shape": f"R={bank.rank} M={bank.num_bases}",
+        "shape": ", ".join(f"R={bank.rank} M={bank.num_bases}" for bank in report.banks[:1]),
         "stored": report.kept,
-        "bytes": factors / (2 * sum(bank.original_parameters for bank in report.banks)),
+        "bytes": factors / (2 * original),
         "error": report.error,
         **report.family_errors(),
         **quality,
