@@ -3,9 +3,8 @@
     python -m benchmarks.coding
 
 Random experts of normal entries, whose inputs have a second moment with eigenvalues over two decades, are coded at a
-few budgets. `loss` is the weighted error over that of nothing, `limit` what reverse water-filling over the same costs would
-leave with an ideal coder at the same bits of paths: the Shannon lower bound for this feedback. Seconds are those of
-rehearsal, coding and decoding, a thread; those of a layer are for its three families.
+few budgets. `loss` is the weighted error over that of nothing, `limit` what reverse water-filling over the same costs
+would leave with an ideal coder at the same bits of paths. Seconds are those of rehearsal, coding and decoding.
 """
 
 from __future__ import annotations
