@@ -43,21 +43,24 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from globe.cli import main as cli
 from globe.experts.streamed import StreamedExperts
+from globe.quant import trellis
 from globe.run import scope
 from tests.conformance.quantise import write_quantised
 from tests.tiny_sources import write_source
 
 MOST_SECONDS, MOST_BYTES, DEADLINE = 2.0, 1_000_000_000, 30.0
 SOURCE, SMALL, TEXT = "source", "small", "text.txt"
-BARE = ("--steps", "1", "--calibrate", "none", "--allocation", "uniform")
+BARE = ("--calibrate", "none", "--allocation", "uniform")
 CALIBRATED = ("--calibrate", TEXT, "--calibration-tokens", "256")
 FIT = ("--keep", "0.7", "--steps", "1")
+CODE = ("--bits", "3")
 JUDGE = ("--text", TEXT, "--length", "16", "--max-tokens", "64")
 SWEEP = ("sweep", SOURCE, "-o", "grid", "--keep", "0.7", "0.6", "--common.calibrate", "none", "--common.steps", "1",
          "--common.allocation", "uniform", *(f"--evaluate.{word.lstrip('-')}" if word.startswith("--") else word
                                              for word in JUDGE))  # fmt: skip
-INSPECT = ("inspect", SOURCE, *BARE)
-COMPRESS = ("compress", SOURCE, "-o", "out", "--keep", "0.7", *BARE)
+INSPECT = ("inspect", SOURCE, *FIT, *BARE)
+COMPRESS = ("compress", SOURCE, "-o", "out", *FIT, *BARE)
+COMPRESS_CODED = ("compress", SOURCE, "-o", "out", *CODE, *BARE)
 LOAD = ("load", SMALL)
 
 NASTY: tuple[Any, ...] = (
@@ -107,23 +110,25 @@ class Case:
 
 def build_sources(folder: Path) -> Iterator[Subject]:
     """Sources in every layout and quantisation."""
-    commands = ((12, INSPECT), (4, COMPRESS), (2, ("evaluate", SOURCE, *JUDGE)),
-                (1, ("compress", SOURCE, "-o", "out", *FIT, *CALIBRATED)))  # fmt: skip
+    commands = ((12, INSPECT), (4, COMPRESS), (2, COMPRESS_CODED), (2, ("evaluate", SOURCE, *JUDGE)),
+                (1, ("compress", SOURCE, "-o", "out", *FIT, *CALIBRATED)),
+                (1, ("compress", SOURCE, "-o", "out", *CODE, *CALIBRATED)))  # fmt: skip
     for layout in ("per_expert", "fused"):
         place = _source(folder / f"{layout} source", functools.partial(write_source, layout=layout))
         yield Subject(place, SOURCE, commands, 4)
     for method in ("fp8", "mxfp4", "int4"):
         place = _source(folder / f"{method} source", functools.partial(write_quantised, method))
-        yield Subject(place, SOURCE, ((12, INSPECT), (3, COMPRESS)), 4)
+        yield Subject(place, SOURCE, ((12, INSPECT), (3, COMPRESS), (1, COMPRESS_CODED)), 4)
 
 
 def build_outputs(folder: Path) -> Iterator[Subject]:
     """Compressed models, with the manifest that proves them and without it."""
     read = ((2, ("inspect", SMALL)), (2, ("report", SMALL)), (3, ("export", SMALL, "-o", "dense")), (1, LOAD),
             (1, ("evaluate", SMALL, *JUDGE, "--reference", "none")), (1, ("verify", SMALL)))  # fmt: skip
-    for name, settings in (("layers", ()), ("model in int4", ("--scope", "model", "--factor-dtype", "int4"))):
+    wide = (*FIT, "--scope", "model", "--factor-dtype", "bfloat16")
+    for name, settings in (("layers", FIT), ("model in bfloat16", wide), ("coded", CODE)):
         place = _source(folder / name, write_source)
-        assert _run(("compress", SOURCE, "-o", SMALL, "--keep", "0.7", *BARE, *settings)) == 0
+        assert _run(("compress", SOURCE, "-o", SMALL, *BARE, *settings)) == 0
         shutil.rmtree(place / SOURCE)
         yield Subject(place, SMALL, read, 4, unproved=True)
         yield Subject(place, SMALL, read, 2)
@@ -131,8 +136,9 @@ def build_outputs(folder: Path) -> Iterator[Subject]:
 
 def build_unfinished(folder: Path) -> Iterator[Subject]:
     """Runs that were interrupted."""
-    for name, finished, settings in (("unfinished", 1, ()), ("unfinished stream", 0, ("--stream",))):
-        command = ("compress", SOURCE, "-o", "out", *FIT, *CALIBRATED, *settings)
+    runs = (("unfinished", 1, FIT), ("unfinished stream", 0, (*FIT, "--stream")), ("unfinished coded", 1, CODE))
+    for name, finished, settings in runs:
+        command = ("compress", SOURCE, "-o", "out", *CALIBRATED, *settings)
         place = _source(folder / name, write_source)
         _interrupted(command, finished)
         yield Subject(place, "out.partial", ((1, command),), 2)
@@ -179,6 +185,7 @@ def _interrupted(command: Sequence[str], finished: int) -> None:
 
     with (
         mock.patch.object(scope, "fit_bank", count(scope.fit_bank)),
+        mock.patch.object(scope, "code_layer", count(scope.code_layer)),
         mock.patch.object(StreamedExperts, "store", count(StreamedExperts.store)),
     ):
         assert _run(command) == 130
@@ -410,6 +417,8 @@ def fuzz(
     """Run the cases of these numbers, and show each; `folder` is where everything is written."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)  # others would not be there in a fork
+    for width in range(1, trellis.MAX_WIDTH + 1):  # compiled here, not in every fork
+        trellis.encode(torch.randn(2, trellis.LOG_STATES), width)
     nowhere = io.StringIO()
     with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         subjects = [subject for builder in builders for subject in builder(folder)]

@@ -1,6 +1,6 @@
 """Kill a command before each of its calls that change the file system, repeat it, and compare what comes out.
 
-    python -m tests.kills [compress] [compress-stream] [sweep] [export] [race]
+    python -m tests.kills [compress] [compress-stream] [compress-coded] [sweep] [export] [export-coded] [race]
 
 Prints, for each command, how many calls it makes and how many of the kills ended in the bytes of an undisturbed run.
 Processes are forked from one that has imported everything; a kill is SIGKILL, from an audit hook. `race` starts two
@@ -30,6 +30,7 @@ from tests.tiny_sources import write_source
 EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.chmod"}
 TIMES = {"seconds", "peak_memory_bytes", "phases"}
 QUICK = ("--steps", "2", "--keep", "0.7", "--calibrate", "none")
+CODED = ("--bits", "3", "--calibrate", "none")
 SWEEP = (
     *(
         "--keep",
@@ -144,12 +145,15 @@ def race(arguments: Callable[[Path], list[str]], scratch: Path, times: int = 50)
 def commands(scratch: Path) -> dict[str, Callable[[Path], list[str]]]:
     write_source(scratch / "source")
     main(["compress", str(scratch / "source"), "-o", str(scratch / "small"), *QUICK])
-    source, small = str(scratch / "source"), str(scratch / "small")
+    main(["compress", str(scratch / "source"), "-o", str(scratch / "coded"), *CODED])
+    source, small, coded = str(scratch / "source"), str(scratch / "small"), str(scratch / "coded")
     return {
         "compress": lambda out: ["compress", source, "-o", str(out), *QUICK],
         "compress-stream": lambda out: ["compress", source, "-o", str(out), *QUICK, "--scope", "model", "--stream"],
+        "compress-coded": lambda out: ["compress", source, "-o", str(out), *CODED],
         "sweep": lambda out: ["sweep", "shipped", "-o", str(out), *SWEEP],
         "export": lambda out: ["export", small, "-o", str(out)],
+        "export-coded": lambda out: ["export", coded, "-o", str(out)],
     }
 
 

@@ -24,6 +24,7 @@ from tests.conformance.tiny import load, logits
 
 EXACT = CompressConfig(rank_ratio=1, basis_ratio=1, activation="identity", steps=5, factor_dtype="float32")
 LOSSY = CompressConfig(keep=0.7, steps=3)
+CODED = CompressConfig(bits=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +71,21 @@ def test_nothing_compressed_away_leaves_the_logits(quantised: Quantised, referen
     torch.testing.assert_close(ours, logits(reference.float()), rtol=0, atol=1e-5)
 
 
-def test_a_lossy_run_exports_a_plain_model_with_its_logits(quantised: Quantised) -> None:
-    compress(quantised.source, quantised.folder / "lossy", LOSSY)
-    export_dense(quantised.folder / "lossy", quantised.folder / "dense")
-    ours = logits(load(quantised.folder / "lossy", dtype=torch.bfloat16))
-    theirs = logits(load(quantised.folder / "dense", dtype=torch.bfloat16))
+@pytest.mark.parametrize("config", [LOSSY, CODED], ids=["banks", "coded"])
+def test_a_lossy_run_exports_a_plain_model_with_its_logits(
+    quantised: Quantised, tmp_path: Path, config: CompressConfig
+) -> None:
+    report = compress(quantised.source, tmp_path / "lossy", config)
+    if config.is_coded:
+        assert report.bits is not None
+        assert 3.95 < report.bits <= 4
+        assert report.uncalibrated_because == report.uniform_because == "the source is quantised"
+    export_dense(tmp_path / "lossy", tmp_path / "dense")
+    ours = logits(load(tmp_path / "lossy", dtype=torch.bfloat16))
+    theirs = logits(load(tmp_path / "dense", dtype=torch.bfloat16))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02)
 
-    dense = open_checkpoint(quantised.folder / "dense")
+    dense = open_checkpoint(tmp_path / "dense")
     config = config_of(dense.folder)
     assert "quantization_config" not in config
     assert "auto_map" not in config

@@ -1,0 +1,112 @@
+"""How bits are shared out among the rows of a model, and the record of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from globe import CompressConfig, SettingsError
+from globe.experts.coding import damped
+from globe.run import coding as coding_module
+from globe.run.coding import (
+    check_reach,
+    code_layer,
+    measured_sensitivities,
+    plan_coding,
+    plan_from_json,
+    plan_to_json,
+)
+from globe.run.job import Job, make_job
+from globe.run.records import as_json
+from tests.coded import ALONE, LAYERS, D, E, P, write_source
+from tests.random_experts import normal
+
+WEIGHTS = LAYERS * 3 * E * P * D
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan") / "source"
+    write_source(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def job(source: Path) -> Job:
+    return make_job(source, ALONE)
+
+
+def test_a_record_of_a_plan_is_the_plan_exactly(job: Job) -> None:
+    sensitivities = {key: normal(E, seed=7).exp().float() for key in measured_sensitivities(job, None)[0]}
+    plan = plan_coding(job, None, sensitivities)
+    record = json.loads(json.dumps(as_json(plan_to_json(plan)), allow_nan=False))
+    again = plan_from_json(record)
+    assert plan_to_json(again) == plan_to_json(plan)
+    assert again.importance.keys() == plan.importance.keys()
+    for key, each in plan.importance.items():
+        assert again.importance[key].dtype == each.dtype == torch.float32
+        assert torch.equal(again.importance[key], each)
+    without = [dataclasses.replace(each, importance={}) for each in (plan, again)]
+    assert without[0] == without[1]
+
+
+@pytest.mark.parametrize("bits", [1.7, 3, 5.5])
+def test_what_is_planned_is_what_is_stored(source: Path, bits: float) -> None:
+    job = make_job(source, dataclasses.replace(ALONE, bits=bits))
+    plan = plan_coding(job, None, measured_sensitivities(job, None)[0])
+    stored = [coded.num_bytes for layer in range(LAYERS) for _, coded, _ in code_layer(job, plan, None, layer)]
+    assert sum(stored) == plan.num_bytes
+    assert 0.995 * bits <= 8 * plan.num_bytes / WEIGHTS <= bits
+
+
+def test_equal_sensitivities_where_that_is_asked_for(job: Job) -> None:
+    found, because = measured_sensitivities(job, None)
+    assert because == "that is asked for"
+    assert found.keys() == {(layer, family) for layer in range(LAYERS) for family in ("gate", "up", "down")}
+    assert all(torch.equal(each, torch.ones(E)) for each in found.values())
+
+
+def test_sensitivities_are_measured_for_what_is_coded_alone(source: Path) -> None:
+    config = CompressConfig(bits=3, calibrate="none", families=("up",), layers=(1,))
+    found, because = measured_sensitivities(make_job(source, config), None)
+    assert because is None
+    assert found.keys() == {(1, "up")}
+    assert bool((found[1, "up"] > 0).all())
+
+
+def test_more_sensitive_experts_get_more_bits(job: Job) -> None:
+    """By one multiplier: four times the importance is one bit, whatever layer and family."""
+    equal = measured_sensitivities(job, None)[0]
+    weighted = {key: each.clone() for key, each in equal.items()}
+    weighted[1, "down"][3] = 60.0
+    importance = damped(weighted)
+    gained = {}
+    for name, sensitivities in (("equal", equal), ("weighted", weighted)):
+        plan = plan_coding(job, None, sensitivities)
+        (down,) = (report for _, _, report in code_layer(job, plan, None, 1) if report.family == "down")
+        gained[name] = torch.tensor(down.expert_widths)
+    more = gained["weighted"] - gained["equal"]
+    ratio = float(importance[1, "down"][3] / importance[1, "down"][0])
+    expected = 0.5 * torch.tensor(ratio).log2()
+    others = [expert for expert in range(E) if expert != 3]
+    assert float(more[3] - more[others].mean()) == pytest.approx(float(expected), abs=0.25)
+    assert bool((more[others] <= 0.01).all())
+
+
+def test_a_layer_is_coded_from_the_record_as_from_the_plan(job: Job) -> None:
+    plan = plan_coding(job, None, measured_sensitivities(job, None)[0])
+    again = plan_from_json(json.loads(json.dumps(plan_to_json(plan))))
+    for (_, one, _), (_, two, _) in zip(*(code_layer(job, each, None, 1) for each in (plan, again)), strict=True):
+        assert torch.equal(one.payload, two.payload)
+
+
+def test_bits_below_widths_and_scales_are_out_of_reach(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(source, dataclasses.replace(ALONE, bits=2))
+    check_reach(job)
+    monkeypatch.setattr(coding_module, "_side_bytes", lambda *_: E * P * D // 4 + 1)  # two bits a weight, and more
+    with pytest.raises(SettingsError, match=r"bits 2 is out of reach: .* take 2\.00 bits a weight"):
+        check_reach(job)
