@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import functools
 import inspect
+import io
 import json
 import os
 import re
@@ -17,6 +20,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from globe.cli.main import main
+from globe.measure.evaluate import generate
 from globe.measure.settings import EvaluateConfig
 from globe.plan.settings import CompressConfig
 from globe.run import scope as scope_module
@@ -39,23 +43,32 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return status, printed.out, printed.err
 
 
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The shipped model after a short run, and what was printed."""
+    folder = tmp_path_factory.mktemp("compressed") / "out"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["compress", "-o", str(folder), *FAST]) == 0
+    return folder, printed.getvalue()
+
+
 def test_compress_evaluate_inspect_and_export_the_shipped_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    compressed: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    status, out, _ = run(capsys, "compress", "-o", tmp_path / "out", *FAST)
-    assert status == 0
+    monkeypatch.setattr("globe.report.show.generate", functools.partial(generate, max_new_tokens=8))
+    folder, out = compressed
     assert "layer 3 gate+up+down: error" in out
-    few = "--max-tokens", 1024, "--compose-cache", 10**6
-    status, out, _ = run(capsys, "evaluate", tmp_path / "out", *few, "--prompt", "import os\n")
+    few = "--max-tokens", 512, "--compose-cache", 10**6
+    status, out, _ = run(capsys, "evaluate", folder, *few, "--prompt", "import os\n")
     assert status == 0
     assert "composed experts kept: 0.59 MB of 1.00 MB, which served " in out
     assert "original" in out
     assert "KL to the original" in out
     assert "relative error, down" in out
-    status, out, _ = run(capsys, "inspect", tmp_path / "out")
+    status, out, _ = run(capsys, "inspect", folder)
     assert status == 0
     assert "compressed from shipped" in out
-    status, out, _ = run(capsys, "export", tmp_path / "out", "-o", tmp_path / "dense")
+    status, out, _ = run(capsys, "export", folder, "-o", tmp_path / "dense")
     assert status == 0
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
 
@@ -72,12 +85,11 @@ def test_a_bare_calibrate_means_the_shipped_split(
 
 
 def test_a_saved_copy_of_a_compressed_model_is_evaluated_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    compressed: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(capsys, "compress", "-o", tmp_path / "out", *FAST)
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "copy")
-    AutoTokenizer.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "copy")
-    status, out, _ = run(capsys, "evaluate", tmp_path / "copy", "--max-tokens", 512)
+    AutoModelForCausalLM.from_pretrained(compressed[0]).save_pretrained(tmp_path / "copy")
+    AutoTokenizer.from_pretrained(compressed[0]).save_pretrained(tmp_path / "copy")
+    status, out, _ = run(capsys, "evaluate", tmp_path / "copy", "--max-tokens", 256)
     assert status == 0
     assert "compressed" in out
     assert "original" not in out
@@ -301,10 +313,12 @@ def test_a_tracker_sees_the_settings_every_step_and_the_end(
         finish=lambda: finished.append(True),
     )
     monkeypatch.setitem(sys.modules, "wandb", tracker)
-    status, _, _ = run(capsys, "compress", "-o", tmp_path / "out", "--track", "wandb", *FAST)
+    write_source(tmp_path / "source")
+    few = "--steps", 3, "--keep", 0.7, "--layers", 1
+    status, _, _ = run(capsys, "compress", tmp_path / "source", "-o", tmp_path / "out", "--track", "wandb", *few)
     assert status == 0
     assert [settings["config"]["keep"] for settings in started] == [0.7]  # pyright: ignore[reportIndexIssue]
-    errors = [values["layer 3 gate+up+down/error"] for _, values in logged[:-1]]
+    errors = [values["layer 1 gate+up+down/error"] for _, values in logged[:-1]]
     assert len(errors) == 4
     assert errors == sorted(errors, reverse=True)
     assert [step for step, _ in logged] == list(range(5))

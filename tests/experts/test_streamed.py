@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from globe.bank.precision import Precision
 from safetensors.torch import load_file
 
 from globe.bank.factors import Factors
@@ -71,7 +70,7 @@ class TestAgainstMemory:
         codes, bases = normal(len(whole.weights), 4), normal(4, 5, D, seed=1)
         factors = Factors(torch.empty(0), codes.float(), bases.float(), "tanh")
         expected = to_storage(whole, factors, torch.bfloat16)
-        found = list(experts.store(factors, torch.bfloat16, Precision()))
+        found = list(experts.store(factors, torch.bfloat16))
         assert len(found) == len(experts.bank.layers)
         keys = [key for stored in found for key in stored.errors]
         assert keys == [(layer, family) for layer in experts.bank.layers for family in experts.bank.families]

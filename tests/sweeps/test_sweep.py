@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import string
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,27 @@ from globe.plan.scopes import compact
 from globe.sweeps import sweep as sweep_module
 from globe.sweeps.settings import parse_layers
 from globe.sweeps.view import draw_sweep, sweep_table, write_table
+from tests.tiny_sources import write_source, write_tokenizer
 
 QUICK = EvaluateConfig(max_tokens=256, length=64)
 GRID = SweepConfig(
-    keep=(0.7, 1e-5), layers=("3", "5"), common=CompressConfig(keep=0.75, steps=2, calibrate="none"), evaluate=QUICK
+    keep=(0.7, 1e-5), layers=("0", "2"), common=CompressConfig(keep=0.75, steps=2, calibrate="none"), evaluate=QUICK
 )
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a tokenizer of letters."""
+    source = tmp_path_factory.mktemp("source")
+    write_source(source)
+    write_tokenizer(source, string.ascii_lowercase + string.ascii_uppercase[:22])
+    return source
+
+
+@pytest.fixture(scope="module")
+def folder(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep") / "grid"
-    sweep("shipped", folder, GRID)
+    sweep(source, folder, GRID)
     return folder
 
 
@@ -43,21 +54,21 @@ def without_seconds(content: str) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name != "seconds"}
 
 
-def test_a_point_is_what_compress_and_evaluate_give(folder: Path, tmp_path: Path) -> None:
-    report = compress("shipped", tmp_path / "out", CompressConfig(keep=0.7, layers=(5,), steps=2, calibrate="none"))
-    expected = evaluate(tmp_path / "out", QUICK, reference="shipped")
-    result = sweep("shipped", folder, GRID)
+def test_a_point_is_what_compress_and_evaluate_give(source: Path, folder: Path, tmp_path: Path) -> None:
+    report = compress(source, tmp_path / "out", CompressConfig(keep=0.7, layers=(2,), steps=2, calibrate="none"))
+    expected = evaluate(tmp_path / "out", QUICK, reference=source)
+    result = sweep(source, folder, GRID)
     assert [point.settings["keep"] for point in result.points] == [0.7, 0.7, 1e-5, 1e-5]
-    assert [point.settings["layers"] for point in result.points] == ["3", "5"] * 2
+    assert [point.settings["layers"] for point in result.points] == ["0", "2"] * 2
     point = result.points[1]
     assert point.evaluation == expected
     assert (point.error, point.kept, point.compressed_bytes) == (report.error, report.kept, report.compressed_bytes)
-    assert result.original == evaluate("shipped", QUICK)
+    assert result.original == evaluate(source, QUICK)
     assert result.original_bytes == report.original_bytes
 
 
-def test_a_point_out_of_reach_is_recorded_and_the_sweep_goes_on(folder: Path) -> None:
-    failed = [point for point in sweep("shipped", folder, GRID).points if point.failure is not None]
+def test_a_point_out_of_reach_is_recorded_and_the_sweep_goes_on(source: Path, folder: Path) -> None:
+    failed = [point for point in sweep(source, folder, GRID).points if point.failure is not None]
     assert [point.settings["keep"] for point in failed] == [1e-5, 1e-5]
     assert all("out of reach" in str(point.failure) and point.evaluation is None for point in failed)
 
@@ -67,16 +78,16 @@ def test_only_records_are_left(folder: Path) -> None:
     assert files(folder).keys() == {"run.json", "original.json", "globe_manifest.json", *records}
 
 
-def test_models_are_kept_when_asked_for(tmp_path: Path) -> None:
-    config = dataclasses.replace(GRID, keep=(0.7,), layers=("3",), save_models=True)
-    result = sweep("shipped", tmp_path / "grid", config)
-    again = evaluate(tmp_path / "grid" / "models" / "00000", QUICK, reference="shipped")
+def test_models_are_kept_when_asked_for(source: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(GRID, keep=(0.7,), layers=("0",), save_models=True)
+    result = sweep(source, tmp_path / "grid", config)
+    again = evaluate(tmp_path / "grid" / "models" / "00000", QUICK, reference=source)
     assert again == result.points[0].evaluation
 
 
 @pytest.mark.parametrize(("stage", "after"), [("compress", 1), ("evaluate_model", 2)])
 def test_a_killed_sweep_goes_on_after_the_last_finished_point(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, after: int
+    source: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, after: int
 ) -> None:
     calls: list[object] = []
     real = getattr(sweep_module, stage)
@@ -90,10 +101,10 @@ def test_a_killed_sweep_goes_on_after_the_last_finished_point(
     with monkeypatch.context() as patch:
         patch.setattr(sweep_module, stage, killed)
         with pytest.raises(KeyboardInterrupt):
-            sweep("shipped", tmp_path / "grid", GRID)
+            sweep(source, tmp_path / "grid", GRID)
     before = {name: text for name, text in files(tmp_path / "grid").items() if name.startswith("points")}
     assert len(before) == 1
-    sweep("shipped", tmp_path / "grid", GRID)
+    sweep(source, tmp_path / "grid", GRID)
     now, expected = files(tmp_path / "grid"), files(folder)
     assert before.items() <= now.items()
     assert now.keys() == expected.keys()
@@ -104,22 +115,22 @@ def test_a_killed_sweep_goes_on_after_the_last_finished_point(
         assert without_seconds(now[name]) == without_seconds(text)
 
 
-def test_a_finished_sweep_loads_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_sweep_loads_nothing(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_module, "load", None)
     monkeypatch.setattr(sweep_module, "compress", None)
-    assert len(sweep("shipped", folder, GRID).points) == 4
+    assert len(sweep(source, folder, GRID).points) == 4
 
 
-def test_other_settings_in_the_same_folder_are_named(folder: Path) -> None:
+def test_other_settings_in_the_same_folder_are_named(source: Path, folder: Path) -> None:
     other = dataclasses.replace(GRID, keep=(0.7,), common=CompressConfig(keep=0.75, steps=3, calibrate="none"))
     with pytest.raises(SettingsError, match=r"keep was \[0.7, 1e-05\], now \[0.7\]; steps was 2, now 3"):
-        sweep("shipped", folder, other)
+        sweep(source, folder, other)
 
 
-def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_other_things_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(OutputError, match="holds files"):
-        sweep("shipped", tmp_path, GRID)
+        sweep(source, tmp_path, GRID)
 
 
 @pytest.mark.parametrize(
@@ -150,8 +161,8 @@ def test_layers_are_read_as_they_are_written(indices: set[int]) -> None:
     assert parse_layers(compact(sorted(indices)).replace(" ", "")) == tuple(sorted(indices))
 
 
-def test_the_table_holds_every_point(folder: Path, tmp_path: Path) -> None:
-    result = sweep("shipped", folder, GRID)
+def test_the_table_holds_every_point(source: Path, folder: Path, tmp_path: Path) -> None:
+    result = sweep(source, folder, GRID)
     write_table(result, tmp_path / "sweep.csv")
     with (tmp_path / "sweep.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -167,9 +178,9 @@ def test_the_table_holds_every_point(folder: Path, tmp_path: Path) -> None:
     assert "out of reach" in str(table.caption)
 
 
-@pytest.mark.parametrize("change", [{}, {"keep": (0.7,)}, {"layers": ("3",)}, {"keep": (0.7,), "layers": ("3",)}])
-def test_every_shape_of_grid_is_drawn(folder: Path, tmp_path: Path, change: dict[str, Any]) -> None:
-    result = sweep("shipped", folder, GRID)
+@pytest.mark.parametrize("change", [{}, {"keep": (0.7,)}, {"layers": ("0",)}, {"keep": (0.7,), "layers": ("0",)}])
+def test_every_shape_of_grid_is_drawn(source: Path, folder: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    result = sweep(source, folder, GRID)
     config = dataclasses.replace(GRID, **change)
     points = [p for p in result.points if p.settings in config.points()]
     shown = dataclasses.replace(result, config=config, points=points, source="$a_{ [/x]\x1b[2J\u202e")  # no mathematics
@@ -178,14 +189,14 @@ def test_every_shape_of_grid_is_drawn(folder: Path, tmp_path: Path, change: dict
 
 
 def test_the_command_prints_the_table_and_writes_the_picture(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = (
         "--keep",
         "0.7",
         "0.00001",
         "--layers",
-        "3",
+        "0",
         "--common.steps",
         "2",
         "--common.calibrate",
@@ -193,11 +204,11 @@ def test_the_command_prints_the_table_and_writes_the_picture(
         "--evaluate.max-tokens",
         "256",
     )
-    status = main(["sweep", "-o", str(tmp_path / "grid"), *arguments])
+    status = main(["sweep", str(source), "-o", str(tmp_path / "grid"), *arguments])
     out = capsys.readouterr().out
     assert status == 0
     assert "keep 1e-05: failed" in out
     assert "1 of 2 points failed" in out
     assert {"sweep.csv", "sweep.png"} < {path.name for path in (tmp_path / "grid").iterdir()}
-    assert main(["sweep", "-o", str(tmp_path / "grid"), *arguments]) == 0
+    assert main(["sweep", str(source), "-o", str(tmp_path / "grid"), *arguments]) == 0
     assert "going on after 2 of 2 points" in capsys.readouterr().out
