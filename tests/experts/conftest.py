@@ -70,7 +70,6 @@ def statistics() -> Mapping[int, LayerStatistics]:
             num_tokens=120,
             inputs=second_moment(D, seed=layer).float(),
             counts=counts.roll(layer),
-            output_norms=counts.roll(layer).sqrt(),
             rows={
                 family: counts.roll(layer)[:, None] * scale * normal(E, P, seed=10 * layer + scale).float().square()
                 for family, scale in (("gate", 1), ("up", 2), ("down", 3))
