@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from globe.checkpoint.gate_up import fuse_gate_up, split_gate_up
 from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.layout import ExpertLayer, source_names
 from globe.checkpoint.reader import Checkpoint
@@ -69,13 +70,13 @@ def _of_fused(layer: ExpertLayer, tensor: Tensor, family: Family) -> Tensor:
     if family == "down":
         return tensor if layer.transposed else tensor.transpose(1, 2)
     gate_up = (tensor.transpose(1, 2) if layer.transposed else tensor)[: layer.num_experts]
-    gate, up = (gate_up[:, 0::2], gate_up[:, 1::2]) if layer.interleaved else gate_up.chunk(2, dim=1)
+    gate, up = split_gate_up(gate_up, 1, interleaved=layer.interleaved)
     return gate if family == "gate" else up
 
 
 def _fuse(layer: ExpertLayer, gate: Tensor, up: Tensor) -> Tensor:
     """(E and the unused, 2P, D)."""
-    both = torch.stack([gate, up], dim=2).flatten(1, 2) if layer.interleaved else torch.cat([gate, up], dim=1)
+    both = fuse_gate_up(gate, up, 1, interleaved=layer.interleaved)
     return torch.cat([both, both.new_zeros(layer.num_unused, *both.shape[1:])]) if layer.num_unused else both
 
 

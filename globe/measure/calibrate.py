@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from globe.checkpoint.gate_up import split_gate_up
 from globe.checkpoint.writer import save_tensors
 from globe.errors import CheckpointError
 from globe.experts.metric import LayerStatistics
@@ -54,7 +55,7 @@ def run_expert(module: Any, layout: ExpertsLayout, expert: int, x: Tensor) -> Ex
     before.requires_grad_()
     h = module._apply_gate(before) if hasattr(module, "_apply_gate") else usual_gate(module, before)
     (slope,) = torch.autograd.grad(h.sum(), before)
-    by_gate, by_up = slope.chunk(2, dim=1) if layout.is_concatenated else (slope[:, ::2], slope[:, 1::2])
+    by_gate, by_up = split_gate_up(slope, 1, interleaved=not layout.is_concatenated)
     outputs = h.detach() @ down
     if layout.has_bias:
         outputs = outputs + parameters["down_proj_bias"][expert].detach().float()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from globe.checkpoint.gate_up import split_gate_up
 from globe.errors import CheckpointError
 from globe.machine.memory import explained_exhaustion
 from globe.model.expert_modules import ExpertsLayout, find_experts
@@ -94,5 +95,5 @@ def _families(name: str, stacked: Tensor, layout: ExpertsLayout) -> list[tuple[F
     if name == "down_proj":
         return [("down", stacked)]
     rows = stacked.mT if layout.is_transposed else stacked
-    gate, up = rows.chunk(2, dim=1) if layout.is_concatenated else (rows[:, 0::2], rows[:, 1::2])
+    gate, up = split_gate_up(rows, 1, interleaved=not layout.is_concatenated)
     return [("gate", gate), ("up", up)]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from globe.checkpoint.gate_up import fuse_gate_up
 from globe.errors import UnsupportedModelError
 from globe.model import bank_module
 from globe.model.bank_module import BankUse
@@ -235,8 +236,7 @@ class GlobeExperts(nn.Module):
             if dense_parameter(family) in parameters:
                 matrices[family] = parameters[dense_parameter(family)][index]
         if "gate" in matrices:
-            both = [matrices["gate"], matrices["up"]]
-            gate_up = torch.cat(both, dim=1) if layout.is_concatenated else torch.stack(both, dim=2).flatten(1, 2)
+            gate_up = fuse_gate_up(matrices["gate"], matrices["up"], 1, interleaved=not layout.is_concatenated)
         else:
             dense = parameters["gate_up_proj"][index]
             gate_up = dense.mT if layout.is_transposed else dense

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from globe.checkpoint.gate_up import fuse_gate_up
 from globe.model.bank_module import BankUse
 from globe.model.expert_modules import ExpertsLayout
 from globe.model.grouped import grouped_mm
@@ -100,7 +101,7 @@ def run_shared(
         )
         for family in ("gate", "up")
     )
-    hidden = torch.cat([gate, up], dim=1) if layout.is_concatenated else torch.stack([gate, up], dim=2).flatten(1)
+    hidden = fuse_gate_up(gate, up, 1, interleaved=not layout.is_concatenated)
     if layout.has_bias:
         hidden = hidden + parameters["gate_up_proj_bias"][index.flatten()[slots]]
     rows = adapted(apply_gate(hidden), "down", transposed=True)
