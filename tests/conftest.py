@@ -21,5 +21,5 @@ def _few_samples() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(samples, "NUM_SAMPLES", 16)
-        patch.setattr(samples, "LENGTH", 32)
+        patch.setattr(samples, "LENGTH", 16)
         yield

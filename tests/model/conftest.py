@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.fresh_process import FreshProcess
 from tests.model.compressed import BANK_SETS, Compressed, write_compressed
 
 Make = Callable[..., Compressed]
@@ -24,3 +25,9 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Make:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def fresh() -> Iterator[FreshProcess]:
+    with FreshProcess() as process:
+        yield process

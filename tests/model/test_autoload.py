@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from globe import CompressConfig, compress, export_dense
 from globe.model.autoload import AUTO_MAP, AUTOLOAD
+from tests.fresh_process import FreshProcess
 from tests.model.compressed import logits
 from tests.rounding import assert_equal_but_for_rounding
 from tests.tiny_sources import write_source
@@ -29,12 +27,6 @@ model.save_pretrained(sys.argv[2])
 """
 WITHOUT_TRUST = LOAD.replace(", trust_remote_code=True", "")
 WITHOUT_PACKAGE = "import sys; sys.modules['globe'] = None\n" + LOAD.replace('assert "globe" not in sys.modules', "")
-
-
-def run(code: str, tmp_path: Path, *arguments: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HOME": str(tmp_path / "hf")}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 def auto_map(folder: Path) -> object:
@@ -53,9 +45,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "small"
 
 
-def test_trusting_the_checkpoint_is_all_it_takes(small: Path, tmp_path: Path) -> None:
+def test_trusting_the_checkpoint_is_all_it_takes(fresh: FreshProcess, small: Path, tmp_path: Path) -> None:
     assert auto_map(small) == AUTO_MAP
-    result = run(LOAD, tmp_path, small, tmp_path / "saved")
+    result = fresh.run(LOAD, small, tmp_path / "saved")
     assert result.returncode == 0, result.stderr
     assert result.stdout == "transformers.models.qwen2_moe.modeling_qwen2_moe Qwen2MoeForCausalLM\n"
     saved = tmp_path / "saved"
@@ -66,15 +58,15 @@ def test_trusting_the_checkpoint_is_all_it_takes(small: Path, tmp_path: Path) ->
     assert_equal_but_for_rounding(logits(load(saved)), logits(load(small)))
 
 
-def test_without_trust_the_tripwire_stops_it(small: Path, tmp_path: Path) -> None:
-    result = run(WITHOUT_TRUST, tmp_path, small, tmp_path / "saved")
+def test_without_trust_the_tripwire_stops_it(fresh: FreshProcess, small: Path, tmp_path: Path) -> None:
+    result = fresh.run(WITHOUT_TRUST, small, tmp_path / "saved")
     assert result.returncode != 0
     assert "MISMATCH" in result.stderr
     assert not (tmp_path / "saved").exists()
 
 
-def test_without_the_package_the_error_says_what_to_install(small: Path, tmp_path: Path) -> None:
-    result = run(WITHOUT_PACKAGE, tmp_path, small, tmp_path / "saved")
+def test_without_the_package_the_error_says_what_to_install(fresh: FreshProcess, small: Path, tmp_path: Path) -> None:
+    result = fresh.run(WITHOUT_PACKAGE, small, tmp_path / "saved")
     assert result.returncode != 0
     assert "ImportError: the experts of this checkpoint are compressed by GloBE" in result.stderr
     assert "install the package globe-moe" in result.stderr

@@ -7,22 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.fresh_process import FreshProcess
 from tests.model.conftest import Make
 
 LOAD = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1]); print('loaded')"
 
 
-def run(code: str, path: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, env=environment, check=False
-    )
-
-
 @pytest.mark.parametrize(("model_type", "banks"), [("mixtral", "down_only"), ("qwen2_moe", "per_layer")])
-def test_stock_transformers_stops_at_the_tripwire(compressed: Make, model_type: str, banks: str) -> None:
+def test_stock_transformers_stops_at_the_tripwire(
+    fresh: FreshProcess, compressed: Make, model_type: str, banks: str
+) -> None:
     """It would otherwise fill the experts with random numbers and go on."""
-    result = run(LOAD, compressed(model_type, banks).path)
+    result = fresh.run(LOAD, compressed(model_type, banks).path)
     assert result.returncode != 0
     assert "loaded" not in result.stdout
     assert "MISMATCH" in result.stderr
@@ -30,6 +26,8 @@ def test_stock_transformers_stops_at_the_tripwire(compressed: Make, model_type: 
 
 
 def test_importing_globe_is_all_it_takes(compressed: Make) -> None:
-    result = run(f"import globe; {LOAD}", compressed("qwen2_moe", "per_layer").path)
+    command = [sys.executable, "-c", f"import globe; {LOAD}", str(compressed("qwen2_moe", "per_layer").path)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "loaded\n"
