@@ -173,15 +173,21 @@ def show_inspection(console: Terminal, model: str, config: CompressConfig) -> No
     _show_experts(console, checkpoint, layers)
     preparation = None if checkpoint.repo is not None else prepare(job, Observers(()))
     scopes = job.scopes if preparation is None else preparation.scopes
-    _show_plan(console, scopes)
+    if not config.is_coded:
+        _show_plan(console, scopes)
     if preparation is not None:
         because = preparation.calibration.uncalibrated_because
         _show_fallbacks(console, because, preparation.uniform_because, dataclasses.asdict(config))
     elif config.allocation == "sensitivity":
-        console.print("note: banks get their shares of the budget when the weights are here", style="yellow")
+        console.print("note: the budget is shared out when the weights are here", style="yellow")
     _show_notes(console, job.notes)
     original, predicted = job.original_bytes(), job.predicted_bytes(scopes)
+    if preparation is not None and preparation.coding is not None:
+        bits = 8 * preparation.coding.num_bytes / job.original_parameters()
+        console.print(f"experts     in {bits:.3f} bits a weight, everything counted")
     console.print(f"whole model {megabytes(original)} -> {megabytes(predicted)} ({predicted / original:.1%})")
+    if config.is_coded:
+        return
     device = usable_device(config.device)
     work = config.steps * sum(bank.step_multiply_adds for scope in scopes for bank in scope.banks)
     seconds = work / multiply_add_rate(device)
@@ -204,7 +210,9 @@ def _show_fallbacks(
     if uncalibrated is not None and settings.get("calibrate") != "none":
         console.print(f"note            fitted to the weights alone: {uncalibrated}", style="yellow", soft_wrap=True)
     if uniform is not None and settings.get("allocation") == "sensitivity":
-        console.print(f"note            every bank keeps the same share: {uniform}", style="yellow", soft_wrap=True)
+        in_banks = settings.get("keep") is not None or settings.get("rank_ratio") is not None
+        what = "every bank keeps the same share" if in_banks else "every expert counts the same"
+        console.print(f"note            {what}: {uniform}", style="yellow", soft_wrap=True)
 
 
 def _show_notes(console: Terminal, notes: Iterable[str]) -> None:
@@ -247,8 +255,9 @@ def _show_plan(console: Terminal, scopes: Sequence[Scope]) -> None:
 
 
 def _show_compressed(console: Terminal, report: Report) -> None:
+    columns = ("bank", "rank", "bases", "error", "outcome") if report.banks else ("coded", "bits", "error")
     table = Table(title=f"compressed from {report.source}")
-    for name in ("bank", "rank", "bases", "error", "outcome"):
+    for name in columns:
         table.add_column(name, justify="right")
     for bank in report.banks:
         table.add_row(
@@ -258,11 +267,14 @@ def _show_compressed(console: Terminal, report: Report) -> None:
             f"{bank.error:.4f}",
             bank.outcome,
         )
+    for part in report.coded:
+        table.add_row(describe_report([part.layer], [part.family]), f"{part.bits:.3f}", f"{part.error:.4f}")
     console.print(table)
-    console.print(
-        f"kept {report.kept:.4f} of the compressed families; whole model {megabytes(report.original_bytes)} -> "
-        f"{megabytes(report.compressed_bytes)}"
-    )
+    size = f"whole model {megabytes(report.original_bytes)} -> {megabytes(report.compressed_bytes)}"
+    if report.bits is None:
+        console.print(f"kept {report.kept:.4f} of the compressed families; {size}")
+    else:
+        console.print(f"{report.bits:.3f} bits a weight of the compressed families; {size}")
 
 
 def show_verification(console: Terminal, folder: Path) -> None:
