@@ -52,8 +52,8 @@ def test_healing_moves_the_factors_alone_and_lowers_the_divergence(
     assert_equal_but_for_rounding(dense(ids).logits, AutoModelForCausalLM.from_pretrained(healed)(ids).logits)
 
 
-def test_factors_in_few_bits_cannot_be_healed(tmp_path: Path, script: SimpleNamespace) -> None:
-    compress("shipped", tmp_path / "small", CompressConfig(keep=0.3, steps=1, layers=(3,), factor_dtype="bfloat16"))
+def test_coded_experts_cannot_be_healed(tmp_path: Path, script: SimpleNamespace) -> None:
+    compress("shipped", tmp_path / "small", CompressConfig(bits=2, layers=(3,), calibrate="none", allocation="uniform"))
     with pytest.raises(GlobeError, match="no factors that can be trained"):
         script.heal(script.Heal(tmp_path / "small", tmp_path / "healed"))
 

@@ -34,7 +34,7 @@ POWER = 0.7
 """Of the sensitivities: second-order theory overstates the largest; measured, see docs/log.md."""
 SHARE_OF_MEAN = 0.1
 """Of the mean sensitivity, added to each: no expert is worth nothing."""
-LONG_ROW = 256
+LONG_ROW = 64
 """Outputs from which a row of gate and up has width and scale of its own; shorter ones share them."""
 
 

@@ -73,6 +73,45 @@ def test_compress_evaluate_inspect_and_export_the_shipped_model(
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
 
 
+def test_the_commands_take_a_coded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("--bits", "3", "--layers", "3", "--calibrate", "none", "--allocation", "uniform")
+    status, out, _ = run(capsys, "inspect", *given)
+    assert status == 0
+    assert re.search(r"experts     in (2\.99\d|3\.000) bits a weight, everything counted", out)
+    assert "bank" not in out
+    predicted = re.search(r"whole model .* -> (\d+\.\d\d) MB", out)
+    status, out, _ = run(capsys, "compress", "-o", tmp_path / "out", *given)
+    assert status == 0
+    assert re.search(r"layer 3: 2\.9\d bits, error 0\.\d{4}|layer 3: 3\.00 bits, error 0\.\d{4}", out)
+    assert re.search(r"experts coded   in (2\.99\d|3\.000) bits a weight, everything counted", out)
+    stored = re.search(r"whole model     (\d+\.\d\d) MB of", out)
+    assert predicted is not None
+    assert stored is not None
+    assert float(predicted[1]) == pytest.approx(float(stored[1]), abs=0.02)
+    status, out, _ = run(capsys, "evaluate", tmp_path / "out", "--max-tokens", 512, "--compose-cache", 10**6)
+    assert status == 0
+    assert "KL to the original" in out
+    assert "relative error, down" in out
+    status, out, _ = run(capsys, "inspect", tmp_path / "out")
+    assert "bits a weight of the compressed families" in out
+    assert "bank" not in out
+    for command in ("verify", "report", "verify"):
+        assert run(capsys, command, tmp_path / "out")[0] == 0
+    assert (tmp_path / "out" / "report.html").exists()
+    assert run(capsys, "export", tmp_path / "out", "-o", tmp_path / "dense")[0] == 0
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+def test_a_coded_model_that_could_not_be_measured_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("globe.measure.runnable.MEMORY_SHARE", 0.0)
+    status, out, _ = run(capsys, "compress", "-o", tmp_path / "out", "--bits", "3", "--layers", "3")
+    assert status == 0
+    assert "fitted to the weights alone: the model takes" in out
+    assert "every expert counts the same: the model takes" in out
+
+
 @pytest.mark.parametrize("value", [(), ("calibration",)])
 def test_a_bare_calibrate_means_the_shipped_split(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], value: tuple[str, ...]

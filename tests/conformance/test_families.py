@@ -176,7 +176,7 @@ def test_four_bits_are_spent_and_measured(built: Built) -> None:
     report = built.coded.report
     assert report.bits is not None
     assert 3.95 < report.bits <= 4
-    assert 0 < report.error < 0.15
+    assert 0 < report.error < 0.3
     assert (report.uncalibrated_because, report.uniform_because) == (None, None)
     assert [(part.layer, part.family) for part in report.coded] == [
         (layer.index, family) for layer in built.layers for family in FAMILIES

@@ -20,9 +20,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-import globe.cli.main
 from globe import CompressConfig, compress, export_dense
 from globe.checkpoint.side_files import CONFIG
+from globe.cli.main import main
 from globe.errors import CheckpointError, UnsupportedModelError
 from globe.measure.samples import sample_windows
 from globe.measure.sensitivity import random_windows
@@ -164,7 +164,7 @@ def test_a_configuration_that_does_not_fit_is_one_sentence(
     with pytest.raises(CheckpointError, match=message):
         compress(source, tmp_path / "out", UNRUN)
     capsys.readouterr()
-    assert globe.cli.main(["inspect", str(source)]) == 1
+    assert main(["inspect", str(source)]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert len(said) < 600 + len(str(source))

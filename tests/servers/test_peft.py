@@ -19,15 +19,17 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks
 
 
-@pytest.mark.parametrize("changes", [{}, {"scope": "model"}, {"bits": 3}], ids=str)
-def test_lora_on_attention_trains_saves_and_loads(tmp_path: Path, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"keep": 0.7, "steps": 1}, {"keep": 0.7, "steps": 1, "scope": "model"}, {"bits": 3}], ids=str
+)
+def test_lora_on_attention_trains_saves_and_loads(tmp_path: Path, settings: dict[str, Any]) -> None:
     write_source(tmp_path / "source")
     path = tmp_path / "small"
-    compress(tmp_path / "source", path, CompressConfig(**{"keep": 0.7, "steps": 1, **changes}))
+    compress(tmp_path / "source", path, CompressConfig(**settings))
     model = AutoModelForCausalLM.from_pretrained(path)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    adapted = peft.get_peft_model(model, settings)
+    adapters = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, adapters)
     optimizer = torch.optim.Adam((p for p in adapted.parameters() if p.requires_grad), lr=0.02)
     losses: list[float] = []
     for _ in range(4):
