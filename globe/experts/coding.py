@@ -19,6 +19,7 @@ from torch import Tensor
 from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.reader import Checkpoint
 from globe.checkpoint.stacks import read_family
+from globe.errors import CheckpointError
 from globe.experts.metric import LayerStatistics
 from globe.quant.banked import CodedBank, share_bank
 from globe.quant.coded import CodedExperts, Form, Rehearsal, code_experts, rehearse, row_costs, shared_or_not
@@ -34,6 +35,8 @@ POWER = 0.7
 """Of the sensitivities: second-order theory overstates the largest; measured, see docs/log.md."""
 SHARE_OF_MEAN = 0.1
 """Of the mean sensitivity, added to each: no expert is worth nothing."""
+LARGEST_WEIGHT = 1e15
+"""Beyond it, sums of squares would leave the range of float32."""
 LONG_ROW = 64
 """Outputs from which a row of gate and up has width and scale of its own; shorter ones share them."""
 
@@ -104,9 +107,14 @@ def coding_problem(
 ) -> CodingProblem:
     """Read the experts of a family of a layer and what is known of them; C is the identity without `statistics`.
 
-    `sensitivities` (E,), damped (`damped`). Raises `CheckpointError` naming the tensor that holds NaN or Inf.
+    `sensitivities` (E,), damped (`damped`). Raises `CheckpointError` naming the tensor that holds NaN or Inf, or the
+    family with weights whose squares would.
     """
     weights = read_family(checkpoint, layer, family).float()
+    if (peak := float(weights.abs().max())) > LARGEST_WEIGHT:
+        raise CheckpointError(
+            f"layer {layer.index} {family} has weights of {peak:.3g}, too large to be coded: mend them, or give --keep"
+        )
     X = weights if family == "down" else weights.mT.contiguous()
     C = _second_moments(statistics, family, X.shape[1])
     energies = torch.einsum("enk,snm,emk->e", X, C, X) if len(C) == 1 else ((C @ X) * X).sum((1, 2))

@@ -260,6 +260,13 @@ def test_weights_that_are_not_finite_are_named(source: Path, tmp_path: Path, val
         compress(own, tmp_path / "out", ALONE)
 
 
+def test_weights_too_large_to_be_squared_are_refused(source: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(source, tmp_path / "source")
+    rewrite(own, lambda name, tensor: tensor * 1e25 if "layers.1.mlp.experts.2.up_proj" in name else tensor)
+    with pytest.raises(CheckpointError, match=r"layer 1 up has weights of \d\S*e\+2\d, too large to be coded"):
+        compress(own, tmp_path / "out", ALONE)
+
+
 def test_one_expert_is_enough(tmp_path: Path) -> None:
     write_source(tmp_path / "source", num_experts=1, num_experts_per_tok=1)
     report = compress(tmp_path / "source", tmp_path / "out", CompressConfig(bits=4))
