@@ -7,8 +7,8 @@ of real ones, with random weights and factors; all families of a layer are in on
 prompts. Decode: greedy steps after it. All variants are run in turns, and a speed is compared with the dense model's of
 the same round; medians over the rounds. On one CPU thread the clock counts the process's own time, so that others on
 the machine disturb less. Memory is that of the routed experts: factors and what is composed, or dense matrices. The hit
-rate is that of the decoding. The linear variant has the same factors with φ = identity, the packed one has them in few
-bits. Writes a table, a record, and a picture.
+rate is that of the decoding. The linear variant has the same factors with φ = identity, the coded one has the dense
+experts in few bits. Writes a table, a record, and a picture.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ from typing import Any
 import matplotlib as mpl
 import torch
 import tyro
-from globe.bank.precision import Precision
-from globe.bank.rounding import encode
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -41,10 +39,14 @@ from globe import CompressConfig, compress, set_compose_cache
 from globe.checkpoint.shipped import resolve_model
 from globe.model import ComposeCache, find_experts
 from globe.model.bank_module import Bank, BankUse
+from globe.model.coded_spec import CodedSpec, spec_of, stored_parts
 from globe.model.experts import factorise
 from globe.model.loading import load
-from globe.model.names import is_factor
+from globe.model.names import coded_parameter, is_factor
 from globe.plan.scopes import choose_shape
+from globe.quant.banked import BankedExperts
+from globe.quant.coded import code_own, rehearse
+from globe.quant.feedback import order_inputs
 from globe.report.style import COLOURS, INK, MARKERS, STYLE
 from globe.terms import FAMILIES
 
@@ -82,7 +84,7 @@ class ServingConfig:
     keep: float = 0.5
     """Share of the experts' parameters that the compression keeps."""
     bits: int = 3
-    """Bits of the packed variant's bases and adapters."""
+    """Bits of the coded variant's entries."""
     layers: int = 2
     """Layers of the synthetic model."""
     experts: int = 32
@@ -147,18 +149,24 @@ def linear(model: Any) -> Any:
     return model
 
 
-def packed(model: Any, bits: int) -> Any:
-    """A copy with bases and adapters in few bits and codes in 8."""
-    model = copy.deepcopy(model)
-    factors = [name for name, _ in model.named_parameters() if is_factor(name)]
-    for name in factors:
-        bits_of = 8 if name.endswith("_codes") else bits
-        owner, _, leaf = name.rpartition(".")
-        encoded = encode(model.get_parameter(name).float(), bits_of)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(encoded, requires_grad=False))
-    for bank in model.modules():
-        if isinstance(bank, Bank):
-            bank.precision = Precision(bases=bits, codes=8, adapters=bits)
+@torch.no_grad()
+def coded(dense: Any, bits: int) -> Any:
+    """A copy of the dense model with its experts coded, all inputs alike."""
+    model = copy.deepcopy(dense)
+    for found in find_experts(model):
+        stacks = dict(zip(("gate", "up"), found.module.gate_up_proj.float().chunk(2, 1), strict=True))
+        stacks["down"] = found.module.down_proj.float().mT
+        parts, specs = dict[str, Tensor](), list[CodedSpec]()
+        for family, stack in stacks.items():
+            X = (stack if family == "down" else stack.mT).contiguous()
+            order = order_inputs(torch.eye(X.shape[1])[None])
+            expected = rehearse(X, order, torch.full(X.shape[:2], bits, dtype=torch.uint8))
+            rest, _ = code_own(X, order, torch.full(X.shape[:2], bits, dtype=torch.uint8), expected)
+            specs.append(spec_of(found.layer, family, BankedExperts(rest)))
+            parts |= {coded_parameter(family, name): x for name, x in stored_parts(BankedExperts(rest)).items()}
+        factorise(found.module, found.layout, [], specs)
+        for name, tensor in parts.items():
+            found.module.get_parameter(name).copy_(tensor)
     return model
 
 
@@ -199,12 +207,12 @@ class Variant:
 
 
 def variants(dense: Any, compressed: Any, config: ServingConfig) -> list[Variant]:
-    """The dense model, the compressed one with each budget, and the linear and the packed one without."""
+    """The dense model, the compressed one with each budget, and the linear and the coded one without."""
     found = [Variant("dense", dense)]
     kinds = (
         ("tanh", compressed, config.shares),
         ("linear", linear(compressed), config.linear_shares),
-        (f"{config.bits} bits", packed(compressed, config.bits), (0.0,)),
+        (f"{config.bits} bits", coded(dense, config.bits), (0.0,)),
     )
     for kind, model, shares in kinds:
         for share in shares:

@@ -25,8 +25,9 @@ from globe.model import find_experts
 from globe.model.experts import GlobeExperts, _globe_class
 from globe.model.names import is_factor
 from tests.coded import ALONE, LAYERS, E, bytes_of_experts, write_source
+from tests.fresh_process import FreshProcess
 from tests.model.compressed import logits, token_ids
-from tests.model.test_without_globe import LOAD, run
+from tests.model.test_without_globe import LOAD
 from tests.rounding import assert_equal_but_for_rounding
 
 X = "model.layers.1.mlp.experts"
@@ -390,10 +391,10 @@ def test_a_coded_layer_without_experts_is_refused(folder: Path) -> None:
         load(folder, config=config)
 
 
-def test_stock_transformers_stops_at_the_tripwire(folder: Path) -> None:
+def test_stock_transformers_stops_at_the_tripwire(fresh: FreshProcess, folder: Path) -> None:
     (name,) = (name for name, tensor in open_checkpoint(folder).tensors.items() if tensor.shape == (1, 1, 1))
     assert name == "model.layers.0.mlp.experts.gate_up_proj"
-    result = run(LOAD, folder)
+    result = fresh.run(LOAD, folder)
     assert result.returncode != 0
     assert "loaded" not in result.stdout
     assert "MISMATCH" in result.stderr
