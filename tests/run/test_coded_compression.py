@@ -348,9 +348,9 @@ def test_observers_are_told_of_every_layer(source: Path, tmp_path: Path) -> None
 def test_the_page_shows_bits_and_errors(coded: Path) -> None:
     report, page = Report.read(coded), render(coded)
     for part in report.coded:
-        assert f"{part.bits:.3f}" in page
+        assert f"{part.bits:.2f}" in page
         assert f"{part.error:.4f}" in page
-    assert "Bits by layer and family" in page
+    assert "Where the bits went" in page
     assert "coded experts" in page
     assert "widths and scales" in page
     assert "could show" not in page

@@ -101,7 +101,7 @@ def test_a_layer_is_coded_from_the_record_as_from_the_plan(job: Job) -> None:
     plan = plan_coding(job, None, measured_sensitivities(job, None)[0])
     again = plan_from_json(json.loads(json.dumps(plan_to_json(plan))))
     for (_, one, _), (_, two, _) in zip(*(code_layer(job, each, None, 1) for each in (plan, again)), strict=True):
-        assert torch.equal(one.payload, two.payload)
+        assert torch.equal(one.rest.payload, two.rest.payload)
 
 
 def test_bits_below_widths_and_scales_are_out_of_reach(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
