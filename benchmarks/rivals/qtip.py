@@ -8,8 +8,8 @@ size is that times another number, for which a small random orthogonal matrix st
 (`globe.quant.trellis`: L = 12, 1MAD, tail-biting, as in the paper), its paths run along the outputs, and feedback is
 from input to input, where the paper's takes 16 at a time. Fine-tuning is left out, here as in all methods.
 
-Stored: the paths, and 16 bits for the scale of a matrix; U and V follow from a seed. A budget between two widths is met
-by matrices of either, evenly spread over the model.
+Stored: the paths, and 16 bits for the scale of a matrix; U and V follow from a seed. The width is the same everywhere;
+a budget between two widths is met by rows of either, evenly spread.
 """
 
 from __future__ import annotations
@@ -59,53 +59,49 @@ def rotation(size: int, generator: torch.Generator) -> Tensor:
     return found * (2 * torch.randint(2, (size,), generator=generator) - 1)
 
 
-def spread_widths(num_matrices: int, size: int, bits: float) -> list[int]:
-    """The width of each of the matrices of `size` entries: two neighbouring ones, at most `bits` with the scales."""
-    budget = bits - SCALE_BITS / size
-    low = min(int(budget), trellis.MAX_WIDTH - 1)
+def spread_widths(num_rows: int, bits: float) -> Tensor:
+    """Widths of rows (n,) uint8: two neighbouring ones, evenly spread, of which the mean is at most `bits`."""
+    low = min(int(bits), trellis.MAX_WIDTH - 1)
     if low < 1:
-        raise SettingsError(f"{bits:g} bits leave less than 1 beside the scale of a matrix of {size} entries")
-    high = min(num_matrices, int(num_matrices * (budget - low)))
-    return [low + (place + 1) * high // num_matrices - place * high // num_matrices for place in range(num_matrices)]
+        raise SettingsError(f"a path has at least 1 bit an entry: {bits:g} are left")
+    wider = min(num_rows, int(num_rows * (bits - low)))
+    steps = torch.arange(num_rows + 1) * wider // num_rows
+    return (low + steps.diff()).to(torch.uint8)
 
 
 def code_rotated(X: Tensor, moment: Tensor, widths: Tensor, generator: torch.Generator) -> Tensor:
-    """X (E, N, K) coded with one width for each expert (E,) uint8, given the damped C (1 or E, N, N)."""
+    """X (E, N, K) coded with widths (E, N) uint8, given the damped C (1 or E, N, N)."""
     U, V = rotation(X.shape[1], generator), rotation(X.shape[2], generator)
     rotated, order = U @ X @ V.mT, order_inputs(U @ moment @ U.mT)
-    row_widths = widths[:, None].expand(X.shape[:2])
-    expected = rehearse(rotated, order, row_widths).mean_squares.mean(1).sqrt().half().float()
-    steps = expected * torch.tensor(trellis.GAIN)[widths.long()] / trellis.RMS
+    scales = rehearse(rotated, order, widths).mean_squares.mean(1).sqrt().half().float()
+    steps = scales[:, None] * torch.tensor(trellis.GAIN)[widths.long()] / trellis.RMS
+    sorted_widths, sorted_steps = order.sort(widths), order.sort(steps)
     levels, length = trellis.levels(), max(X.shape[2], trellis.LOG_STATES)
 
-    def code_rows(_: int, rows: Tensor) -> Tensor:
-        unit = torch.nn.functional.pad(rows / steps[:, None], (0, length - rows.shape[1]))
+    def code_rows(i: int, rows: Tensor) -> Tensor:
+        step = sorted_steps[:, i, None]
+        unit = torch.nn.functional.pad(rows / step, (0, length - rows.shape[1]))
         coded = torch.empty_like(rows)
-        for width, who in rows_by_width(widths, length):
+        for width, who in rows_by_width(sorted_widths[:, i], length):
             states = trellis.encode(unit[who], width)[1][:, : rows.shape[1]]
-            coded[who] = levels[states].float() * steps[who, None]
+            coded[who] = levels[states].float() * step[who]
         return coded
 
     return U.mT @ order.unsort(code_inputs(order.sort(rotated), order, code_rows)) @ V
 
 
 def qtip(stacks: Stacks, bits: float, calibration: Calibration, seed: int = 0) -> Approximation:
-    """Code every matrix in at most `bits` a weight, the scales counted."""
-    began, approximation = time.monotonic(), {}
+    """Code every layer and family in at most `bits` a weight, the scales counted."""
+    began, approximation, total, found = time.monotonic(), {}, 0.0, set[int]()
     generator = torch.Generator().manual_seed(seed)
-    sizes = {stack[0].numel() for stack in stacks.values()}
-    if len(sizes) > 1:
-        raise SettingsError(f"matrices have {sorted(sizes)} entries: budgets are spread over matrices of one size")
-    num_matrices = sum(len(stack) for stack in stacks.values())
-    widths = torch.tensor(spread_widths(num_matrices, *sizes, bits), dtype=torch.uint8)
-    for (key, experts), own in zip(stacks.items(), widths.split([len(x) for x in stacks.values()]), strict=True):
-        moment = damped(calibration.moment(*key), DAMPING)
-        coded = code_rotated(as_inputs(experts, key[1]), moment, own, generator)
+    for key, experts in stacks.items():
+        X = as_inputs(experts, key[1])
+        E, N, K = X.shape
+        widths = spread_widths(E * N, bits - SCALE_BITS / (N * K)).view(E, N)
+        coded = code_rotated(X, damped(calibration.moment(*key), DAMPING), widths, generator)
         approximation[key] = as_inputs(coded, key[1])
-    return Approximation(
-        approximation,
-        sum(experts.numel() for experts in stacks.values()),
-        f"{', '.join(map(str, widths.unique().tolist()))} bits",
-        time.monotonic() - began,
-        bits=float(widths.double().mean()) + SCALE_BITS / next(iter(sizes)),
-    )
+        total += K * int(widths.sum()) + SCALE_BITS * E
+        found |= set(widths.unique().tolist())
+    weights = sum(experts.numel() for experts in stacks.values())
+    shape, seconds = f"{', '.join(map(str, sorted(found)))} bits", time.monotonic() - began
+    return Approximation(approximation, weights, shape, seconds, bits=total / weights)

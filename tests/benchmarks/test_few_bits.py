@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.calibration import Calibration
 from benchmarks.rivals.bitsmoe import WIDTHS, bitsmoe, choose_widths, round_columns
-from benchmarks.rivals.qtip import SCALE_BITS, hadamard, qtip, rotation, spread_widths
+from benchmarks.rivals.qtip import hadamard, qtip, rotation, spread_widths
 from benchmarks.rivals.rounding import bits_of_a_weight, rounding
 from benchmarks.rivals.watersic import TOLERANCE, code_at, entropy_bits, watersic
 from benchmarks.stacks import Approximation, Stacks
@@ -88,14 +88,12 @@ def test_rotation_is_orthogonal(size: int) -> None:
 
 @pytest.mark.parametrize("bits", [1.5, 2, 2.37, 3, 8])
 def test_widths_are_spread_within_the_budget(bits: float) -> None:
-    widths = spread_widths(30, 1000, bits)
-    assert max(widths) - min(widths) <= 1
-    stored = sum(widths) / 30 + SCALE_BITS / 1000
-    assert bits - 1 / 30 - 1e-9 < stored <= bits
-    halves = [sum(widths[:15]), sum(widths[15:])]
-    assert abs(halves[0] - halves[1]) <= 1
-    with pytest.raises(SettingsError, match="less than 1"):
-        spread_widths(30, 1000, 1.01)
+    widths = spread_widths(200, bits).double()
+    assert widths.max() - widths.min() <= 1
+    assert bits - 1 / 200 < widths.mean() <= bits
+    assert abs(widths[:100].sum() - widths[100:].sum()) <= 1
+    with pytest.raises(SettingsError, match="at least 1 bit"):
+        spread_widths(200, 0.99)
 
 
 def test_entropy_is_that_of_the_distribution() -> None:
