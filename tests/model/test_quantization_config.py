@@ -18,7 +18,14 @@ BANK: dict[str, Any] = {
     "rank": 48,
     "num_bases": 18,
 }
-CODED: dict[str, Any] = {"layer": 3, "family": "down", "payload": 4096, "shared": False, "num_bases": 0, "bases_payload": 0}
+CODED: dict[str, Any] = {
+    "layer": 3,
+    "family": "down",
+    "payload": 4096,
+    "shared": False,
+    "num_bases": 0,
+    "bases_payload": 0,
+}
 SECTION: dict[str, Any] = {
     "quant_method": "globe",
     "format_version": 2,
