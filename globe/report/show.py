@@ -210,8 +210,9 @@ def _show_coding(console: Terminal, job: Job, plan: CodingPlan | None) -> None:
         return
     bits = 8 * plan.num_bytes / job.original_parameters()
     shared = sum(count > 0 for count in plan.num_bases.values())
-    console.print(f"experts     {bits:.3f} bits a weight, everything counted")
-    console.print(f"banks       pay for {shared} of {len(plan.num_bases)} stacks of experts")
+    console.print(f"experts     in {bits:.3f} bits a weight, everything counted")
+    if shared:
+        console.print(f"banks       pay for {shared} of {len(plan.num_bases)} stacks of experts")
 
 
 def _show_fallbacks(
@@ -221,7 +222,9 @@ def _show_fallbacks(
     if uncalibrated is not None and settings.get("calibrate") != "none":
         console.print(f"note            fitted to the weights alone: {uncalibrated}", style="yellow", soft_wrap=True)
     if uniform is not None and settings.get("allocation") == "sensitivity":
-        console.print(f"note            every bank keeps the same share: {uniform}", style="yellow", soft_wrap=True)
+        in_banks = settings.get("keep") is not None or settings.get("rank_ratio") is not None
+        what = "every bank keeps the same share" if in_banks else "every expert counts the same"
+        console.print(f"note            {what}: {uniform}", style="yellow", soft_wrap=True)
 
 
 def _show_notes(console: Terminal, notes: Iterable[str]) -> None:
@@ -269,7 +272,7 @@ def _show_compressed(console: Terminal, report: Report) -> None:
     stored = (
         f"kept {report.kept:.4f} of the compressed families"
         if report.bits is None
-        else f"{report.bits:.3f} bits a weight"
+        else f"{report.bits:.3f} bits a weight of the compressed families"
     )
     console.print(f"{stored}; whole model {megabytes(report.original_bytes)} -> {megabytes(report.compressed_bytes)}")
 
