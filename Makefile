@@ -58,6 +58,7 @@ bench: .venv/ready  ## every measured figure: tables on the terminal, JSON and p
 	$(BIN)/python -m benchmarks.sparse
 	$(BIN)/python -m benchmarks.convergence
 	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.coding
 
 REAL := .venv-real/bin
 
