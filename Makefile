@@ -1,4 +1,4 @@
-.PHONY: demo test test-latest test-servers bench real check docs wheel
+.PHONY: demo test test-latest test-servers bench real real-rounded check docs wheel
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -82,6 +82,28 @@ real: .venv-real/ready runs/smollm2-moe runs/upcycled-moe  ## GloBE and its riva
 	$(REAL)/python -m benchmarks.real
 	$(REAL)/python -m benchmarks.real --model upcycled
 	$(REAL)/python -m benchmarks.real --model shipped
+
+.venv-autoround/ready: constraints.txt
+	$(PYTHON) -m venv .venv-autoround
+	.venv-autoround/bin/pip install --quiet --disable-pip-version-check -c constraints.txt auto-round==0.16.1
+	touch $@
+
+runs/smollm2: | .venv-real/ready
+	$(REAL)/python scripts/smollm2_as_mixture.py --output runs/smollm2-moe --dense $@.partial
+	mv $@.partial $@
+
+# the stem is bits-group
+runs/autoround-%: | runs/smollm2 .venv-autoround/ready
+	.venv-autoround/bin/python scripts/autoround_dense.py --source runs/smollm2 --output $@.dense \
+		--bits $(word 1,$(subst -, ,$*)) --group $(word 2,$(subst -, ,$*))
+	$(REAL)/python scripts/smollm2_as_mixture.py --source $@.dense --output $@.partial
+	mv $@.partial $@
+
+ROUNDED := runs/autoround-4-64 runs/autoround-3-64 runs/autoround-2-32 runs/autoround-2-64
+
+real-rounded: export OMP_NUM_THREADS ?= 1
+real-rounded: $(ROUNDED)  ## a package that others wrote, run as its users do, beside the rivals of `real` (hours)
+	$(REAL)/python -m benchmarks.real --methods GPTQ GloBE --rounded $(ROUNDED) --output benchmarks/results/real_rounded.json
 
 DOCS := .venv-docs/bin
 
