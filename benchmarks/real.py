@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import json
 import math
 import tempfile
 import time
@@ -114,6 +115,8 @@ class RealConfig:
     """Seeds what is random."""
     threads: int = 1
     """CPU threads."""
+    add: bool = False
+    """Keep what the record says of methods that are not run, if it was made with the same settings."""
     output: Path | None = None
     """Where the record is written; None: real.json in the results, or real_MODEL.json for other models than smollm2."""
 
@@ -123,6 +126,17 @@ class RealConfig:
         return self.output or RESULTS / (
             "real.json" if self.model == "smollm2" else f"real_{Path(self.model).name}.json"
         )
+
+
+def kept_rows(config: RealConfig) -> list[dict[str, Any]]:
+    """Rows of the record, made with the same settings, of methods that are not run."""
+    record = read_json(config.record)
+    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    for name in ("model", "texts", "max_tokens", "calibration_tokens", "layers", "seed"):
+        if record["settings"][name] != settings[name]:
+            raise SystemExit(f"{config.record} was made with {name} {record['settings'][name]}, not {settings[name]}")
+    run = {*config.methods, "original", *(read_json(folder / ROUNDED)["method"] for folder in config.rounded)}
+    return [row for row in record["rows"] if row["method"] not in run]
 
 
 class Judge:
@@ -298,6 +312,7 @@ def main(config: RealConfig) -> None:
     judge = Judge(model, config.texts, config.max_tokens)
     original = {f"perplexity_{text}": value for text, value in _perplexities(judge).items()}
     rows: list[dict[str, Any]] = [{"method": "original", "bits": 16.0, **original}]
+    rows += kept_rows(config) if config.add else []
 
     def add(row: dict[str, Any]) -> None:
         rows.append(row)
