@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from globe.bank_shape import BankShape
 from globe.checkpoint.gate_up import fuse_gate_up
 from globe.errors import UnsupportedModelError
 from globe.model import bank_module
@@ -304,10 +305,10 @@ def factorise(
     E, P, D = layout.num_experts, layout.intermediate_size, layout.hidden_size
     factors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for use in uses:
-        bank = use.bank
+        bank = BankShape(E, P, D, use.bank.rank, use.bank.num_bases)
         for family in use.families:
-            factors[adapters_parameter(family)] = (E, P, bank.rank), like.dtype
-            factors[codes_parameter(family)] = (E, bank.num_bases), like.dtype
+            factors[adapters_parameter(family)] = bank.adapters, like.dtype
+            factors[codes_parameter(family)] = bank.codes, like.dtype
     for spec in coded:
         for part, (shape, dtype) in spec.shapes(E, layout.sides(spec.family)[0]).items():
             factors[coded_parameter(spec.family, part)] = shape, dtype

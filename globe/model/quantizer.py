@@ -99,9 +99,7 @@ class GlobeQuantizer(HfQuantizer):
         found = experts[bank.layers[0]]
         like = next(found.module.parameters(recurse=False))
         return Bank(
-            bank.num_bases,
-            bank.rank,
-            found.layout.hidden_size,
+            bank.shape(found.layout).bases,
             self.quantization_config.activation,
             dtype=like.dtype,
             device=like.device,

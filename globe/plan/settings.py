@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import Literal
 
+from globe.bank_shape import BankShape
 from globe.errors import SettingsError
 from globe.machine.device import AUTO, usable_device
 from globe.terms import FAMILIES, Activation, CodeMap, Family, Solver, WarmStartName
@@ -123,7 +124,7 @@ class CompressConfig:
             raise SettingsError(
                 f"{said[0]} is a setting of banks, which bits has none of: give keep with it, or leave it out"
             )
-        fit = self.fit_config(rank=1, num_bases=self.support or 1)
+        fit = self.fit_config(BankShape(1, 1, 1, rank=1, num_bases=self.support or 1))
         if self.stream:
             fit.check_streamed()
 
@@ -140,14 +141,14 @@ class CompressConfig:
         """Whether experts are coded in few bits, and not put into banks of floating-point factors."""
         return self.keep is None and self.rank_ratio is None
 
-    def fit_config(self, rank: int, num_bases: int) -> FitConfig:
+    def fit_config(self, bank: BankShape) -> FitConfig:
         """The settings of one bank's fit."""
         return FitConfig(
-            rank=rank,
-            num_bases=num_bases,
+            rank=bank.rank,
+            num_bases=bank.num_bases,
             activation=self.activation,
             codes=self.codes,
-            support=None if self.support is None else min(self.support, num_bases),
+            support=None if self.support is None else min(self.support, bank.num_bases),
             solver=self.solver,
             warm_start=self.warm_start,
             max_steps=self.steps,

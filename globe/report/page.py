@@ -91,7 +91,7 @@ def _content(report: Report, sizes: list[Bytes], spectra: list[Spectra], notes: 
         "notes": [*_warnings(banks), *notes],
         "settings": {name: _setting(value) for name, value in sorted(report.config.items())},
         "num_fits": len(banks),
-        "num_matrices": sum(bank.num_matrices for bank in banks),
+        "num_matrices": sum(bank.shape.num_matrices for bank in banks),
         "num_stacks": len(coded),
         "layers": sorted({layer for bank in banks for layer in bank.layers} | {part.layer for part in coded}),
         "sizes": sizes,
@@ -329,10 +329,7 @@ def _fit(bank: BankReport) -> dict[str, Any]:
     taken = bank.steps.get("step")
     return {
         "name": _name(bank.layers, bank.families),
-        "rank": bank.rank,
-        "num_bases": bank.num_bases,
-        "num_matrices": bank.num_matrices,
-        "kept": bank.stored_parameters / bank.original_parameters,
+        "shape": bank.shape,
         "error": bank.error,
         "steps": "" if not taken else int(taken[-1]),
         "outcome": bank.outcome.replace("_", " "),

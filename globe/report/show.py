@@ -189,7 +189,7 @@ def show_inspection(console: Terminal, model: str, config: CompressConfig) -> No
         _show_coding(console, job, coding)
         return
     device = usable_device(config.device)
-    work = config.steps * sum(bank.step_multiply_adds for scope in scopes for bank in scope.banks)
+    work = config.steps * sum(bank.shape.step_multiply_adds for scope in scopes for bank in scope.banks)
     seconds = work / multiply_add_rate(device)
     console.print(f"fits        at least {clock(seconds)} for {config.steps} steps of each bank on this {device}")
     first = layers[0]
@@ -259,10 +259,9 @@ def _show_plan(console: Terminal, scopes: Sequence[Scope]) -> None:
         if bank is None:
             table.add_row("...", *[""] * 5)
         else:
-            kept = bank.stored_parameters / bank.original_parameters
-            error = "" if bank.predicted_error is None else f"{bank.predicted_error:.3f}"
-            shape = (str(bank.num_matrices), str(bank.rank), str(bank.num_bases))
-            table.add_row(describe(bank), *shape, f"{kept:.4f}", error)
+            shape, error = bank.shape, "" if bank.predicted_error is None else f"{bank.predicted_error:.3f}"
+            sizes = (str(shape.num_matrices), str(shape.rank), str(shape.num_bases))
+            table.add_row(describe(bank), *sizes, f"{shape.share:.4f}", error)
     console.print(table)
 
 
@@ -284,8 +283,8 @@ def _table_of_banks(title: str, report: Report) -> Table:
     for bank in report.banks:
         table.add_row(
             describe_report(bank.layers, bank.families),
-            str(bank.rank),
-            str(bank.num_bases),
+            str(bank.shape.rank),
+            str(bank.shape.num_bases),
             f"{bank.error:.4f}",
             bank.outcome,
         )

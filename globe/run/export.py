@@ -119,10 +119,10 @@ class DenseView:
             return self._decode(spec, names, E, P, D).to(TORCH_DTYPES[layer.dtype])
         if bank is None:
             return self._factor(names.dense(index, family), (E, P, D))
-        R, M = bank.rank, bank.num_bases
-        adapters = self._factor(names.adapters(index, family), (E, P, R))
-        codes = self._factor(names.codes(index, family), (E, M))
-        bases = self._factor(names.bases(bank), (M, R, D))
+        shape = bank.shape(layer)
+        adapters = self._factor(names.adapters(index, family), shape.adapters)
+        codes = self._factor(names.codes(index, family), shape.codes)
+        bases = self._factor(names.bases(bank), shape.bases)
         with torch.no_grad():
             stack = restore(adapters, codes, bases, self._config.activation)
         return stack.to(TORCH_DTYPES[layer.dtype])

@@ -85,7 +85,7 @@ class Job:
         if self.config.bits is not None:
             kept += int(self.config.bits * self.original_parameters() / 8) if coded is None else coded
         factors = sum(
-            bank.stored_parameters * self.dtype(bank.layers[0]).itemsize for scope in scopes for bank in scope.banks
+            bank.shape.parameters * self.dtype(bank.layers[0]).itemsize for scope in scopes for bank in scope.banks
         )
         halves = sum(
             layer.num_experts * layer.intermediate_size * layer.hidden_size * TORCH_DTYPES[layer.dtype].itemsize
@@ -131,7 +131,7 @@ class Job:
         return {shard: _file(before + offset, before + len(kept)) for offset, shard in enumerate(kept)}
 
     def spec(self, bank: BankPlan) -> BankSpec:
-        return BankSpec(bank.layers, bank.families, bank.rank, bank.num_bases)
+        return BankSpec(bank.layers, bank.families, bank.shape.rank, bank.shape.num_bases)
 
     def specs(self, scopes: Sequence[Scope]) -> list[BankSpec]:
         return [self.spec(bank) for scope in scopes for bank in scope.banks]

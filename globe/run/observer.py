@@ -84,6 +84,12 @@ def describe(bank: BankPlan) -> str:
     return f"{noun} {compact(bank.layers)} {'+'.join(bank.families)}"
 
 
+def describe_fitted(bank: BankPlan, error: float, seconds: float) -> str:
+    """A fitted bank in one line."""
+    shape = f"rank {bank.shape.rank}, {bank.shape.num_bases} bases"
+    return f"{describe(bank)}: error {error:.4f}  {shape}  {seconds:.1f} s"
+
+
 def describe_coded(families: Sequence[CodedReport]) -> str:
     """A coded layer in one line."""
     bits = 8 * sum(part.stored_bytes for part in families) / sum(part.original_parameters for part in families)

@@ -149,20 +149,18 @@ class GlobeExpertsMethod(FusedMoEMethodBase):
             if name not in replaced:
                 layer.register_parameter(_VLLM_PARAMETER[name], parameter)
                 set_weight_attrs(parameter, extra_weight_attrs)
-        uses = [self._bank_use(bank, experts, hidden_size) for bank in banks]
+        uses = [self._bank_use(bank, experts, layout) for bank in banks]
         factorise(experts, layout, uses, self._config.section.coded_of(self._number))
         layer.add_module("globe_experts", experts.requires_grad_(False))
         layer.add_module(BANKS, nn.ModuleDict(self._owned).requires_grad_(False))
 
-    def _bank_use(self, bank: BankSpec, experts: nn.Module, hidden_size: int) -> BankUse:
+    def _bank_use(self, bank: BankSpec, experts: nn.Module, layout: ExpertsLayout) -> BankUse:
         shared = self._config.shared
         if bank.name in shared:
             return BankUse(shared[bank.name], bank.families, own=None)
         like = next(experts.parameters())
         module = Bank(
-            bank.num_bases,
-            bank.rank,
-            hidden_size,
+            bank.shape(layout).bases,
             self._config.section.activation,
             dtype=like.dtype,
             device=like.device,

@@ -24,7 +24,7 @@ SENSITIVITIES = [8.0, 1.0, 1.0, 3.0]
 
 
 def stored(scopes: list[Scope]) -> int:
-    return sum(bank.stored_parameters for scope in scopes for bank in scope.banks)
+    return sum(bank.shape.parameters for scope in scopes for bank in scope.banks)
 
 
 def allocated(keep: float, sensitivities: list[float] = SENSITIVITIES) -> tuple[list[Scope], list[Scope]]:
@@ -37,13 +37,14 @@ def allocated(keep: float, sensitivities: list[float] = SENSITIVITIES) -> tuple[
 def test_the_budget_is_that_of_the_uniform_plan_within_a_basis(keep: float) -> None:
     uniform, chosen = allocated(keep)
     assert [scope.layers for scope in chosen] == [scope.layers for scope in uniform]
-    basis = max(bank.rank * bank.columns + bank.num_matrices for scope in chosen for bank in scope.banks)
+    shapes = [bank.shape for scope in chosen for bank in scope.banks]
+    basis = max(shape.rank * shape.columns + shape.num_matrices for shape in shapes)
     assert stored(uniform) - basis <= stored(chosen) <= stored(uniform)
 
 
 def test_sensitive_banks_get_more() -> None:
     _, chosen = allocated(0.5)
-    sizes = [scope.banks[0].stored_parameters for scope in chosen]
+    sizes = [scope.banks[0].shape.parameters for scope in chosen]
     errors = [scope.banks[0].predicted_error for scope in chosen]
     assert sizes[0] > sizes[3] > sizes[1]
     assert errors[0] is not None
@@ -55,7 +56,7 @@ def test_a_larger_budget_is_larger_for_every_bank() -> None:
     plans = [allocated(keep)[1] for keep in (0.35, 0.5, 0.625, 0.75)]
     for smaller, larger in itertools.pairwise(plans):
         for one, other in zip(smaller, larger, strict=True):
-            assert one.banks[0].stored_parameters < other.banks[0].stored_parameters
+            assert one.banks[0].shape.parameters < other.banks[0].shape.parameters
 
 
 def test_a_bank_of_zeros_leaves_its_budget_to_the_others() -> None:
@@ -63,8 +64,8 @@ def test_a_bank_of_zeros_leaves_its_budget_to_the_others() -> None:
     curves = [ErrorCurve(0.5, 0.0, 0.0), *[ErrorCurve(0.5, 0.3, 6.0)] * 3]
     chosen = [scope.banks[0] for scope in allocate(scopes, curves, [0.0, 1.0, 1.0, 1.0], 0.5)]
     assert chosen[0].predicted_error == 0
-    assert chosen[0].stored_parameters < scopes[0].banks[0].stored_parameters
-    assert all(bank.stored_parameters > scopes[0].banks[0].stored_parameters for bank in chosen[1:])
+    assert chosen[0].shape.parameters < scopes[0].banks[0].shape.parameters
+    assert all(bank.shape.parameters > scopes[0].banks[0].shape.parameters for bank in chosen[1:])
 
 
 def test_without_any_sensitivity_the_errors_alone_decide() -> None:
@@ -95,7 +96,7 @@ def shares_and_errors(keep: float, slopes: list[float], sensitivities: list[floa
     scopes = make_plan(FINE[: len(slopes)], CompressConfig(keep=keep))
     curves = [ErrorCurve(keep, 0.2, slope) for slope in slopes]
     banks = [scope.banks[0] for scope in allocate(scopes, curves, sensitivities, keep)]
-    return [(bank.stored_parameters / bank.original_parameters, bank.predicted_error or 0.0) for bank in banks]
+    return [(bank.shape.share, bank.predicted_error or 0.0) for bank in banks]
 
 
 def test_every_bank_saves_the_same_per_parameter() -> None:
