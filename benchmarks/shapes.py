@@ -2,7 +2,7 @@
 
     python -m benchmarks.shapes
 
-The rule in `globe.plan.scopes.choose_shape` (the share of the budget that goes to the adapters) is read off this table.
+The rule in `globe.plan.budget.Keep` (the share of the budget that goes to the adapters) is read off this table.
 """
 
 from __future__ import annotations

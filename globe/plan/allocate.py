@@ -18,8 +18,9 @@ from collections.abc import Sequence
 
 from globe.bank_shape import BankShape
 from globe.errors import SettingsError
+from globe.plan.budget import Keep
 from globe.plan.knapsack import choose
-from globe.plan.scopes import Scope, choose_shape
+from globe.plan.scopes import Scope
 
 ERROR_POWER = 3.0
 """p, measured."""
@@ -56,14 +57,14 @@ class ErrorCurve:
 
 
 def allocate(
-    scopes: Sequence[Scope], curves: Sequence[ErrorCurve], sensitivities: Sequence[float], keep: float
+    scopes: Sequence[Scope], curves: Sequence[ErrorCurve], sensitivities: Sequence[float], budget: Keep
 ) -> list[Scope]:
     """The scopes with the shapes that make Σ s_b err_b^p smallest and store no more than the `scopes` given do.
 
     `scopes` have the shapes of the uniform choice; `curves` and `sensitivities` follow their banks.
     """
     banks = [bank for scope in scopes for bank in scope.banks]
-    menus = [_menu(bank.shape, keep) for bank in banks]
+    menus = [_menu(bank.shape, budget.share) for bank in banks]
     weights = [sensitivity**DAMPING for sensitivity in sensitivities]
     if not any(weights):  # nothing tells the banks apart but their errors
         weights = [1.0] * len(weights)
@@ -86,7 +87,7 @@ def _menu(uniform: BankShape, keep: float) -> list[BankShape]:
     options = {uniform.parameters: uniform}
     for number in range(-num_steps, num_steps + 1):
         try:
-            option = choose_shape(uniform.matrices, keep + number * STEP)
+            option = Keep(keep + number * STEP).shape_for(uniform.matrices)
         except SettingsError:  # too little for a single basis
             continue
         options.setdefault(option.parameters, option)

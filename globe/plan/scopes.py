@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from globe.bank_shape import BankShape, ExpertSizes
 from globe.errors import CheckpointError, SettingsError
+from globe.plan.budget import Bits, Keep, Ratios, least_share
 from globe.plan.settings import CompressConfig
 from globe.terms import Family
 from globe.typed import parsed
-
-ADAPTER_SHARE = 0.68
-"""Share of the kept parameters that goes to the adapters while R < P; measured, see docs/log.md."""
 
 
 class LayerSizes(ExpertSizes, Protocol):
@@ -49,53 +46,6 @@ def scope_from_json(record: Mapping[str, Any]) -> Scope:
     return parsed(Scope, record, "a scope of the plan", CheckpointError)
 
 
-def lowest_keep(matrices: tuple[int, int, int]) -> float:
-    """The share of the parameters that the least bank of matrices (E, P, D) has: one basis of one row."""
-    return BankShape(*matrices, rank=1, num_bases=1).share
-
-
-def _rounded_up(value: float) -> float:
-    """To two significant digits or so: what is said to be in reach is."""
-    scale = 10.0 ** (1 - math.floor(math.log10(value)))
-    return math.ceil(value * scale) / scale
-
-
-def choose_shape(matrices: tuple[int, int, int], keep: float) -> BankShape:
-    """A bank for matrices (E, P, D) that stores at most `keep` of their parameters.
-
-    R = P while the adapters then take at most two thirds of what is kept, else the rank that gives them that share
-    (more where the bank could not use the rest); the bank takes the rest, and of the ranks within 5 % of that the one
-    that leaves least of the budget unused. Raises `SettingsError` with the reachable range when no bank fits.
-    """
-    _check_reach(matrices, keep)
-    num_matrices, rows, columns = matrices
-    total = num_matrices * rows * columns
-
-    def affordable(rank: int) -> int:
-        return int((keep * total - num_matrices * rows * rank) / (rank * columns + num_matrices))
-
-    highest = min(rows, max(1, round(ADAPTER_SHARE * keep * columns)))
-    while highest < min(rows, columns) and affordable(highest) >= num_matrices:
-        highest += 1
-    shapes: list[BankShape] = []
-    for rank in range(highest, 0, -1):
-        num_bases = min(num_matrices, affordable(rank))
-        if num_bases >= 1:
-            shapes.append(BankShape(*matrices, rank, num_bases))
-        if shapes and rank < 0.95 * shapes[0].rank:
-            break
-    least = BankShape(*matrices, 1, 1)  # a rounding short of what the lowest stores
-    return max(shapes, key=lambda shape: (shape.parameters, shape.rank), default=least)
-
-
-def _check_reach(matrices: tuple[int, int, int], keep: float) -> None:
-    num_matrices, rows, columns = matrices
-    lowest = lowest_keep(matrices)
-    if not lowest <= keep < 1:
-        reach = f"choose from {_rounded_up(lowest):g} to below 1" if _rounded_up(lowest) < 1 else "nothing can be saved"
-        raise SettingsError(f"keep {keep:g} is out of reach for {num_matrices} experts of {rows} x {columns}; {reach}")
-
-
 def make_plan(layers: Sequence[LayerSizes], config: CompressConfig) -> list[Scope]:
     """The scopes of a compression with resolved settings, in layer order.
 
@@ -103,10 +53,12 @@ def make_plan(layers: Sequence[LayerSizes], config: CompressConfig) -> list[Scop
     of reach.
     """
     runs = _runs(_chosen_layers(layers, config), config)
-    if config.keep is not None:
-        stacks = [matrices for run in runs for _, matrices in _banks(run, config)]
-        _check_reach(max(stacks, key=lowest_keep), config.keep)
-    return [_scope(run, config) for run in runs]
+    budget = config.budget
+    if isinstance(budget, Bits):
+        return [Scope(_indices(run), ()) for run in runs]
+    stacks = [matrices for run in runs for _, matrices in _banks(run, config)]
+    budget.shape_for(max(stacks, key=least_share))  # what is out of reach is said of the bank that needs most
+    return [_scope(run, config, budget) for run in runs]
 
 
 def _chosen_layers(layers: Sequence[LayerSizes], config: CompressConfig) -> list[LayerSizes]:
@@ -152,21 +104,17 @@ def _banks(layers: list[LayerSizes], config: CompressConfig) -> list[tuple[tuple
     return [(families, (num_experts * len(families), rows, columns)) for families in groups]
 
 
-def _scope(layers: list[LayerSizes], config: CompressConfig) -> Scope:
-    indices, banks = tuple(layer.index for layer in layers), list[BankPlan]()
-    if config.is_coded:
-        return Scope(indices, ())
+def _scope(layers: list[LayerSizes], config: CompressConfig, budget: Keep | Ratios) -> Scope:
+    indices, banks = _indices(layers), list[BankPlan]()
     for families, matrices in _banks(layers, config):
-        if config.keep is not None:
-            shape = choose_shape(matrices, config.keep)
-        else:
-            assert config.rank_ratio is not None
-            assert config.basis_ratio is not None
-            rank, num_bases = round(config.rank_ratio * matrices[1]), round(config.basis_ratio * matrices[0])
-            shape = BankShape(*matrices, max(1, rank), max(1, num_bases))
+        shape = budget.shape_for(matrices)
         config.fit_config(shape).check_shape(*matrices)
         banks.append(BankPlan(indices, families, shape))
     return Scope(indices, tuple(banks))
+
+
+def _indices(layers: list[LayerSizes]) -> tuple[int, ...]:
+    return tuple(layer.index for layer in layers)
 
 
 def compact(indices: Sequence[int]) -> str:

@@ -18,7 +18,8 @@ from globe.measure.runnable import Place, find_place
 from globe.measure.sensitivity import NUM_WINDOWS, measure_sensitivities, random_windows
 from globe.model.loading import load
 from globe.plan.allocate import REACH, ErrorCurve, allocate
-from globe.plan.scopes import Scope, choose_shape, lowest_keep
+from globe.plan.budget import Keep, least_share
+from globe.plan.scopes import Scope
 from globe.plan.settings import CompressConfig
 from globe.train.fit_banks import fit_bank
 
@@ -31,8 +32,10 @@ docs/log.md."""
 
 def obstacle(checkpoint: Checkpoint, config: CompressConfig, num_banks: int) -> str | None:
     """Why the budget is not to be allocated: asked otherwise, nothing to choose, or a model too large to run."""
-    if config.allocation == "uniform" or config.keep is None:
-        return "the settings give it a shape" if config.keep is None else "that is asked for"
+    if not isinstance(config.budget, Keep):
+        return "the settings give it a shape"
+    if config.allocation == "uniform":
+        return "that is asked for"
     if num_banks == 1:
         return "there is one bank"
     place = _place(checkpoint, config)
@@ -50,7 +53,8 @@ def allocated(
 
     The model is run on some of the token windows (N, length) of a text, or on random tokens.
     """
-    assert config.keep is not None
+    budget = config.budget
+    assert isinstance(budget, Keep)
     banks = [bank for scope in scopes for bank in scope.banks]
     with explained_exhaustion(f"planning on {config.device}", FITS_EXHAUSTED):
         curves = [measure_curve(read_stack(checkpoint, layers, bank).weights, bank.shape, config) for bank in banks]
@@ -64,7 +68,7 @@ def allocated(
     sensitivities = [
         sum(float(found[index, family].sum()) for index in bank.layers for family in bank.families) for bank in banks
     ]
-    return allocate(scopes, curves, sensitivities, config.keep)
+    return allocate(scopes, curves, sensitivities, budget)
 
 
 def measure_curve(weights: Tensor, bank: BankShape, config: CompressConfig) -> ErrorCurve:
@@ -73,8 +77,8 @@ def measure_curve(weights: Tensor, bank: BankShape, config: CompressConfig) -> E
     Flat where no two sizes can be had.
     """
     aside = REACH / 2 * min(bank.share, 1 - bank.share)
-    smaller = choose_shape(bank.matrices, max(bank.share - aside, lowest_keep(bank.matrices)))
-    larger = choose_shape(bank.matrices, bank.share + aside)
+    smaller = Keep(max(bank.share - aside, least_share(bank.matrices))).shape_for(bank.matrices)
+    larger = Keep(bank.share + aside).shape_for(bank.matrices)
     distance = larger.share - smaller.share
     level, other = (_short_error(weights, option, config) for option in (smaller, larger))
     slope = math.log(level / other) / distance if distance > 0 and level > 0 and other > 0 else 0.0

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from globe.plan.allocate import ErrorCurve, allocate
+from globe.plan.budget import Keep
 from globe.plan.scopes import Scope, make_plan
 from globe.plan.settings import CompressConfig
 
@@ -30,7 +31,7 @@ def stored(scopes: list[Scope]) -> int:
 def allocated(keep: float, sensitivities: list[float] = SENSITIVITIES) -> tuple[list[Scope], list[Scope]]:
     scopes = make_plan(LAYERS, CompressConfig(keep=keep))
     curves = [ErrorCurve(keep, 0.3, 6.0)] * len(scopes)
-    return scopes, allocate(scopes, curves, sensitivities, keep)
+    return scopes, allocate(scopes, curves, sensitivities, Keep(keep))
 
 
 @pytest.mark.parametrize("keep", [0.75, 0.625, 0.5, 0.35])
@@ -62,7 +63,7 @@ def test_a_larger_budget_is_larger_for_every_bank() -> None:
 def test_a_bank_of_zeros_leaves_its_budget_to_the_others() -> None:
     scopes = make_plan(LAYERS, CompressConfig(keep=0.5))
     curves = [ErrorCurve(0.5, 0.0, 0.0), *[ErrorCurve(0.5, 0.3, 6.0)] * 3]
-    chosen = [scope.banks[0] for scope in allocate(scopes, curves, [0.0, 1.0, 1.0, 1.0], 0.5)]
+    chosen = [scope.banks[0] for scope in allocate(scopes, curves, [0.0, 1.0, 1.0, 1.0], Keep(0.5))]
     assert chosen[0].predicted_error == 0
     assert chosen[0].shape.parameters < scopes[0].banks[0].shape.parameters
     assert all(bank.shape.parameters > scopes[0].banks[0].shape.parameters for bank in chosen[1:])
@@ -95,7 +96,7 @@ FINE = [Layer(index, num_experts=64, intermediate_size=96, hidden_size=256) for 
 def shares_and_errors(keep: float, slopes: list[float], sensitivities: list[float]) -> list[tuple[float, float]]:
     scopes = make_plan(FINE[: len(slopes)], CompressConfig(keep=keep))
     curves = [ErrorCurve(keep, 0.2, slope) for slope in slopes]
-    banks = [scope.banks[0] for scope in allocate(scopes, curves, sensitivities, keep)]
+    banks = [scope.banks[0] for scope in allocate(scopes, curves, sensitivities, Keep(keep))]
     return [(bank.shape.share, bank.predicted_error or 0.0) for bank in banks]
 
 

@@ -4,14 +4,11 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from globe.bank_shape import BankShape
 from globe.errors import SettingsError
 from globe.plan.scopes import (
     Scope,
-    choose_shape,
     compact,
     make_plan,
     scope_from_json,
@@ -25,33 +22,6 @@ class Layer:
     num_experts: int = 4
     intermediate_size: int = 6
     hidden_size: int = 16
-
-
-@given(
-    num_matrices=st.integers(1, 400),
-    rows=st.integers(1, 300),
-    columns=st.integers(1, 300),
-    keep=st.floats(0.001, 1.2),
-)
-def test_a_chosen_shape_stays_within_the_budget_or_the_range_is_named(
-    num_matrices: int, rows: int, columns: int, keep: float
-) -> None:
-    matrices, total = (num_matrices, rows, columns), num_matrices * rows * columns
-    if not (num_matrices * rows + columns + num_matrices) / total <= keep < 1:
-        with pytest.raises(SettingsError, match="out of reach"):
-            choose_shape(matrices, keep)
-        return
-    shape = choose_shape(matrices, keep)
-    assert shape.matrices == matrices
-    assert 1 <= shape.rank <= rows
-    assert 1 <= shape.num_bases <= num_matrices
-    assert shape.parameters <= keep * total * (1 + 1e-9)
-
-
-def test_real_shapes_use_nearly_all_of_the_budget() -> None:
-    for matrices in ((384, 768, 2048), (192, 1024, 2048), (180, 1408, 2048), (24, 14336, 4096)):
-        for keep in (0.75, 0.5, 0.35):
-            assert 0.98 * keep < choose_shape(matrices, keep).share <= keep
 
 
 @pytest.mark.parametrize(

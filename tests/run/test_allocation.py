@@ -18,7 +18,8 @@ from globe.measure.settings import EvaluateConfig
 from globe.model.expert_modules import find_experts
 from globe.model.loading import expert_layers, load
 from globe.plan.allocate import DAMPING, ERROR_POWER, REACH, STEP
-from globe.plan.scopes import choose_shape, make_plan
+from globe.plan.budget import Keep
+from globe.plan.scopes import make_plan
 from globe.plan.settings import CompressConfig
 from globe.run import allocation
 from globe.run.allocation import measure_curve
@@ -53,7 +54,7 @@ def test_predicted_errors_are_those_of_whole_fits(
     config = CompressConfig(keep=0.5, device="cpu", **settings)  # pyright: ignore[reportArgumentType]
     bank, experts = only_bank(shipped, config)
     curve = measure_curve(experts, bank, config)
-    for option in (choose_shape(bank.matrices, keep) for keep in keeps):
+    for option in (Keep(keep).shape_for(bank.matrices) for keep in keeps):
         error = fit_bank(experts, config.fit_config(option)).history[-1]
         predicted = curve(option.share)
         assert predicted == pytest.approx(error, rel=tolerance), option
@@ -73,7 +74,7 @@ def test_errors_cost_about_their_cube(shipped: Checkpoint) -> None:
     bank, experts = only_bank(shipped, config)
     sigmas = [float(part.square().mean().sqrt()) for part in (*module.gate_up_proj.chunk(2, dim=1), module.down_proj)]
     true, errors, costs = log_probabilities(), list[float](), list[float]()
-    for option in (choose_shape(bank.matrices, 0.35), choose_shape(bank.matrices, 0.6)):
+    for option in (Keep(0.35).shape_for(bank.matrices), Keep(0.6).shape_for(bank.matrices)):
         fit = fit_bank(experts, config.fit_config(option))
         families = fit.factors.compose().chunk(3)
         gate, up, down = (sigma * part for sigma, part in zip(sigmas, families, strict=True))
@@ -87,9 +88,9 @@ def test_errors_cost_about_their_cube(shipped: Checkpoint) -> None:
 def test_two_short_fits_tell_level_and_slope() -> None:
     """Half way from the uniform share to the least and the largest that are offered."""
     config = CompressConfig(keep=0.6, steps=60)
-    bank = choose_shape((24, 24, 96), 0.6)
+    bank = Keep(0.6).shape_for((24, 24, 96))
     curve = measure_curve(normal(24, 24, 96).float(), bank, config)
-    smaller = choose_shape(bank.matrices, bank.share - 0.5 * (1 - bank.share) / 2)
+    smaller = Keep(bank.share - 0.5 * (1 - bank.share) / 2).shape_for(bank.matrices)
     assert curve.share == smaller.share < bank.share
     assert 0 < curve.level < 1
     assert curve.slope > 0
@@ -97,7 +98,7 @@ def test_two_short_fits_tell_level_and_slope() -> None:
 
 
 def test_more_steps_gain_more_and_as_few_as_the_short_fits_nothing() -> None:
-    bank = choose_shape((12, 6, 16), 0.6)
+    bank = Keep(0.6).shape_for((12, 6, 16))
     gains = [
         measure_curve(normal(12, 6, 16).float(), bank, CompressConfig(keep=0.6, steps=steps)).gain
         for steps in (1, 20, 60, 500)
@@ -107,7 +108,7 @@ def test_more_steps_gain_more_and_as_few_as_the_short_fits_nothing() -> None:
 
 
 def test_the_curve_of_zeros_is_zero() -> None:
-    bank = choose_shape((48, 48, 128), 0.5)
+    bank = Keep(0.5).shape_for((48, 48, 128))
     curve = measure_curve(torch.zeros(48, 48, 128), bank, CompressConfig(keep=0.5))
     assert (curve.level, curve.slope, curve(0.1), curve(0.9)) == (0.0, 0.0, 0.0, 0.0)
 
