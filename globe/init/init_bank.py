@@ -74,7 +74,7 @@ def am_step(
     if bank_update == "gauss_newton":
         new_alpha = alpha
         new_bases = gauss_newton_bases(
-            weights, adapters, alpha, bases, activation, activation_lambda, weigh=problem.gradient
+            weights, adapters, alpha, bases, activation, activation_lambda, weigh=problem.weigh
         )
     else:
         weight_aware = use_weight_aware_targets or route_beta > 0
@@ -103,7 +103,7 @@ def am_step(
         new_alpha, new_bases = normalize_atoms(new_alpha, new_bases)
     features = activate(mix(new_alpha, new_bases), activation, activation_lambda)
     new_adapters, num_fallbacks = refit_adapters(
-        weights, features, lambda_a=problem.lambda_a, weighed=problem.weigh(features, slice(None))
+        weights, features, lambda_a=problem.lambda_a, weighed=problem.weigh(features)
     )
     after = features_objective(problem, new_adapters, features)
     if after <= before:
