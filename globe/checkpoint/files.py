@@ -33,11 +33,11 @@ def readable(path: Path) -> Iterator[None]:
 def regular_size(path: Path) -> int:
     """Bytes of a file; `CheckpointError` unless it is there and a regular one: a pipe or a device has no end."""
     with readable(path):
-        found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a device or a socket"
+        status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a device or a socket"
         raise CheckpointError(f"{path} is {kind}, not a file: it is not read")
-    return found.st_size
+    return status.st_size
 
 
 def check_contained(path: Path, root: Path) -> None:

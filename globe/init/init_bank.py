@@ -83,8 +83,8 @@ def am_step(
         def targets(now: Tensor) -> Tensor:
             if wanted is None:
                 return warm_targets
-            found = weight_aware_targets(wanted, now, activation, activation_lambda)
-            return found if use_weight_aware_targets else blend_targets(warm_targets, found, route_beta)
+            aware_targets = weight_aware_targets(wanted, now, activation, activation_lambda)
+            return aware_targets if use_weight_aware_targets else blend_targets(warm_targets, aware_targets, route_beta)
 
         first = targets(mixed)
         if codes == "ridge":

@@ -148,14 +148,14 @@ class GlobeExperts(nn.Module):
             cache.write(
                 {expert: slots[expert] for expert in experts}, *self.globe_matrices(parameters, experts, states)
             )
-        found = sorted(cache.found(hit).items(), key=lambda item: item[1])
+        cached = sorted(cache.slots_of(hit).items(), key=lambda item: item[1])
         sizes = [0] * cache.num_slots
-        for expert, slot in found:
+        for expert, slot in cached:
             sizes[slot] = counts[expert]
-        if [expert for expert, _ in found] == hit:
+        if [expert for expert, _ in cached] == hit:
             return self._globe_run(parameters, cache.gate_up, cache.down, hit, sizes, states) if hit else states[:0]
         pieces = states.split(list(counts))
-        here, elsewhere = [expert for expert, _ in found], [expert for expert in hit if expert not in dict(found)]
+        here, elsewhere = [expert for expert, _ in cached], [expert for expert in hit if expert not in dict(cached)]
         rest = [count if expert in elsewhere else 0 for expert, count in enumerate(counts)]
         outputs: dict[int, Tensor] = {}
         if here:

@@ -289,12 +289,12 @@ def _spectra(spectra: Sequence[Spectra]) -> list[Chart]:
 
 def _popularities(banks: Sequence[BankReport]) -> dict[str, list[float]]:
     """The share of each basis in the experts' mixtures, the most popular first, by bank."""
-    found: dict[str, list[float]] = {}
+    popularities: dict[str, list[float]] = {}
     for bank in banks:
         popularity = bank.metrics.get("popularity")
         if isinstance(popularity, list) and popularity:
-            found[describe(bank)] = sorted(map(float, popularity), reverse=True)
-    return found
+            popularities[describe(bank)] = sorted(map(float, popularity), reverse=True)
+    return popularities
 
 
 def _popularity(banks: Sequence[BankReport]) -> Chart | None:

@@ -295,11 +295,11 @@ def _table_of_coded(title: str, report: Report) -> Table:
 
 def show_verification(console: Terminal, folder: Path) -> None:
     """What a folder's files are, compared with what was written; `CheckpointError` for any that differ."""
-    found = verify_files(folder)
-    size = byte_size(found.num_bytes)
-    console.print(f"{found.num_files} files, {size}: every byte is as run {found.run} wrote it", soft_wrap=True)
-    if found.unlisted:
-        names = ", ".join(found.unlisted)
+    verified = verify_files(folder)
+    size = byte_size(verified.num_bytes)
+    console.print(f"{verified.num_files} files, {size}: every byte is as run {verified.run} wrote it", soft_wrap=True)
+    if verified.unlisted:
+        names = ", ".join(verified.unlisted)
         console.print(f"put there later, and not checked: {names}", style="yellow", soft_wrap=True)
 
 

@@ -64,9 +64,10 @@ def allocated(
     if windows is None:
         windows = random_windows(model, config.seed)
     windows = windows[:: math.ceil(len(windows) / NUM_WINDOWS)]
-    found = measure_sensitivities(model, windows, {index for bank in banks for index in bank.layers}, config.seed)
+    by_family = measure_sensitivities(model, windows, {index for bank in banks for index in bank.layers}, config.seed)
     sensitivities = [
-        sum(float(found[index, family].sum()) for index in bank.layers for family in bank.families) for bank in banks
+        sum(float(by_family[index, family].sum()) for index in bank.layers for family in bank.families)
+        for bank in banks
     ]
     return allocate(scopes, curves, sensitivities, budget)
 
