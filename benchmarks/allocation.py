@@ -66,7 +66,7 @@ def main(config: AllocationConfig) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 report = compress(model, Path(folder) / "compressed", settings)
                 quality = evaluator.directory(Path(folder) / "compressed")
-            shares = [bank.stored_parameters / bank.original_parameters for bank in report.banks]
+            shares = [bank.shape.share for bank in report.banks]
             rows.append(
                 {
                     "keep": keep,

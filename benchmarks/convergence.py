@@ -170,10 +170,11 @@ def main(config: ConvergenceConfig) -> None:
     plan = make_plan(list(layers.values()), CompressConfig(keep=config.keep, layers=(config.layer,)))
     bank = plan[0].banks[0]
     experts = read_stack(checkpoint, layers, bank).weights
-    rows = [run(experts, fit) for fit in fits(bank.rank, bank.num_bases, config)]
+    shape = bank.shape
+    rows = [run(experts, fit) for fit in fits(shape.rank, shape.num_bases, config)]
     claims = judge_claims(rows)
-    shape = f"E={bank.num_matrices} P={bank.rows} D={bank.columns} R={bank.rank} M={bank.num_bases}"
-    print_table(f"Layer {config.layer}, keep {config.keep:g}: {shape}, {config.threads} threads", rows, COLUMNS)
+    numbers = f"E={shape.num_matrices} P={shape.rows} D={shape.columns} R={shape.rank} M={shape.num_bases}"
+    print_table(f"Layer {config.layer}, keep {config.keep:g}: {numbers}, {config.threads} threads", rows, COLUMNS)
     print_claims(claims)
     write_record(config.output, "convergence", config, rows, claims)
     draw(rows, config.output.with_suffix(".png"))

@@ -182,13 +182,12 @@ def globe_row(
         quality = evaluator.directory(Path(folder) / "compressed")
         found = open_checkpoint(Path(folder) / "compressed").tensors.values()
         factors = sum(tensor.nbytes for tensor in found if is_factor(tensor.name))
-    original = sum(part.original_parameters for part in (*report.banks, *report.coded))
     return {
         **budget,
         "method": method,
-        "shape": ", ".join(f"R={bank.rank} M={bank.num_bases}" for bank in report.banks[:1]),
+        "shape": ", ".join(f"R={bank.shape.rank} M={bank.shape.num_bases}" for bank in report.banks[:1]),
         "stored": report.kept,
-        "bytes": factors / (2 * original),
+        "bytes": factors / (2 * report.original_parameters),
         "error": report.error,
         **report.family_errors(),
         **quality,

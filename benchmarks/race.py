@@ -25,8 +25,9 @@ from benchmarks.record import RESULTS, Claim, write_record
 from benchmarks.rivals import mobe
 from benchmarks.stacks import read_stacks
 from benchmarks.tables import Column, print_claims, print_table
+from globe.bank_shape import BankShape
 from globe.checkpoint.shipped import resolve_model
-from globe.plan.scopes import compact, stored_parameters
+from globe.plan.scopes import compact
 from globe.report.style import STYLE
 from globe.terms import FAMILIES
 from globe.train.config import FitConfig
@@ -188,8 +189,7 @@ def main(config: RaceConfig) -> None:
     _, num_experts, rows, columns = stacks[0].shape
     shape = mobe.published_shape(num_experts, rows, columns, config.keep)
     assert shape is not None, f"keep {config.keep} leaves no basis for MoBE with R = P"
-    total = num_experts * rows * columns
-    stored = stored_parameters(num_experts, rows, columns, *shape) / total
+    stored = BankShape(num_experts, rows, columns, *shape).share
     theirs = [{**row, "stored": stored} for row in run_mobe(stacks, shape, config)]
     unit = theirs[-1]["seconds"]
     ours: list[dict[str, Any]] = []
@@ -201,7 +201,7 @@ def main(config: RaceConfig) -> None:
         matrices = len(banks[0])
         budget = OVERSPEND * stored * matrices * rows * columns
         num_bases = int((budget - matrices * rows * rows) / (rows * columns + matrices))
-        kept = stored_parameters(matrices, rows, columns, rows, num_bases) / (matrices * rows * columns)
+        kept = BankShape(matrices, rows, columns, rows, num_bases).share
         for align_steps, steps in ladder:
             row = run_globe(banks, num_bases, align_steps, steps)
             ours.append({"method": f"GloBE, a bank for {name}", "stored": kept, **row})

@@ -77,7 +77,7 @@ def main(config: ScopesConfig) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 report = compress(model, Path(folder) / "compressed", settings)
                 quality = evaluator.directory(Path(folder) / "compressed")
-            bank = report.banks[0]
+            bank = report.banks[0].shape
             rows.append(
                 {
                     "keep": keep,

@@ -43,7 +43,7 @@ from globe.model.coded_spec import CodedSpec, spec_of, stored_parts
 from globe.model.experts import factorise
 from globe.model.loading import load
 from globe.model.names import coded_parameter, is_factor
-from globe.plan.scopes import choose_shape
+from globe.plan.budget import Keep
 from globe.quant.banked import BankedExperts
 from globe.quant.coded import code_own, rehearse
 from globe.quant.feedback import order_inputs
@@ -114,7 +114,7 @@ def shipped_models(config: ServingConfig) -> tuple[Any, Any]:
 
 def synthetic_models(config: ServingConfig) -> tuple[Any, Any]:
     """A Qwen3-MoE of few layers in bfloat16, and the same with factorised experts."""
-    P, D, num_matrices = config.intermediate_size, config.hidden_size, 3 * config.experts
+    P, D = config.intermediate_size, config.hidden_size
     settings = AutoConfig.for_model(
         "qwen3_moe",
         hidden_size=D,
@@ -131,9 +131,9 @@ def synthetic_models(config: ServingConfig) -> tuple[Any, Any]:
     torch.manual_seed(config.seed)
     dense = AutoModelForCausalLM.from_config(settings).to(config.device).eval()
     compressed = copy.deepcopy(dense)
-    rank, num_bases = choose_shape(num_matrices, P, D, config.keep)
+    shape = Keep(config.keep).shape_for((3 * config.experts, P, D))
     for found in find_experts(compressed):
-        bank = Bank(num_bases, rank, D, "tanh", torch.bfloat16, torch.device(config.device))
+        bank = Bank(shape.bases, "tanh", torch.bfloat16, torch.device(config.device))
         factorise(found.module, found.layout, [BankUse(bank, FAMILIES, own="own")])
         for parameter in found.module.parameters():
             nn.init.normal_(parameter, std=0.1)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.shapes
 
-The rule in `globe.plan.scopes.choose_shape` (the share of the budget that goes to the adapters) is read off this table.
+The rule in `globe.plan.budget.Keep` (the share of the budget that goes to the adapters) is read off this table.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def main(config: ShapesConfig) -> None:
     for index in config.layers:
         for keep in config.keeps:
             plan = make_plan(list(layers.values()), CompressConfig(keep=keep, layers=(index,)))
-            chosen = plan[0].banks[0]
-            experts = read_stack(checkpoint, layers, chosen).weights
+            bank = plan[0].banks[0]
+            chosen, experts = bank.shape, read_stack(checkpoint, layers, bank).weights
             num_experts, height, width = experts.shape
             ranks = {round(ratio * height) for ratio in config.rank_ratios} | {chosen.rank}
             for rank in sorted(ranks, reverse=True):

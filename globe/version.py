@@ -11,5 +11,5 @@ __version__ = importlib.metadata.version("globe-moe")
 def versions() -> dict[str, str]:
     """Of the packages that a result may depend on, by name."""
     packages = ("torch", "transformers", "safetensors")
-    found = {package: importlib.metadata.version(package) for package in packages}
-    return {"globe": __version__, "python": platform.python_version(), **found}
+    installed = {package: importlib.metadata.version(package) for package in packages}
+    return {"globe": __version__, "python": platform.python_version(), **installed}

@@ -40,7 +40,7 @@ def gauss_newton_bases(
 ) -> Tensor:
     """Minimise Σ_e ‖W_e − A_e (N_e + J_e ⊙ (a_e·ΔB))‖² over ΔB at fixed A and a; returns B + ΔB, (M, R, D).
 
-    `weigh` multiplies (E, K, D) by the metric of the norm, x ↦ w_e x_e C_e, the identity by default. For φ = identity
+    `weigh` multiplies (E, K, D) by the metric of the norm, x ↦ x_e C_e, the identity by default. For φ = identity
     this is the exact bank update Σ_e a_ej A_eᵀA_e (Σ_k a_ek B_k) = Σ_e a_ej A_eᵀ W_e, otherwise one Gauss–Newton step.
     Matrix-free conjugate gradients on ΔB, preconditioned by (aᵀa)⁻¹ ⊗ (mean AᵀA)⁻¹: the bank is the largest object that
     is ever built.

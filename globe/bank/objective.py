@@ -1,6 +1,6 @@
 """The one objective of every solver, and its gradient with the adapters eliminated.
 
-    f(A, a, B) = Σ_e w_e ‖(W_e − A_e φ(T_e)) C^{1/2}‖²_F / Σ_e w_e ‖W_e C^{1/2}‖²_F,    T_e = Σ_j a_ej B_j
+    f(A, a, B) = Σ_e ‖(W_e − A_e φ(T_e)) C^{1/2}‖²_F / Σ_e ‖W_e C^{1/2}‖²_F,    T_e = Σ_j a_ej B_j
 
 With A the minimiser at (a, B), the gradient of min_A f is that of f at fixed A (variable projection; Golub and
 Pereyra 1973): it flows through T alone, and no derivative of the linear solve is needed.
@@ -60,32 +60,25 @@ class Problem:
 
     weights: Tensor
     """W, (E, P, D), normalised to a standard deviation near 1."""
-    expert_weights: Tensor | None = None
-    """w, (E,): how much each expert counts; 1 when None."""
     metric: InputMetric | None = None
     """C of each expert; identity when None."""
     lambda_a: float = 1e-6
     """Ridge of the adapters, relative to the mean diagonal of their Gram matrices."""
 
     def energy(self) -> Tensor:
-        """Σ_e w_e ‖W_e C^{1/2}‖²_F, the denominator of the objective."""
+        """Σ_e ‖W_e C^{1/2}‖²_F, the denominator of the objective."""
         total = self.weights.new_zeros(())
         for part in expert_chunks(self.weights):
             total = total + self.squared(self.weights[part], part)
         return total
 
-    def weigh(self, x: Tensor, part: slice) -> Tensor:
-        """x_e C_e for the experts `part`; x itself without a metric."""
+    def weigh(self, x: Tensor, part: slice = slice(None)) -> Tensor:
+        """x_e C_e for the experts `part`, half the gradient of Σ_e ‖x_e C_e^{1/2}‖²; x itself without a metric."""
         return x if self.metric is None else self.metric.weigh(x, part)
 
-    def gradient(self, x: Tensor, part: slice = slice(None)) -> Tensor:
-        """w_e x_e C_e: half the gradient of Σ_e w_e ‖x_e C_e^{1/2}‖²."""
-        weighed = self.weigh(x, part)
-        return weighed if self.expert_weights is None else weighed * self.expert_weights[part, None, None]
-
     def squared(self, x: Tensor, part: slice) -> Tensor:
-        """Σ_e w_e ‖x_e C_e^{1/2}‖² over the experts `part`."""
-        return _sum_of_products(self.gradient(x, part), x)
+        """Σ_e ‖x_e C_e^{1/2}‖² over the experts `part`."""
+        return _sum_of_products(self.weigh(x, part), x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +134,7 @@ def project(
         n = activate(t, activation, activation_lambda)
         a, failed = refit_adapters(w, n, lambda_a=problem.lambda_a, weighed=problem.weigh(n, part))
         residual = torch.baddbmm(w, a, n, beta=-1)
-        weighed = problem.gradient(residual, part)
+        weighed = problem.weigh(residual, part)
         total = total + _sum_of_products(weighed, residual)
         num_fallbacks += failed
         del n

@@ -12,6 +12,7 @@ from typing import Any
 from globe.checkpoint.side_files import outside
 from globe.errors import CheckpointError
 from globe.typed import shown
+from globe.units import byte_size
 
 MAX_JSON = 64_000_000
 """Bytes of the largest JSON file that is read; the index of a model of 10^12 parameters has 20 MB."""
@@ -32,11 +33,11 @@ def readable(path: Path) -> Iterator[None]:
 def regular_size(path: Path) -> int:
     """Bytes of a file; `CheckpointError` unless it is there and a regular one: a pipe or a device has no end."""
     with readable(path):
-        found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a device or a socket"
+        status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a device or a socket"
         raise CheckpointError(f"{path} is {kind}, not a file: it is not read")
-    return found.st_size
+    return status.st_size
 
 
 def check_contained(path: Path, root: Path) -> None:
@@ -60,7 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
     check_contained(path, path.parent)
     if size > MAX_JSON:
         raise CheckpointError(
-            f"{path} has {size / 1e6:.0f} MB, of which {MAX_JSON / 1e6:.0f} are read at most: "
+            f"{path} has {byte_size(size)}, of which {byte_size(MAX_JSON)} are read at most: "
             f"{what_it_is(_first_bytes(path)) or 'it is hardly the file of a model; download or copy it again'}"
         )
     with readable(path):

@@ -185,13 +185,13 @@ def _tensor(name: str, entry: object, shard: str) -> TensorInfo:
     needed = num_bytes(dtype, shape, where)
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{where} lies at bytes {shown(offsets)}, which cannot be; {_AGAIN}")
-    found = offsets[1] - offsets[0]
-    if needed != found or math.prod(shape) * _BITS[dtype] % 8:
+    spanned = offsets[1] - offsets[0]
+    if needed != spanned or math.prod(shape) * _BITS[dtype] % 8:
         raise CheckpointError(
-            f"{where} is {dtype} of shape {shown(shape)}, which takes {needed} bytes; its offsets give {found}; "
+            f"{where} is {dtype} of shape {shown(shape)}, which takes {needed} bytes; its offsets give {spanned}; "
             f"{_AGAIN}"
         )
-    return TensorInfo(name, dtype, tuple(shape), shard, offsets[0], found)
+    return TensorInfo(name, dtype, tuple(shape), shard, offsets[0], spanned)
 
 
 def _are_sizes(values: object) -> TypeGuard[Sequence[int]]:

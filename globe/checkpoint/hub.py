@@ -41,8 +41,8 @@ class HubRepo:
     def header(self, filename: str) -> dict[str, Any]:
         """The parsed safetensors header of a shard, read without its data."""
         with _explained(self.repo_id, filename):
-            found = HfApi().parse_safetensors_file_metadata(self.repo_id, filename, revision=self.commit)
-        return {name: dataclasses.asdict(tensor) for name, tensor in found.tensors.items()}
+            metadata = HfApi().parse_safetensors_file_metadata(self.repo_id, filename, revision=self.commit)
+        return {name: dataclasses.asdict(tensor) for name, tensor in metadata.tensors.items()}
 
 
 def open_repo(repo_id: str, revision: str | None) -> tuple[HubRepo, Path]:

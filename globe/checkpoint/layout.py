@@ -161,11 +161,11 @@ def _layer(index: int, prefix: str, tensors: Mapping[str, TensorInfo], model: La
         for family, projection in zip(FAMILIES, projections, strict=True)
     }
     _check_names(prefix, tensors, families)
-    found: dict[Family, list[TensorInfo]] = {
+    stored: dict[Family, list[TensorInfo]] = {
         family: [tensors[name] for name in names] for family, names in families.items()
     }
     shape = _fused_shape if fused else _per_expert_shape
-    num_experts, intermediate_size, hidden_size, transposed = shape(found, num_unused)
+    num_experts, intermediate_size, hidden_size, transposed = shape(stored, num_unused)
     return ExpertLayer(
         index=index,
         prefix=prefix,
@@ -189,9 +189,9 @@ def dtype_notes(layers: Iterable[ExpertLayer]) -> list[str]:
         if len(layer.stored_dtypes) > 1:
             mixed[layer.stored_dtypes, layer.dtype].append(layer.index)
     return [
-        f"{len(indices)} layers have experts in {' and '.join(found)}, layer {indices[0]} first; they are read as "
+        f"{len(indices)} layers have experts in {' and '.join(dtypes)}, layer {indices[0]} first; they are read as "
         f"{common}, which holds both exactly, and their factors are stored so unless factor_dtype says otherwise"
-        for (found, common), indices in mixed.items()
+        for (dtypes, common), indices in mixed.items()
     ]
 
 
@@ -235,20 +235,20 @@ def _common_dtype(names: Iterable[str]) -> str:
     return next(name for name, dtype in TORCH_DTYPES.items() if dtype == common)
 
 
-def _per_expert_shape(found: Mapping[Family, list[TensorInfo]], num_unused: int) -> tuple[int, int, int, bool]:
+def _per_expert_shape(stored: Mapping[Family, list[TensorInfo]], num_unused: int) -> tuple[int, int, int, bool]:
     """(E, P, D, not transposed) by the shape of the first gate matrix, which all others must fit."""
-    gate = found["gate"][0]
+    gate = stored["gate"][0]
     if len(gate.shape) != 2 or 0 in gate.shape:
         raise UnsupportedModelError(f"{gate.name} has shape {gate.shape}; (P, D) was expected")
-    for family, tensors in found.items():
+    for family, tensors in stored.items():
         for tensor in tensors:
             _check_shape(tensor, gate, gate.shape[::-1] if family == "down" else gate.shape)
-    return len(found["gate"]) - num_unused, *gate.shape, False
+    return len(stored["gate"]) - num_unused, *gate.shape, False
 
 
-def _fused_shape(found: Mapping[Family, list[TensorInfo]], num_unused: int) -> tuple[int, int, int, bool]:
+def _fused_shape(stored: Mapping[Family, list[TensorInfo]], num_unused: int) -> tuple[int, int, int, bool]:
     """(E, P, D, whether transposed) by the shapes of the two fused tensors."""
-    (gate_up,), (down,) = found["gate"], found["down"]
+    (gate_up,), (down,) = stored["gate"], stored["down"]
     if len(gate_up.shape) != 3 or 0 in gate_up.shape:
         raise UnsupportedModelError(f"{gate_up.name} has shape {gate_up.shape}; three dimensions were expected")
     num_gates, rows, columns = gate_up.shape

@@ -94,8 +94,8 @@ def verify_files(folder: Path, names: Iterable[str] | None = None) -> Verificati
     unlisted = sorted(_held(folder) - manifest.files.keys() - {MANIFEST})
     weights = [name for name in unlisted if name.endswith((".safetensors", ".index.json"))]
     faults = {"missing": missing, "changed since it was written": changed, "not of this run": weights}
-    if found := [f"{what}: {_some(names)}" for what, names in faults.items() if names]:
-        raise CheckpointError(f"{folder}: {'; '.join(found)}. Fetch the folder again, or repeat the run that wrote it")
+    if faulty := [f"{what}: {_some(names)}" for what, names in faults.items() if names]:
+        raise CheckpointError(f"{folder}: {'; '.join(faulty)}. Fetch the folder again, or repeat the run that wrote it")
     num_bytes = sum((folder / name).stat().st_size for name in chosen)
     return Verification(manifest.run, len(chosen), num_bytes, tuple(unlisted))
 

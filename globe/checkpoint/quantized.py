@@ -196,13 +196,13 @@ def _find_int4(checkpoint: Checkpoint, section: Mapping[str, Any]) -> dict[str, 
         _refuse(checkpoint, "compressed-tensors without config_groups")
     for group in groups:
         (weights,) = _objects({"weights": group.get("weights") or {}}) or ({},)
-        found = {name: weights.get(name) for name in ("num_bits", "type", "symmetric", "strategy", "actorder")}
-        described = f"{group.get('format') or section.get('format')}, {found}"
+        scheme = {name: weights.get(name) for name in ("num_bits", "type", "symmetric", "strategy", "actorder")}
+        described = f"{group.get('format') or section.get('format')}, {scheme}"
         if (
             (group.get("format") or section.get("format")) != "pack-quantized"
-            or (found["num_bits"], found["type"], found["symmetric"]) != (4, "int", True)
-            or found["strategy"] not in ("group", "channel")
-            or found["actorder"] not in (None, False, "static", "weight")
+            or (scheme["num_bits"], scheme["type"], scheme["symmetric"]) != (4, "int", True)
+            or scheme["strategy"] not in ("group", "channel")
+            or scheme["actorder"] not in (None, False, "static", "weight")
         ):
             _refuse(checkpoint, f"compressed-tensors {described}")
     packed: dict[str, Packed] = {}

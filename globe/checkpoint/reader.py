@@ -169,10 +169,10 @@ def _open_folder(folder: Path, repo: HubRepo | None) -> Checkpoint:
     for shard in shards:
         if repo is None or (folder / shard).exists():
             check_contained(folder / shard, folder)
-            found = read_header(folder / shard, shard)
+            entries = read_header(folder / shard, shard)
         else:
-            found = check_entries(repo.header(shard), shard)
-        for tensor in found:
+            entries = check_entries(repo.header(shard), shard)
+        for tensor in entries:
             if (other := tensors.setdefault(tensor.name, tensor)) is not tensor:
                 raise CheckpointError(
                     f"tensor {shown(tensor.name)} is in {other.shard} and in {shard}, and only one can be meant: take "
@@ -243,8 +243,8 @@ def _check_is_model(folder: Path) -> None:
         raise CheckpointError(f"{folder} has no {CONFIG}, but {inner[0]} has{more}: give that folder")
     if ggufs := sorted(name for name in weights if name.endswith(".gguf")):
         raise CheckpointError(f"{folder} holds {_some(ggufs)}, and GGUF is not read: {_CONVERT_GGUF}")
-    found = f"it holds {_some(sorted(names))}" if names else "it is empty"
-    raise CheckpointError(f"{folder} has no {CONFIG}; {found}: is it the folder of a Hugging Face model?")
+    content = f"it holds {_some(sorted(names))}" if names else "it is empty"
+    raise CheckpointError(f"{folder} has no {CONFIG}; {content}: is it the folder of a Hugging Face model?")
 
 
 def _check_stray(folder: Path, weight_map: Mapping[str, str]) -> None:
@@ -281,12 +281,12 @@ def _check_present(folder: Path, shards: tuple[str, ...]) -> None:
         raise CheckpointError(
             f"{folder} holds its weights as {_some(others)}; only safetensors is read: convert it first ({how})"
         )
-    found = "it has no weights at all"
+    content = "it has no weights at all"
     if len(loose) == 1 and not _SHARD.fullmatch(loose[0]):
-        found = f"it has {loose[0]}; if that is the whole model, rename it to {SINGLE}"
+        content = f"it has {loose[0]}; if that is the whole model, rename it to {SINGLE}"
     elif loose:
-        found = f"it has {_some(loose)} without an index; download that too"
-    raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}; {found}")
+        content = f"it has {_some(loose)} without an index; download that too"
+    raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}; {content}")
 
 
 def _differences(weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> list[str]:
@@ -295,11 +295,11 @@ def _differences(weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo
     absent = sorted(weight_map.keys() - tensors.keys())
     unlisted = sorted(tensors.keys() - weight_map.keys())
     moved = [name for name, shard in weight_map.items() if name in tensors and tensors[name].shard != shard]
-    found = [
+    differences = [
         (absent, "that no file holds; they are left out"),
         (moved, "in other files than those that hold them; they are read where they are"),
     ]
-    notes = [f"{INDEX} lists {len(names)} tensors {what}: {_some(names)}" for names, what in found if names]
+    notes = [f"{INDEX} lists {len(names)} tensors {what}: {_some(names)}" for names, what in differences if names]
     if unlisted:
         notes.append(
             f"the files hold {len(unlisted)} tensors that {INDEX} does not list; they are read: {_some(unlisted)}"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from globe.bank_shape import BankShape
 from globe.checkpoint.files import read_json
 from globe.errors import CheckpointError
 from globe.terms import FAMILIES
@@ -22,11 +23,7 @@ class BankReport:
 
     layers: list[int]
     families: list[str]
-    rank: int
-    num_bases: int
-    num_matrices: int
-    original_parameters: int
-    stored_parameters: int
+    shape: BankShape
     outcome: str
     """Why the fit stopped."""
     seconds: float
@@ -129,9 +126,14 @@ class Report:
     @property
     def kept(self) -> float:
         """Of the compressed families, stored over original: parameters of banks, or of what is coded bits over 16."""
-        stored = sum(bank.stored_parameters for bank in self.banks) + sum(part.stored_bytes for part in self.coded) / 2
-        original = sum(part.original_parameters for part in (*self.banks, *self.coded))
-        return stored / original
+        in_banks = sum(bank.shape.parameters for bank in self.banks)
+        return (in_banks + sum(part.stored_bytes for part in self.coded) / 2) / self.original_parameters
+
+    @property
+    def original_parameters(self) -> int:
+        """Of the compressed families."""
+        shapes = [bank.shape for bank in self.banks]
+        return sum(part.original_parameters for part in (*shapes, *self.coded))
 
     @property
     def bits(self) -> float | None:
@@ -181,8 +183,7 @@ class Report:
             yield "banks and coded are empty"
         sizes = {"original_bytes": self.original_bytes, "compressed_bytes": self.compressed_bytes}
         for number, bank in enumerate(self.banks):
-            for name in ("rank", "num_bases", "num_matrices", "original_parameters", "stored_parameters"):
-                sizes[f"banks[{number}].{name}"] = getattr(bank, name)
+            sizes |= {f"banks[{number}].shape.{name}": size for name, size in dataclasses.asdict(bank.shape).items()}
             for name, errors in (("errors", bank.errors), ("expert_errors", bank.expert_errors)):
                 if not all(layer.isdecimal() and len(layer) < 10 and errors[layer] for layer in errors):
                     yield f"banks[{number}].{name} is {shown(errors)}, not by number of the layer and family"

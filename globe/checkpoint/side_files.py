@@ -50,9 +50,9 @@ def find_side_files(folder: Path) -> SideFiles:
     Neither weights nor their index, nor config.json, which the output writes itself, nor code of the model.
     """
     kept, left_out = list[Path](), list[str]()
-    found = [path for path in sorted(folder.iterdir()) if _is_side_file(path.name)]
-    found += sorted((folder / _TEMPLATES).glob("*.jinja"))
-    for path in found:
+    candidates = [path for path in sorted(folder.iterdir()) if _is_side_file(path.name)]
+    candidates += sorted((folder / _TEMPLATES).glob("*.jinja"))
+    for path in candidates:
         if path.name == ADAPTER:
             left_out.append(
                 f"{ADAPTER} and the adapter that it describes are left out: the output is of the weights without it; "

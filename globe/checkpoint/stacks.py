@@ -62,8 +62,8 @@ def check_finite(tensor: Tensor, name: str) -> None:
         return
     low, high = torch.aminmax(tensor)  # both are NaN if any element is; no mask of the tensor's size is made
     if not (torch.isfinite(low) and torch.isfinite(high)):
-        found = "NaN" if torch.isnan(low) else "infinite values"
-        raise CheckpointError(f"tensor {name} holds {found}: the checkpoint is damaged or its training diverged")
+        fault = "NaN" if torch.isnan(low) else "infinite values"
+        raise CheckpointError(f"tensor {name} holds {fault}: the checkpoint is damaged or its training diverged")
 
 
 def _of_fused(layer: ExpertLayer, tensor: Tensor, family: Family) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from globe.checkpoint.header import TORCH_DTYPES, TensorInfo, aligned, build_header, data_start
 from globe.checkpoint.reader import INDEX, Checkpoint
 from globe.errors import CheckpointError, OutputError
+from globe.units import byte_size
 
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _METADATA = {"format": "pt"}
@@ -143,7 +144,7 @@ def require_space(path: Path, nbytes: int) -> None:
     """Raise `OutputError` unless the file system that `path` is (or will be) on has `nbytes` free."""
     free = _free(path)
     if free < nbytes:
-        raise OutputError(f"{path} needs {_readable(nbytes)}, {_readable(free)} are free: make room or write elsewhere")
+        raise OutputError(f"{path} needs {byte_size(nbytes)}, {byte_size(free)} are free: make room or write elsewhere")
 
 
 @contextlib.contextmanager
@@ -167,7 +168,7 @@ def replacing(path: Path, nbytes: int = 0) -> Iterator[Hashed]:
             raise
         if error.errno in _FULL:
             raise OutputError(
-                f"the disk is full: {path} needs {_readable(nbytes)}, {_readable(_free(path))} are free; "
+                f"the disk is full: {path} needs {byte_size(nbytes)}, {byte_size(_free(path))} are free; "
                 "make room and run again"
             ) from error
         raise OutputError(f"{path} cannot be written: {error}") from error
@@ -203,7 +204,3 @@ def _copy_range(source: BinaryIO, file: Hashed, start: int, nbytes: int) -> None
 def _free(path: Path) -> int:
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     return shutil.disk_usage(existing).free
-
-
-def _readable(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"

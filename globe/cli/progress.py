@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from globe.checkpoint.report import CodedReport
 from globe.plan.scopes import BankPlan, Scope
-from globe.run.observer import Observer, clock, describe, describe_coded
+from globe.run.observer import Observer, clock, describe, describe_coded, describe_fitted
 from globe.terminal import Terminal
 from globe.train.result import StepRecord
 
@@ -18,7 +18,7 @@ class _Pace:
     """Matrices fitted so far, or layers coded, and the time that the rest will take at this rate."""
 
     def __init__(self, scopes: Sequence[Scope], num_finished: int) -> None:
-        matrices = sum(bank.num_matrices for scope in scopes[num_finished:] for bank in scope.banks)
+        matrices = sum(bank.shape.num_matrices for scope in scopes[num_finished:] for bank in scope.banks)
         self.total = matrices or len(scopes) - num_finished
         self.done = 0
         self._began = time.monotonic()
@@ -68,7 +68,7 @@ class LiveProgress(Observer):
         self._progress.start()
 
     def step(self, bank: BankPlan, record: StepRecord) -> None:
-        part = bank.num_matrices * record.step / self._max_steps
+        part = bank.shape.num_matrices * record.step / self._max_steps
         self._progress.update(
             self._fit, description=describe(bank), completed=record.step, state=f"error {record.error:.4f}"
         )
@@ -77,10 +77,8 @@ class LiveProgress(Observer):
         )
 
     def bank(self, bank: BankPlan, error: float, seconds: float) -> None:
-        self._pace.done += bank.num_matrices
-        self._progress.console.print(
-            f"{describe(bank)}: error {error:.4f}  rank {bank.rank}, {bank.num_bases} bases  {seconds:.1f} s"
-        )
+        self._pace.done += bank.shape.num_matrices
+        self._progress.console.print(describe_fitted(bank, error, seconds))
 
     def coded(self, families: Sequence[CodedReport]) -> None:
         self._pace.done += 1
@@ -112,10 +110,9 @@ class PlainProgress(Observer):
             self._console.print(f"going on after {num_finished} of {len(scopes)} scopes")
 
     def bank(self, bank: BankPlan, error: float, seconds: float) -> None:
-        self._pace.done += bank.num_matrices
+        self._pace.done += bank.shape.num_matrices
         self._console.print(
-            f"{describe(bank)}: error {error:.4f}  rank {bank.rank}, {bank.num_bases} bases  {seconds:.1f} s, "
-            f"{self._pace.rate():.1f} matrices/s, {self._pace.left()} left",
+            f"{describe_fitted(bank, error, seconds)}, {self._pace.rate():.1f} matrices/s, {self._pace.left()} left",
             soft_wrap=True,
         )
 

@@ -58,7 +58,7 @@ def read_stack(
     With `statistics` of the layers the stack is in the calibrated metric. Raises `CheckpointError` naming the tensor
     that holds NaN or Inf.
     """
-    weights = torch.empty(bank.num_matrices, bank.rows, bank.columns)
+    weights = torch.empty(bank.shape.matrices)
     groups: list[Group] = []
     start = 0
     for index in bank.layers:

@@ -43,7 +43,7 @@ class StreamedExperts:
 
     def parts(self) -> ExpertParts:
         sizes = [self.layers[index].num_experts * len(self.bank.families) for index in self.bank.layers]
-        return ExpertParts(sizes, self.bank.rows, self.bank.columns, self._problem)
+        return ExpertParts(sizes, self.bank.shape.rows, self.bank.shape.columns, self._problem)
 
     def _problem(self, number: int) -> Problem:
         stack = self.stack(number)
@@ -53,12 +53,9 @@ class StreamedExperts:
         """The experts of the bank's `number`-th layer."""
         index = self.bank.layers[number]
         size = self.layers[index].num_experts * len(self.bank.families)
-        return read_stack(
-            self.checkpoint,
-            self.layers,
-            dataclasses.replace(self.bank, layers=(index,), num_matrices=size),
-            self.statistics,
-        )
+        shape = dataclasses.replace(self.bank.shape, num_matrices=size)
+        bank = dataclasses.replace(self.bank, layers=(index,), shape=shape)
+        return read_stack(self.checkpoint, self.layers, bank, self.statistics)
 
     def fit(self, config: FitConfig, on_step: Callable[[StepRecord], None], state: Path) -> FitResult:
         """Codes and bases. The fit's state is saved in the file `state` every five minutes, between passes, and taken

@@ -74,7 +74,7 @@ def am_step(
     if bank_update == "gauss_newton":
         new_alpha = alpha
         new_bases = gauss_newton_bases(
-            weights, adapters, alpha, bases, activation, activation_lambda, weigh=problem.gradient
+            weights, adapters, alpha, bases, activation, activation_lambda, weigh=problem.weigh
         )
     else:
         weight_aware = use_weight_aware_targets or route_beta > 0
@@ -83,8 +83,8 @@ def am_step(
         def targets(now: Tensor) -> Tensor:
             if wanted is None:
                 return warm_targets
-            found = weight_aware_targets(wanted, now, activation, activation_lambda)
-            return found if use_weight_aware_targets else blend_targets(warm_targets, found, route_beta)
+            aware_targets = weight_aware_targets(wanted, now, activation, activation_lambda)
+            return aware_targets if use_weight_aware_targets else blend_targets(warm_targets, aware_targets, route_beta)
 
         first = targets(mixed)
         if codes == "ridge":
@@ -103,7 +103,7 @@ def am_step(
         new_alpha, new_bases = normalize_atoms(new_alpha, new_bases)
     features = activate(mix(new_alpha, new_bases), activation, activation_lambda)
     new_adapters, num_fallbacks = refit_adapters(
-        weights, features, lambda_a=problem.lambda_a, weighed=problem.weigh(features, slice(None))
+        weights, features, lambda_a=problem.lambda_a, weighed=problem.weigh(features)
     )
     after = features_objective(problem, new_adapters, features)
     if after <= before:

@@ -58,7 +58,7 @@ def align_pass(
     roots = values.clamp_min(torch.finfo(bases.dtype).eps * values[-1]).sqrt()
     bases.copy_(((vectors / roots).mT @ bases.flatten(1)).view_as(bases))  # orthonormal
     mixtures = None if codes is None else (codes @ vectors) * roots
-    found = bases.new_empty(slices[-1].stop, len(bases))
+    new_codes = bases.new_empty(slices[-1].stop, len(bases))
     sums, missed = torch.zeros_like(bases), 0.0
     for index, place in enumerate(slices):
         weights = read(index)
@@ -69,8 +69,8 @@ def align_pass(
             else:
                 frames = polar(experts @ mix(mixtures[own], bases).mT)
             aligned = (frames.mT @ experts).flatten(1)
-            found[own] = aligned @ bases.flatten(1).mT
-            missed += float(norms(experts).square().sum() - found[own].square().sum())
-            sums.flatten(1).addmm_(found[own].mT, aligned)
-    moved = solve_positive(found.mT @ found, sums.flatten(1), 1e-9)[0].contiguous()
-    return found, moved.view_as(bases), max(0.0, missed)
+            new_codes[own] = aligned @ bases.flatten(1).mT
+            missed += float(norms(experts).square().sum() - new_codes[own].square().sum())
+            sums.flatten(1).addmm_(new_codes[own].mT, aligned)
+    moved = solve_positive(new_codes.mT @ new_codes, sums.flatten(1), 1e-9)[0].contiguous()
+    return new_codes, moved.view_as(bases), max(0.0, missed)

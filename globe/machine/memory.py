@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from globe.errors import GlobeError, OutOfMemoryError
+from globe.units import byte_size
 
 _PROC = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
@@ -33,7 +34,7 @@ def total_memory(device: str = "cpu") -> tuple[int, str]:
     """
     if torch.device(device).type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free, f"{device} has {readable(free)} free"
+        return free, f"{device} has {byte_size(free)} free"
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     group = min(_group_limits(), default=machine)
     process, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -41,7 +42,7 @@ def total_memory(device: str = "cpu") -> tuple[int, str]:
     if process != resource.RLIM_INFINITY:
         bounds.append((process, "this process may use {} (ulimit -v)"))
     least, whose = min(bounds, key=lambda bound: bound[0])
-    return least, whose.format(readable(least))
+    return least, whose.format(byte_size(least))
 
 
 def _group_limits() -> Iterator[int]:
@@ -87,13 +88,6 @@ def is_exhaustion(error: BaseException) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def readable(nbytes: int) -> str:
-    """So many bytes as people say it."""
-    if nbytes >= 1e9:
-        return f"{nbytes / 1e9:.{0 if nbytes >= 1e10 else 1}f} GB"
-    return f"{nbytes / 1e6:.{0 if nbytes >= 1e7 else 2}f} MB"
 
 
 def peak_memory() -> int:

@@ -162,14 +162,14 @@ def calibrate(
             experts.layer: _Sums(experts, inner=inner) for experts in find_experts(model) if experts.layer in layers
         }
         run_hooked(model, windows, sums, batch)
-    found = {layer: total.statistics() for layer, total in sums.items()}
-    for layer, statistics in found.items():
+    by_layer = {layer: total.statistics() for layer, total in sums.items()}
+    for layer, statistics in by_layer.items():
         if not all(bool(tensor.isfinite().all()) for tensor in (statistics.inputs, *statistics.rows.values())):
             raise CheckpointError(
                 f"the experts of layer {layer} compute with NaN or infinite values on the calibration text: mend the "
                 "model's weights, or compress them alone with --calibrate none --allocation uniform"
             )
-    return found
+    return by_layer
 
 
 def run_hooked(model: Any, windows: Tensor, hooks: Mapping[int, Callable[..., None]], batch: int) -> None:
@@ -193,13 +193,13 @@ def save_statistics(path: Path, layers: Mapping[int, LayerStatistics]) -> str:
         path,
         {
             f"{layer}.{name}": tensor
-            for layer, found in layers.items()
+            for layer, statistics in layers.items()
             for name, tensor in {
-                "num_tokens": torch.tensor(found.num_tokens),
-                "inputs": found.inputs,
-                "counts": found.counts,
-                **({} if found.inner is None else {"inner": found.inner}),
-                **{f"rows.{family}": rows for family, rows in found.rows.items()},
+                "num_tokens": torch.tensor(statistics.num_tokens),
+                "inputs": statistics.inputs,
+                "counts": statistics.counts,
+                **({} if statistics.inner is None else {"inner": statistics.inner}),
+                **{f"rows.{family}": rows for family, rows in statistics.rows.items()},
             }.items()
         },
     )

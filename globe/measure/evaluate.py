@@ -158,5 +158,5 @@ def evaluate(
     against = named_reference(model, reference)
     check_reference(against, model, windows, config)
     other = load(against.model, config.device)
-    found = evaluate_model(load(model, config.device), windows, bytes_per_token, batch=config.batch, reference=other)
-    return dataclasses.replace(found, reference=against.name)
+    judged = evaluate_model(load(model, config.device), windows, bytes_per_token, batch=config.batch, reference=other)
+    return dataclasses.replace(judged, reference=against.name)

@@ -7,7 +7,8 @@ import math
 
 from globe.checkpoint.quantized import DequantizedCheckpoint
 from globe.checkpoint.reader import Checkpoint
-from globe.machine.memory import readable, total_memory
+from globe.machine.memory import total_memory
+from globe.units import byte_size
 
 MEMORY_SHARE = 0.5
 """Largest share of the memory, the machine's or the device's, that the weights of a model to be run may take."""
@@ -42,4 +43,4 @@ def find_place(checkpoint: Checkpoint, device: str, itemsize: int | None = None)
 
 
 def _obstacle(needed: int, bounds: list[str]) -> str:
-    return f"the model takes {readable(needed)} to run, over {MEMORY_SHARE:.0%} of what there is: {', '.join(bounds)}"
+    return f"the model takes {byte_size(needed)} to run, over {MEMORY_SHARE:.0%} of what there is: {', '.join(bounds)}"

@@ -81,8 +81,8 @@ def _adder(
     def add(parameter: Tensor) -> None:
         assert parameter.grad is not None
         for family, gradient in _families(name, parameter.grad, layout):
-            found = gradient.square().sum((1, 2)) * squares[family]
-            sums[layer, family] = sums.get((layer, family), torch.zeros_like(found)) + found
+            squared = gradient.square().sum((1, 2)) * squares[family]
+            sums[layer, family] = sums.get((layer, family), torch.zeros_like(squared)) + squared
         parameter.grad = None
 
     return add

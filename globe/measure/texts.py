@@ -149,15 +149,15 @@ def _joined(path: Path, reader: IO[str], most: int | None) -> str:
 
 
 def _text_of(path: Path, number: int, record: Any) -> str:
-    found = record.get("text") if isinstance(record, dict) else None
-    if isinstance(found, str):
-        found.encode()  # a lone surrogate is no character
-        return found
+    text = record.get("text") if isinstance(record, dict) else None
+    if isinstance(text, str):
+        text.encode()  # a lone surrogate is no character
+        return text
     place = f"record {number} of {str(path)!r}"
     if not isinstance(record, dict):
         raise SettingsError(f"{place} is a JSON {type(record).__name__}; {_READ}")
     if "text" in record:
-        raise SettingsError(f"the field `text` of {place} is a {type(found).__name__}, not a string")
+        raise SettingsError(f"the field `text` of {place} is a {type(text).__name__}, not a string")
     if chat := next((name for name in _CHATS if name in record), None):
         raise SettingsError(
             f"{place} holds a chat ({chat}): chats are not read; write them out with the model's chat template "

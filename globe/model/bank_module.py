@@ -18,7 +18,7 @@ what composing a slice of their columns takes. One expert and one column are the
 
 
 class Bank(nn.Module):
-    """Bases shared by experts.
+    """Bases (M, R, D) shared by experts.
 
     Experts call the bank, they do not read `bases`: what moves weights about (offloading to disk, several devices) does
     so around a module's call.
@@ -28,17 +28,15 @@ class Bank(nn.Module):
 
     def __init__(
         self,
-        num_bases: int,
-        rank: int,
-        hidden_size: int,
+        shape: tuple[int, int, int],
         activation: str,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.num_bases, self.rank, self.hidden_size = num_bases, rank, hidden_size
+        self.num_bases, self.rank, self.hidden_size = shape
         self.activation = activation
-        self.bases = nn.Parameter(torch.empty(num_bases, rank, hidden_size, dtype=dtype, device=device))
+        self.bases = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
 
     def forward(self, adapters: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """What_e = A_e φ(Σ_j a_ej B_j) in `dtype`, (E, P, D), from adapters (E, P, R) and codes (E, M).

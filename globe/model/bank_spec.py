@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from globe.bank_shape import BankShape, ExpertSizes
 from globe.errors import CheckpointError
 from globe.terms import FAMILIES
 from globe.typed import parsed, shown
@@ -58,6 +59,11 @@ class BankSpec:
         """Name of the bank's module: `gate_up` for a layer's own, `layers_0_13_gate_up` for a shared one."""
         families = "_".join(self.families)
         return f"layers_{self.layers[0]}_{self.layers[-1]}_{families}" if self.shared else families
+
+    def shape(self, experts: ExpertSizes) -> BankShape:
+        """What is stored of each family of a layer with these experts, and of the bank."""
+        sizes = (experts.num_experts, experts.intermediate_size, experts.hidden_size)
+        return BankShape(*sizes, self.rank, self.num_bases)
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> BankSpec:

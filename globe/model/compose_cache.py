@@ -103,7 +103,7 @@ class LayerCache:
         self.down.index_copy_(0, index, down)
         self._slots.update(slots)
 
-    def found(self, experts: Sequence[int]) -> dict[int, int]:
+    def slots_of(self, experts: Sequence[int]) -> dict[int, int]:
         """Slots of those experts that are here."""
         return {expert: self._slots[expert] for expert in experts if expert in self._slots}
 

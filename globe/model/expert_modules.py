@@ -74,15 +74,15 @@ def find_experts(model: nn.Module) -> list[RoutedExperts]:
     Raises `UnsupportedModelError` if there are none, if their class is not understood, or if a layer has more than one
     set of them.
     """
-    found = [_routed_experts(path, module) for path, module in model.named_modules() if _holds_experts(module)]
-    if not found:
+    routed = [_routed_experts(path, module) for path, module in model.named_modules() if _holds_experts(module)]
+    if not routed:
         others = sorted({type(module).__name__ for module in model.modules() if "Expert" in type(module).__name__})
         raise UnsupportedModelError(
             f"{type(model).__name__} has no routed experts that GloBE can factorise: it looks for modules that hold "
             f"them in 3-D parameters gate_up_proj and down_proj; found {', '.join(others) or 'no experts at all'}"
         )
     by_layer: dict[int, RoutedExperts] = {}
-    for experts in found:
+    for experts in routed:
         if (other := by_layer.setdefault(experts.layer, experts)) is not experts:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has two sets of routed experts numbered {experts.layer}: "

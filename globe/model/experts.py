@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from globe.bank_shape import BankShape
 from globe.checkpoint.gate_up import fuse_gate_up
 from globe.errors import UnsupportedModelError
 from globe.model import bank_module
@@ -147,14 +148,14 @@ class GlobeExperts(nn.Module):
             cache.write(
                 {expert: slots[expert] for expert in experts}, *self.globe_matrices(parameters, experts, states)
             )
-        found = sorted(cache.found(hit).items(), key=lambda item: item[1])
+        cached = sorted(cache.slots_of(hit).items(), key=lambda item: item[1])
         sizes = [0] * cache.num_slots
-        for expert, slot in found:
+        for expert, slot in cached:
             sizes[slot] = counts[expert]
-        if [expert for expert, _ in found] == hit:
+        if [expert for expert, _ in cached] == hit:
             return self._globe_run(parameters, cache.gate_up, cache.down, hit, sizes, states) if hit else states[:0]
         pieces = states.split(list(counts))
-        here, elsewhere = [expert for expert, _ in found], [expert for expert in hit if expert not in dict(found)]
+        here, elsewhere = [expert for expert, _ in cached], [expert for expert in hit if expert not in dict(cached)]
         rest = [count if expert in elsewhere else 0 for expert, count in enumerate(counts)]
         outputs: dict[int, Tensor] = {}
         if here:
@@ -304,10 +305,10 @@ def factorise(
     E, P, D = layout.num_experts, layout.intermediate_size, layout.hidden_size
     factors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for use in uses:
-        bank = use.bank
+        bank = BankShape(E, P, D, use.bank.rank, use.bank.num_bases)
         for family in use.families:
-            factors[adapters_parameter(family)] = (E, P, bank.rank), like.dtype
-            factors[codes_parameter(family)] = (E, bank.num_bases), like.dtype
+            factors[adapters_parameter(family)] = bank.adapters, like.dtype
+            factors[codes_parameter(family)] = bank.codes, like.dtype
     for spec in coded:
         for part, (shape, dtype) in spec.shapes(E, layout.sides(spec.family)[0]).items():
             factors[coded_parameter(spec.family, part)] = shape, dtype

@@ -25,10 +25,10 @@ def check_run(files: Iterable[str | Path], run: str | None) -> None:
     """Raise `CheckpointError` unless all safetensors files with factors say that they are of the `run`."""
     for file in files:
         path = Path(file)
-        found = read_metadata(path, path.name).get(RUN_METADATA)
-        if run is not None and found != run and any(is_factor(tensor.name) for tensor in read_header(path, path.name)):
+        stated = read_metadata(path, path.name).get(RUN_METADATA)
+        if run is not None and stated != run and any(is_factor(tensor.name) for tensor in read_header(path, path.name)):
             raise CheckpointError(
-                f"{file} is of another compression (run {shown(found)}) than its config.json (run {run}): "
+                f"{file} is of another compression (run {shown(stated)}) than its config.json (run {run}): "
                 "fetch the checkpoint again or repeat the compression"
             )
 
@@ -49,10 +49,10 @@ def check_factors_in_files(
     Raises `CheckpointError` naming the factors that are missing, not expected, or of another shape.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if is_factor(name)}
-    found = _factors_in_files(model, files, conversions)
-    _refuse("lacks", expected.keys() - found.keys(), "the checkpoint is incomplete")
-    _refuse("has", found.keys() - expected.keys(), "its config.json does not mention them")
-    wrong = {f"{name} {found[name]} instead of {shape}" for name, shape in expected.items() if found[name] != shape}
+    stored = _factors_in_files(model, files, conversions)
+    _refuse("lacks", expected.keys() - stored.keys(), "the checkpoint is incomplete")
+    _refuse("has", stored.keys() - expected.keys(), "its config.json does not mention them")
+    wrong = {f"{name} {stored[name]} instead of {shape}" for name, shape in expected.items() if stored[name] != shape}
     _refuse("has factors of a wrong shape,", wrong, "its config.json does not describe them")
 
 
@@ -99,14 +99,14 @@ def _factors_in_files(
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
     state_dict = model.state_dict()
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         path = Path(file)
         for tensor in read_header(path, path.name):
             if is_factor(tensor.name):
                 name, _ = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, state_dict)
-                found[name] = tensor.shape
-    return found
+                shapes[name] = tensor.shape
+    return shapes
 
 
 def _refuse(problem: str, names: Iterable[str], reason: str) -> None:

@@ -174,8 +174,8 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """
     config = read_config(checkpoint)
     named = [getattr(transformers, name, None) for name in _architectures(config.architectures)]
-    known = [found for found in named if isinstance(found, type) and issubclass(found, PreTrainedModel)]
-    fitting = [found for found in known if isinstance(config, found.config_class or ())]
+    known = [kind for kind in named if isinstance(kind, type) and issubclass(kind, PreTrainedModel)]
+    fitting = [kind for kind in known if isinstance(config, kind.config_class or ())]
     if not fitting:  # of a model of text and pictures, the named class is more than its language model
         return empty_language_model(checkpoint)
     return _build(checkpoint, fitting[0]._from_config, config)
@@ -313,16 +313,16 @@ def _ignored(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
     for key in model.state_dict():
         if match := _LAYER.fullmatch(key):
             own[match["stem"]].add(match["rest"])
-    found: list[str] = []
+    of_modules: list[str] = []
     for key in unexpected:
         module, _, leaf = key.rpartition(".")
         if leaf in ("weight", "bias") and module in modules:
-            found.append(key)
+            of_modules.append(key)
         elif match := _LAYER.fullmatch(key):
             layers[match["stem"], int(match["layer"])][match["rest"]] = key
     dropped = [tensors for (stem, _), tensors in sorted(layers.items()) if tensors.keys() <= own[stem]]
     num_heads = getattr(text_config(model.config), "num_nextn_predict_layers", None) or 0
-    return found + [key for tensors in dropped[num_heads:] for key in tensors.values()]
+    return of_modules + [key for tensors in dropped[num_heads:] for key in tensors.values()]
 
 
 @torch.no_grad()
@@ -376,10 +376,10 @@ def window_length(model: Any, most: int) -> int:
 def placeholders(model: Any) -> list[int]:
     """The tokens that stand for pictures and sounds; they mean nothing without them."""
     entries = vars(model.config).items()
-    found = {
+    tokens = {
         value for key, value in entries if re.search(r"(image|video|audio|vision|boi|eoi)\w*_token_(id|index)$", key)
     }
-    return sorted(value for value in found if isinstance(value, int) and 0 <= value < vocabulary(model))
+    return sorted(value for value in tokens if isinstance(value, int) and 0 <= value < vocabulary(model))
 
 
 def text_tokens(model: Any) -> list[int]:

@@ -81,7 +81,7 @@ class GlobeQuantizer(HfQuantizer):
         shared = {bank.name: self._empty_bank(bank, experts) for bank in config.banks if bank.shared}
         if shared:
             model.base_model.add_module(BANKS, nn.ModuleDict(shared))
-        for layer, found in experts.items():
+        for layer, routed in experts.items():
             uses = [
                 BankUse(shared[bank.name], bank.families, own=None)
                 if bank.shared
@@ -90,18 +90,16 @@ class GlobeQuantizer(HfQuantizer):
                 if layer in bank.layers
             ]
             if uses or config.coded_of(layer):
-                factorise(found.module, found.layout, uses, config.coded_of(layer))
+                factorise(routed.module, routed.layout, uses, config.coded_of(layer))
         save_with_autoload(model)
         self._files = [file for file in checkpoint_files or [] if file.endswith(".safetensors")]
         return model
 
     def _empty_bank(self, bank: BankSpec, experts: Mapping[int, RoutedExperts]) -> Bank:
-        found = experts[bank.layers[0]]
-        like = next(found.module.parameters(recurse=False))
+        first = experts[bank.layers[0]]
+        like = next(first.module.parameters(recurse=False))
         return Bank(
-            bank.num_bases,
-            bank.rank,
-            found.layout.hidden_size,
+            bank.shape(first.layout).bases,
             self.quantization_config.activation,
             dtype=like.dtype,
             device=like.device,

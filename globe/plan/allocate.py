@@ -16,9 +16,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from globe.bank_shape import BankShape
 from globe.errors import SettingsError
+from globe.plan.budget import Keep
 from globe.plan.knapsack import choose
-from globe.plan.scopes import BankPlan, Scope, choose_shape
+from globe.plan.scopes import Scope
 
 ERROR_POWER = 3.0
 """p, measured."""
@@ -55,39 +57,38 @@ class ErrorCurve:
 
 
 def allocate(
-    scopes: Sequence[Scope], curves: Sequence[ErrorCurve], sensitivities: Sequence[float], keep: float
+    scopes: Sequence[Scope], curves: Sequence[ErrorCurve], sensitivities: Sequence[float], budget: Keep
 ) -> list[Scope]:
     """The scopes with the shapes that make Σ s_b err_b^p smallest and store no more than the `scopes` given do.
 
     `scopes` have the shapes of the uniform choice; `curves` and `sensitivities` follow their banks.
     """
     banks = [bank for scope in scopes for bank in scope.banks]
-    menus = [_menu(bank, keep) for bank in banks]
+    menus = [_menu(bank.shape, budget.share) for bank in banks]
     weights = [sensitivity**DAMPING for sensitivity in sensitivities]
     if not any(weights):  # nothing tells the banks apart but their errors
         weights = [1.0] * len(weights)
     costs = [
-        [weight * curve(option.stored_parameters / option.original_parameters) ** ERROR_POWER for option in menu]
+        [weight * curve(option.share) ** ERROR_POWER for option in menu]
         for menu, curve, weight in zip(menus, curves, weights, strict=True)
     ]
-    sizes = [[option.stored_parameters for option in menu] for menu in menus]
-    chosen = iter(choose(costs, sizes, sum(bank.stored_parameters for bank in banks)))
-    choices = iter(
-        dataclasses.replace(menu[j], predicted_error=curve(menu[j].stored_parameters / menu[j].original_parameters))
-        for menu, curve, j in zip(menus, curves, chosen, strict=True)
+    sizes = [[option.parameters for option in menu] for menu in menus]
+    chosen = choose(costs, sizes, sum(bank.shape.parameters for bank in banks))
+    resized = iter(
+        dataclasses.replace(bank, shape=menu[j], predicted_error=curve(menu[j].share))
+        for bank, menu, curve, j in zip(banks, menus, curves, chosen, strict=True)
     )
-    return [dataclasses.replace(scope, banks=tuple(next(choices) for _ in scope.banks)) for scope in scopes]
+    return [dataclasses.replace(scope, banks=tuple(next(resized) for _ in scope.banks)) for scope in scopes]
 
 
-def _menu(bank: BankPlan, keep: float) -> list[BankPlan]:
+def _menu(uniform: BankShape, keep: float) -> list[BankShape]:
     """Shapes of one bank around the uniform one, in ascending size."""
     num_steps = round(REACH * min(keep, 1 - keep) / STEP)
-    options = {bank.stored_parameters: bank}
+    options = {uniform.parameters: uniform}
     for number in range(-num_steps, num_steps + 1):
         try:
-            rank, num_bases = choose_shape(bank.num_matrices, bank.rows, bank.columns, keep + number * STEP)
+            option = Keep(keep + number * STEP).shape_for(uniform.matrices)
         except SettingsError:  # too little for a single basis
             continue
-        option = dataclasses.replace(bank, rank=rank, num_bases=num_bases)
-        options.setdefault(option.stored_parameters, option)
+        options.setdefault(option.parameters, option)
     return [options[size] for size in sorted(options)]

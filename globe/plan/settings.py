@@ -6,18 +6,16 @@ import dataclasses
 import re
 from typing import Literal
 
+from globe.bank_shape import BankShape
 from globe.errors import SettingsError
 from globe.machine.device import AUTO, usable_device
+from globe.plan.budget import DEFAULT_BITS, Bits, Budget, Keep, Ratios
 from globe.terms import FAMILIES, Activation, CodeMap, Family, Solver, WarmStartName
 from globe.train.config import FitConfig
 from globe.typed import fit_settings, shown
 
 FloatDtype = Literal["source", "float32", "bfloat16", "float16"]
 
-LEAST_BITS, MOST_BITS = 1.5, 8.0
-"""Bits per weight that experts are coded in."""
-DEFAULT_BITS = 4.0
-"""What is spent where nothing is asked: measured, see docs/log.md."""
 _OF_BANKS = (
     "scope",
     "share_families",
@@ -98,20 +96,7 @@ class CompressConfig:
             raise SettingsError("rank_ratio and basis_ratio go together; give both, or keep alone")
         if (self.keep is not None) + (self.bits is not None) + (ratios != (None, None)) > 1:
             raise SettingsError("give one of keep, bits, or rank_ratio with basis_ratio")
-        if self.keep is not None and not 0 < self.keep < 1:
-            raise SettingsError(
-                f"keep is {self.keep:g}; it must be above 0 and below 1"
-                + (f" ({self.keep:g} % is {self.keep / 100:g})" if 1 < self.keep < 100 else "")
-            )
-        if self.bits is not None and not LEAST_BITS <= self.bits <= MOST_BITS:
-            raise SettingsError(
-                f"bits is {self.bits:g}; stored bits per original weight must be from {LEAST_BITS:g} to {MOST_BITS:g}: "
-                "for more, give keep, for less, choose a smaller model"
-            )
-        for name in ("rank_ratio", "basis_ratio"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise SettingsError(f"{name} is {value}; it must be above 0 and at most 1")
+        is_coded = self.is_coded  # which makes the budget, and so checks it
         if not self.families:
             raise SettingsError(f"families must be any of {', '.join(FAMILIES)}; found none")
         object.__setattr__(self, "families", tuple(f for f in FAMILIES if f in self.families))
@@ -119,11 +104,11 @@ class CompressConfig:
             raise SettingsError(f"scope {shown(self.scope)} is unknown; choose layer, model or a number of layers")
         if self.layers is not None and any(index < 0 for index in self.layers):
             raise SettingsError(f"layers {shown(list(self.layers))} has a negative one; layers count from 0")
-        if self.is_coded and (said := [name for name in _OF_BANKS if getattr(self, name) != _default(name)]):
+        if is_coded and (said := [name for name in _OF_BANKS if getattr(self, name) != _default(name)]):
             raise SettingsError(
                 f"{said[0]} is a setting of banks, which bits has none of: give keep with it, or leave it out"
             )
-        fit = self.fit_config(rank=1, num_bases=self.support or 1)
+        fit = self.fit_config(BankShape(1, 1, 1, rank=1, num_bases=self.support or 1))
         if self.stream:
             fit.check_streamed()
 
@@ -132,22 +117,31 @@ class CompressConfig:
 
         Raises `SettingsError` unless torch can compute on the device here.
         """
-        bits = DEFAULT_BITS if self.is_coded and self.bits is None else self.bits
+        bits = self.budget.per_weight if isinstance(self.budget, Bits) else None
         return dataclasses.replace(self, bits=bits, device=usable_device(self.device))
+
+    @property
+    def budget(self) -> Budget:
+        """How much of the experts is stored."""
+        if self.keep is not None:
+            return Keep(self.keep)
+        if self.rank_ratio is not None and self.basis_ratio is not None:
+            return Ratios(self.rank_ratio, self.basis_ratio)
+        return Bits(DEFAULT_BITS if self.bits is None else self.bits)
 
     @property
     def is_coded(self) -> bool:
         """Whether experts are coded in few bits, and not put into banks of floating-point factors."""
-        return self.keep is None and self.rank_ratio is None
+        return isinstance(self.budget, Bits)
 
-    def fit_config(self, rank: int, num_bases: int) -> FitConfig:
+    def fit_config(self, bank: BankShape) -> FitConfig:
         """The settings of one bank's fit."""
         return FitConfig(
-            rank=rank,
-            num_bases=num_bases,
+            rank=bank.rank,
+            num_bases=bank.num_bases,
             activation=self.activation,
             codes=self.codes,
-            support=None if self.support is None else min(self.support, num_bases),
+            support=None if self.support is None else min(self.support, bank.num_bases),
             solver=self.solver,
             warm_start=self.warm_start,
             max_steps=self.steps,

@@ -122,18 +122,17 @@ def _spectra(compressed: Checkpoint, names: FactorNames, bank: BankSpec, layers:
         return factor
 
     stacks = [(layer, family) for layer in bank.layers for family in bank.families]
-    first = layers[bank.layers[0]]
-    num_experts = {layer: layers[layer].num_experts for layer in bank.layers}
-    codes = [read(names.codes(*s), (num_experts[s[0]], bank.num_bases)) for s in stacks]
+    shapes = {layer: bank.shape(layers[layer]) for layer in bank.layers}
+    codes = [read(names.codes(layer, family), shapes[layer].codes) for layer, family in stacks]
     adapters = [
         read(
             names.adapters(layer, family),
-            (num_experts[layer], layers[layer].intermediate_size, bank.rank),
-            _some(range(num_experts[layer]), _MAX_EXPERTS),
+            shapes[layer].adapters,
+            _some(range(shapes[layer].num_matrices), _MAX_EXPERTS),
         )
         for layer, family in _some(stacks, _MAX_STACKS)
     ]
-    bases = read(names.bases(bank), (bank.num_bases, bank.rank, first.hidden_size))
+    bases = read(names.bases(bank), shapes[bank.layers[0]].bases)
     return Spectra(
         bank,
         singular_values(bases.flatten(1)).tolist(),

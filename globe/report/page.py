@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from globe.errors import CheckpointError, GlobeError
 from globe.plan.scopes import compact
 from globe.report.charts import Chart, Curve, Points, curve_chart, strip_chart, summary_curve
 from globe.report.inventory import Bytes, Spectra, bytes_by_kind, read_spectra
-from globe.run.observer import clock
+from globe.run.observer import clock, describe
 from globe.terminal import visible
 from globe.terms import FAMILIES
 from globe.train.result import MEANING
+from globe.units import byte_size
 
 PAGE = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -62,7 +63,7 @@ def render(folder: Path) -> str:
         environment = jinja2.Environment(
             autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
-        environment.filters.update(size=_size, clock=clock, compact=compact)
+        environment.filters.update(size=byte_size, clock=clock, compact=compact)
         template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
         return visible(template.render(name=folder.resolve().name, **content))
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
@@ -91,7 +92,7 @@ def _content(report: Report, sizes: list[Bytes], spectra: list[Spectra], notes: 
         "notes": [*_warnings(banks), *notes],
         "settings": {name: _setting(value) for name, value in sorted(report.config.items())},
         "num_fits": len(banks),
-        "num_matrices": sum(bank.num_matrices for bank in banks),
+        "num_matrices": sum(bank.shape.num_matrices for bank in banks),
         "num_stacks": len(coded),
         "layers": sorted({layer for bank in banks for layer in bank.layers} | {part.layer for part in coded}),
         "sizes": sizes,
@@ -106,24 +107,12 @@ def _content(report: Report, sizes: list[Bytes], spectra: list[Spectra], notes: 
         "trajectories": trajectories,
         "constant": constant,
         "spectra": _spectra(spectra),
-        "shown_banks": [_name(entry.bank.layers, entry.bank.families) for entry in spectra],
+        "shown_banks": [describe(entry.bank) for entry in spectra],
         "popularity": _popularity(banks),
         "phases": _phases(banks),
         "fits": [_fit(bank) for bank in banks],
         "meaning": {bank.outcome: MEANING.get(bank.outcome, "") for bank in banks},
     }
-
-
-def _name(layers: Iterable[int], families: Iterable[str]) -> str:
-    layers = list(layers)
-    return f"layer{'s' if len(layers) > 1 else ''} {compact(layers)} {'+'.join(families)}"
-
-
-def _size(nbytes: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.2f} {unit}"
-    return f"{nbytes} B"
 
 
 def _setting(value: Any) -> str:
@@ -134,7 +123,7 @@ def _setting(value: Any) -> str:
 
 def _warnings(banks: Sequence[BankReport]) -> Iterator[str]:
     """What a reader should know before trusting the model."""
-    broken = [_name(bank.layers, bank.families) for bank in banks if bank.outcome == "non_finite"]
+    broken = [describe(bank) for bank in banks if bank.outcome == "non_finite"]
     if broken:
         more = f" and {len(broken) - 8} more" if len(broken) > 8 else ""
         yield f"These fits met NaN or Inf and kept their best step: {'; '.join(broken[:8])}{more}."
@@ -265,7 +254,7 @@ def _trajectories(banks: Sequence[BankReport]) -> tuple[list[Chart], list[str]]:
     constant: list[str] = []
     for field, title, logarithmic in _TRAJECTORIES:
         curves = {
-            _name(bank.layers, bank.families): list(zip(bank.steps["step"], bank.steps[field], strict=False))
+            describe(bank): list(zip(bank.steps["step"], bank.steps[field], strict=False))
             for bank in banks
             if bank.steps.get(field) and bank.steps.get("step")
         }
@@ -288,7 +277,7 @@ def _spectra(spectra: Sequence[Spectra]) -> list[Chart]:
         "Codes": [entry.codes for entry in spectra],
         "Adapters, median of experts": [entry.adapters for entry in spectra],
     }
-    names = [_name(entry.bank.layers, entry.bank.families) for entry in spectra]
+    names = [describe(entry.bank) for entry in spectra]
     charts = [
         curve_chart(
             title, [Curve(name, _ranked(v)) for name, v in zip(names, values, strict=True)], "rank", logarithmic=True
@@ -300,12 +289,12 @@ def _spectra(spectra: Sequence[Spectra]) -> list[Chart]:
 
 def _popularities(banks: Sequence[BankReport]) -> dict[str, list[float]]:
     """The share of each basis in the experts' mixtures, the most popular first, by bank."""
-    found: dict[str, list[float]] = {}
+    popularities: dict[str, list[float]] = {}
     for bank in banks:
         popularity = bank.metrics.get("popularity")
         if isinstance(popularity, list) and popularity:
-            found[_name(bank.layers, bank.families)] = sorted(map(float, popularity), reverse=True)
-    return found
+            popularities[describe(bank)] = sorted(map(float, popularity), reverse=True)
+    return popularities
 
 
 def _popularity(banks: Sequence[BankReport]) -> Chart | None:
@@ -328,11 +317,8 @@ def _phases(banks: Sequence[BankReport]) -> list[dict[str, Any]]:
 def _fit(bank: BankReport) -> dict[str, Any]:
     taken = bank.steps.get("step")
     return {
-        "name": _name(bank.layers, bank.families),
-        "rank": bank.rank,
-        "num_bases": bank.num_bases,
-        "num_matrices": bank.num_matrices,
-        "kept": bank.stored_parameters / bank.original_parameters,
+        "name": describe(bank),
+        "shape": bank.shape,
         "error": bank.error,
         "steps": "" if not taken else int(taken[-1]),
         "outcome": bank.outcome.replace("_", " "),

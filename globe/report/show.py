@@ -35,11 +35,8 @@ from globe.run.job import Job, make_job
 from globe.run.observer import Observers, clock, describe
 from globe.run.prepare import prepare
 from globe.terminal import Terminal
+from globe.units import byte_size
 from globe.version import versions
-
-
-def megabytes(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
 
 
 def show_report(console: Terminal, report: Report, output: Path) -> None:
@@ -53,11 +50,11 @@ def show_report(console: Terminal, report: Report, output: Path) -> None:
     else:
         console.print(f"experts coded   in {report.bits:.3f} bits a weight, everything counted")
     console.print(
-        f"whole model     {megabytes(report.compressed_bytes)} of {megabytes(report.original_bytes)} ({ratio:.1%})"
+        f"whole model     {byte_size(report.compressed_bytes)} of {byte_size(report.original_bytes)} ({ratio:.1%})"
     )
     place = "" if report.config["device"] == "cpu" else f" on {report.config['device']}"
     console.print(
-        f"took            {clock(report.seconds)}{place}, at most {megabytes(report.peak_memory_bytes)} of memory"
+        f"took            {clock(report.seconds)}{place}, at most {byte_size(report.peak_memory_bytes)} of memory"
     )
     if (calibration := report.calibration) is not None:
         console.print(
@@ -71,7 +68,7 @@ def show_report(console: Terminal, report: Report, output: Path) -> None:
         console.print(
             f"note            {fallbacks} adapter solves needed more than a Cholesky factorisation", style="yellow"
         )
-    broken = [describe_report(bank.layers, bank.families) for bank in report.banks if bank.outcome == "non_finite"]
+    broken = [describe(bank) for bank in report.banks if bank.outcome == "non_finite"]
     if broken:
         console.print(
             f"note            these fits met NaN or Inf and kept their best step: {'; '.join(broken)}", style="yellow"
@@ -79,10 +76,6 @@ def show_report(console: Terminal, report: Report, output: Path) -> None:
     _show_fallbacks(console, report.uncalibrated_because, report.uniform_because, report.config)
     _show_notes(console, report.notes)
     console.print(f"next            globe evaluate {shlex.quote(str(output))}", soft_wrap=True)
-
-
-def describe_report(layers: list[int], families: list[str]) -> str:
-    return f"layers {compact(layers)} {'+'.join(families)}"
 
 
 def show_evaluation(
@@ -120,7 +113,7 @@ def show_evaluation(
     table.add_column("")
     for name in results:
         table.add_column(name, justify="right")
-    table.add_row("size on disk", *(megabytes(_size(path)) for path, _ in results.values()))
+    table.add_row("size on disk", *(byte_size(_size(path)) for path, _ in results.values()))
     table.add_row("perplexity", *(f"{result.perplexity:.3f}" for _, result in results.values()))
     table.add_row("bits per byte", *(f"{result.bits_per_byte:.4f}" for _, result in results.values()))
     if against is not None and ours.kl is not None and ours.agreement is not None:
@@ -134,7 +127,7 @@ def show_evaluation(
         console.print(f"original: {against.model}", soft_wrap=True)
     if cache is not None:
         console.print(
-            f"composed experts kept: {megabytes(cache.resident_bytes)} of {megabytes(cache.num_bytes)}, which served "
+            f"composed experts kept: {byte_size(cache.resident_bytes)} of {byte_size(cache.num_bytes)}, which served "
             f"{cache.hit_rate:.1%} of what was needed"
         )
     if prompt is not None:
@@ -184,12 +177,12 @@ def show_inspection(console: Terminal, model: str, config: CompressConfig) -> No
         console.print("note: the budget is shared out when the weights are here", style="yellow")
     _show_notes(console, job.notes)
     original, predicted = job.original_bytes(), job.predicted_bytes(scopes, coding and coding.num_bytes)
-    console.print(f"whole model {megabytes(original)} -> {megabytes(predicted)} ({predicted / original:.1%})")
+    console.print(f"whole model {byte_size(original)} -> {byte_size(predicted)} ({predicted / original:.1%})")
     if job.config.is_coded:
         _show_coding(console, job, coding)
         return
     device = usable_device(config.device)
-    work = config.steps * sum(bank.step_multiply_adds for scope in scopes for bank in scope.banks)
+    work = config.steps * sum(bank.shape.step_multiply_adds for scope in scopes for bank in scope.banks)
     seconds = work / multiply_add_rate(device)
     console.print(f"fits        at least {clock(seconds)} for {config.steps} steps of each bank on this {device}")
     first = layers[0]
@@ -259,10 +252,9 @@ def _show_plan(console: Terminal, scopes: Sequence[Scope]) -> None:
         if bank is None:
             table.add_row("...", *[""] * 5)
         else:
-            kept = bank.stored_parameters / bank.original_parameters
-            error = "" if bank.predicted_error is None else f"{bank.predicted_error:.3f}"
-            shape = (str(bank.num_matrices), str(bank.rank), str(bank.num_bases))
-            table.add_row(describe(bank), *shape, f"{kept:.4f}", error)
+            shape, error = bank.shape, "" if bank.predicted_error is None else f"{bank.predicted_error:.3f}"
+            sizes = (str(shape.num_matrices), str(shape.rank), str(shape.num_bases))
+            table.add_row(describe(bank), *sizes, f"{shape.share:.4f}", error)
     console.print(table)
 
 
@@ -274,7 +266,7 @@ def _show_compressed(console: Terminal, report: Report) -> None:
         if report.bits is None
         else f"{report.bits:.3f} bits a weight of the compressed families"
     )
-    console.print(f"{stored}; whole model {megabytes(report.original_bytes)} -> {megabytes(report.compressed_bytes)}")
+    console.print(f"{stored}; whole model {byte_size(report.original_bytes)} -> {byte_size(report.compressed_bytes)}")
 
 
 def _table_of_banks(title: str, report: Report) -> Table:
@@ -283,9 +275,9 @@ def _table_of_banks(title: str, report: Report) -> Table:
         table.add_column(name, justify="right")
     for bank in report.banks:
         table.add_row(
-            describe_report(bank.layers, bank.families),
-            str(bank.rank),
-            str(bank.num_bases),
+            describe(bank),
+            str(bank.shape.rank),
+            str(bank.shape.num_bases),
             f"{bank.error:.4f}",
             bank.outcome,
         )
@@ -303,11 +295,11 @@ def _table_of_coded(title: str, report: Report) -> Table:
 
 def show_verification(console: Terminal, folder: Path) -> None:
     """What a folder's files are, compared with what was written; `CheckpointError` for any that differ."""
-    found = verify_files(folder)
-    size = megabytes(found.num_bytes)
-    console.print(f"{found.num_files} files, {size}: every byte is as run {found.run} wrote it", soft_wrap=True)
-    if found.unlisted:
-        names = ", ".join(found.unlisted)
+    verified = verify_files(folder)
+    size = byte_size(verified.num_bytes)
+    console.print(f"{verified.num_files} files, {size}: every byte is as run {verified.run} wrote it", soft_wrap=True)
+    if verified.unlisted:
+        names = ", ".join(verified.unlisted)
         console.print(f"put there later, and not checked: {names}", style="yellow", soft_wrap=True)
 
 
@@ -321,7 +313,7 @@ def show_environment(console: Terminal) -> None:
     table.add_row("mps", "yes" if torch.backends.mps.is_available() else "no")
     for package in ("wandb", "trackio", "tensorboard"):
         table.add_row(package, "installed" if importlib.util.find_spec(package) else "not installed")
-    table.add_row("memory so far", megabytes(peak_memory()))
+    table.add_row("memory so far", byte_size(peak_memory()))
     table.add_row("shipped model", "present" if _shipped_present() else "missing: reinstall globe-moe")
     console.print(table)
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from globe.bank_shape import BankShape
 from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.reader import Checkpoint
 from globe.experts.stack import read_stack
@@ -17,7 +18,8 @@ from globe.measure.runnable import Place, find_place
 from globe.measure.sensitivity import NUM_WINDOWS, measure_sensitivities, random_windows
 from globe.model.loading import load
 from globe.plan.allocate import REACH, ErrorCurve, allocate
-from globe.plan.scopes import BankPlan, Scope, choose_shape, lowest_keep
+from globe.plan.budget import Keep, least_share
+from globe.plan.scopes import Scope
 from globe.plan.settings import CompressConfig
 from globe.train.fit_banks import fit_bank
 
@@ -30,8 +32,10 @@ docs/log.md."""
 
 def obstacle(checkpoint: Checkpoint, config: CompressConfig, num_banks: int) -> str | None:
     """Why the budget is not to be allocated: asked otherwise, nothing to choose, or a model too large to run."""
-    if config.allocation == "uniform" or config.keep is None:
-        return "the settings give it a shape" if config.keep is None else "that is asked for"
+    if not isinstance(config.budget, Keep):
+        return "the settings give it a shape"
+    if config.allocation == "uniform":
+        return "that is asked for"
     if num_banks == 1:
         return "there is one bank"
     place = _place(checkpoint, config)
@@ -49,47 +53,42 @@ def allocated(
 
     The model is run on some of the token windows (N, length) of a text, or on random tokens.
     """
-    assert config.keep is not None
+    budget = config.budget
+    assert isinstance(budget, Keep)
     banks = [bank for scope in scopes for bank in scope.banks]
     with explained_exhaustion(f"planning on {config.device}", FITS_EXHAUSTED):
-        curves = [measure_curve(read_stack(checkpoint, layers, bank).weights, bank, config) for bank in banks]
+        curves = [measure_curve(read_stack(checkpoint, layers, bank).weights, bank.shape, config) for bank in banks]
     device = _place(checkpoint, config).device
     assert device is not None
     model = load(checkpoint.fetched(), device, torch.float32)
     if windows is None:
         windows = random_windows(model, config.seed)
     windows = windows[:: math.ceil(len(windows) / NUM_WINDOWS)]
-    found = measure_sensitivities(model, windows, {index for bank in banks for index in bank.layers}, config.seed)
+    by_family = measure_sensitivities(model, windows, {index for bank in banks for index in bank.layers}, config.seed)
     sensitivities = [
-        sum(float(found[index, family].sum()) for index in bank.layers for family in bank.families) for bank in banks
+        sum(float(by_family[index, family].sum()) for index in bank.layers for family in bank.families)
+        for bank in banks
     ]
-    return allocate(scopes, curves, sensitivities, config.keep)
+    return allocate(scopes, curves, sensitivities, budget)
 
 
-def measure_curve(weights: Tensor, bank: BankPlan, config: CompressConfig) -> ErrorCurve:
+def measure_curve(weights: Tensor, bank: BankShape, config: CompressConfig) -> ErrorCurve:
     """Error against size of a bank, by two short fits to its experts (E, P, D), half of `REACH` to either side.
 
     Flat where no two sizes can be had.
     """
-    share, shape = bank.stored_parameters / bank.original_parameters, (bank.num_matrices, bank.rows, bank.columns)
-    aside = REACH / 2 * min(share, 1 - share)
-    smaller, larger = (
-        _resized(bank, *choose_shape(*shape, keep)) for keep in (max(share - aside, lowest_keep(*shape)), share + aside)
-    )
-    start = smaller.stored_parameters / bank.original_parameters
-    distance = larger.stored_parameters / bank.original_parameters - start
+    aside = REACH / 2 * min(bank.share, 1 - bank.share)
+    smaller = Keep(max(bank.share - aside, least_share(bank.matrices))).shape_for(bank.matrices)
+    larger = Keep(bank.share + aside).shape_for(bank.matrices)
+    distance = larger.share - smaller.share
     level, other = (_short_error(weights, option, config) for option in (smaller, larger))
     slope = math.log(level / other) / distance if distance > 0 and level > 0 and other > 0 else 0.0
     gain = GAIN * max(0.0, 1 - math.sqrt(GAIN_STEPS / config.steps))
-    return ErrorCurve(start, level, max(0.0, slope), gain)
+    return ErrorCurve(smaller.share, level, max(0.0, slope), gain)
 
 
-def _resized(bank: BankPlan, rank: int, num_bases: int) -> BankPlan:
-    return dataclasses.replace(bank, rank=rank, num_bases=num_bases)
-
-
-def _short_error(weights: Tensor, bank: BankPlan, config: CompressConfig) -> float:
-    fit = config.fit_config(bank.rank, bank.num_bases)
+def _short_error(weights: Tensor, bank: BankShape, config: CompressConfig) -> float:
+    fit = config.fit_config(bank)
     fit = dataclasses.replace(fit, max_steps=min(SHORT_STEPS, fit.max_steps), align_steps=SHORT_ALIGNMENTS)
     return fit_bank(weights, fit).history[-1]
 

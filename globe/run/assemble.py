@@ -16,6 +16,7 @@ from globe.checkpoint.writer import (
     write_index,
     write_json,
 )
+from globe.errors import CheckpointError
 from globe.machine.memory import peak_memory
 from globe.model.autoload import AUTO_MAP, AUTOLOAD, write_autoload
 from globe.model.loading import (
@@ -27,6 +28,7 @@ from globe.run.job import Job
 from globe.run.prepare import Preparation
 from globe.run.records import as_json
 from globe.run.scope import scope_record
+from globe.typed import parsed
 from globe.version import versions
 
 
@@ -41,7 +43,7 @@ def assemble(job: Job, preparation: Preparation, folder: RunFolder) -> None:
     for number in range(len(preparation.scopes)):
         record = folder.records.read(scope_record(number))
         assert record is not None
-        banks += [BankReport(**bank) for bank in record["banks"]]
+        banks += parsed(list[BankReport], record["banks"], scope_record(number), CheckpointError)
         coded += [CodedReport(**part) for part in record["coded"]]
         specs += record["specs"]
         for file, content in record["files"].items():

@@ -119,10 +119,10 @@ class DenseView:
             return self._decode(spec, names, E, P, D).to(TORCH_DTYPES[layer.dtype])
         if bank is None:
             return self._factor(names.dense(index, family), (E, P, D))
-        R, M = bank.rank, bank.num_bases
-        adapters = self._factor(names.adapters(index, family), (E, P, R))
-        codes = self._factor(names.codes(index, family), (E, M))
-        bases = self._factor(names.bases(bank), (M, R, D))
+        shape = bank.shape(layer)
+        adapters = self._factor(names.adapters(index, family), shape.adapters)
+        codes = self._factor(names.codes(index, family), shape.codes)
+        bases = self._factor(names.bases(bank), shape.bases)
         with torch.no_grad():
             stack = restore(adapters, codes, bases, self._config.activation)
         return stack.to(TORCH_DTYPES[layer.dtype])
@@ -133,10 +133,10 @@ class DenseView:
         parts: dict[str, Tensor] = {}
         for part, (shape, dtype) in spec.shapes(E, num_inputs).items():
             name = names.coded(spec.layer, spec.family, part)
-            parts[part] = found = self.compressed.read(name)
-            if found.shape != shape or found.dtype != dtype:
+            parts[part] = held = self.compressed.read(name)
+            if held.shape != shape or held.dtype != dtype:
                 raise CheckpointError(
-                    f"{name} is {found.dtype} of shape {tuple(found.shape)}; config.json describes {dtype} of {shape}: "
+                    f"{name} is {held.dtype} of shape {tuple(held.shape)}; config.json describes {dtype} of {shape}: "
                     "fetch the checkpoint again"
                 )
         coded = spec.experts(parts, num_outputs)
@@ -145,7 +145,7 @@ class DenseView:
         return coded.decode() if spec.family == "down" else coded.decode().mT
 
     def _factor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A stored factor; `CheckpointError` unless it is what config.json says, and finite."""
+        """A held factor; `CheckpointError` unless it is what config.json says, and finite."""
         factor = self.compressed.read(name)
         if factor.shape != shape or not factor.is_floating_point():
             raise CheckpointError(

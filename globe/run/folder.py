@@ -289,7 +289,7 @@ def _forget_attempt(path: Path) -> None:
 
 def _holder(folder: Path) -> str:
     try:
-        found = json.loads((folder / _HOLDER).read_bytes())
-        return f"process {int(found['process'])} on {str(found['host'])[:64]}, since {str(found['since'])[:32]}"
+        holder = json.loads((folder / _HOLDER).read_bytes())
+        return f"process {int(holder['process'])} on {str(holder['host'])[:64]}, since {str(holder['since'])[:32]}"
     except (OSError, ValueError, TypeError, KeyError):
         return "it does not say which"

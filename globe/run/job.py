@@ -26,6 +26,7 @@ from globe.model.loading import (
     open_source,
 )
 from globe.model.names import FactorNames, dense_halves
+from globe.plan.budget import Bits
 from globe.plan.scopes import BankPlan, Scope, make_plan
 from globe.plan.settings import CompressConfig
 from globe.run import allocation
@@ -82,10 +83,11 @@ class Job:
         that is not known, their budget."""
         kept = sum(self.checkpoint.tensors[name].nbytes for names in self.kept().values() for name in names)
         kept += self.dtype(self.scopes[0].layers[0]).itemsize  # the tripwire
-        if self.config.bits is not None:
-            kept += int(self.config.bits * self.original_parameters() / 8) if coded is None else coded
+        budget = self.config.budget
+        if isinstance(budget, Bits):
+            kept += budget.num_bytes(self.original_parameters()) if coded is None else coded
         factors = sum(
-            bank.stored_parameters * self.dtype(bank.layers[0]).itemsize for scope in scopes for bank in scope.banks
+            bank.shape.parameters * self.dtype(bank.layers[0]).itemsize for scope in scopes for bank in scope.banks
         )
         halves = sum(
             layer.num_experts * layer.intermediate_size * layer.hidden_size * TORCH_DTYPES[layer.dtype].itemsize
@@ -131,7 +133,7 @@ class Job:
         return {shard: _file(before + offset, before + len(kept)) for offset, shard in enumerate(kept)}
 
     def spec(self, bank: BankPlan) -> BankSpec:
-        return BankSpec(bank.layers, bank.families, bank.rank, bank.num_bases)
+        return BankSpec(bank.layers, bank.families, bank.shape.rank, bank.shape.num_bases)
 
     def specs(self, scopes: Sequence[Scope]) -> list[BankSpec]:
         return [self.spec(bank) for scope in scopes for bank in scope.banks]

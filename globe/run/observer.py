@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from globe.checkpoint.report import CodedReport
 from globe.plan.scopes import BankPlan, Scope, compact
@@ -79,9 +80,25 @@ class Observers(Observer):
             observer.stop()
 
 
-def describe(bank: BankPlan) -> str:
+class ServingBank(Protocol):
+    """A bank as it is planned, stored or reported."""
+
+    @property
+    def layers(self) -> Sequence[int]: ...
+    @property
+    def families(self) -> Sequence[str]: ...
+
+
+def describe(bank: ServingBank) -> str:
+    """Whom a bank serves."""
     noun = "layer" if len(bank.layers) == 1 else "layers"
     return f"{noun} {compact(bank.layers)} {'+'.join(bank.families)}"
+
+
+def describe_fitted(bank: BankPlan, error: float, seconds: float) -> str:
+    """A fitted bank in one line."""
+    shape = f"rank {bank.shape.rank}, {bank.shape.num_bases} bases"
+    return f"{describe(bank)}: error {error:.4f}  {shape}  {seconds:.1f} s"
 
 
 def describe_coded(families: Sequence[CodedReport]) -> str:

@@ -111,8 +111,8 @@ def run_calibration(job: Job) -> Calibration:
         text.name,
         text.fingerprint,
         text.windows.numel(),
-        sum(len(found.counts) for found in statistics.values()),
-        {str(layer): found.unreached for layer, found in statistics.items() if found.unreached},
+        sum(len(of_layer.counts) for of_layer in statistics.values()),
+        {str(layer): of_layer.unreached for layer, of_layer in statistics.items() if of_layer.unreached},
         place.obstacle if place.device is not None else None,
     )
     return Calibration(statistics, report, text.windows, None, time.monotonic() - began)

@@ -25,8 +25,8 @@ class Records:
 
     def read(self, name: str) -> Any | None:
         """What was recorded; None where nothing was, where it was damaged since, and where it is of another run."""
-        found = self._envelope(self.folder / f"{name}.json")
-        return None if found is None or found["run"] != self.identity else found["record"]
+        envelope = self._envelope(self.folder / f"{name}.json")
+        return None if envelope is None or envelope["run"] != self.identity else envelope["record"]
 
     def write(self, name: str, record: Any) -> None:
         """Record what JSON can say; `OutputError` when the disk is full."""
@@ -45,8 +45,8 @@ class Records:
         `SettingsError` naming the settings that differ where another run has, unless `overwrite`.
         """
         paths = [path for pattern in finished for path in self.folder.glob(f"{pattern}.json")]
-        envelopes = [found for path in paths if (found := self._envelope(path))]
-        own = sum(found["run"] == self.identity for found in envelopes)
+        envelopes = [envelope for path in paths if (envelope := self._envelope(path))]
+        own = sum(envelope["run"] == self.identity for envelope in envelopes)
         earlier = self._envelope(self.folder / f"{RUN}.json")
         if earlier is None and own:  # damaged, but the records say whose they are
             self.write(RUN, self.run)
@@ -64,13 +64,13 @@ class Records:
     @staticmethod
     def _envelope(path: Path) -> dict[str, Any] | None:
         try:
-            found = json.loads(path.read_bytes() if path.is_file() else b"")  # a pipe or a device has no end
-            intact = found.keys() == {"run", "sha256", "record"} and found["sha256"] == _sha256(
-                [found["run"], found["record"]]
+            envelope = json.loads(path.read_bytes() if path.is_file() else b"")  # a pipe or a device has no end
+            intact = envelope.keys() == {"run", "sha256", "record"} and envelope["sha256"] == _sha256(
+                [envelope["run"], envelope["record"]]
             )
         except (OSError, ValueError, AttributeError, RecursionError):
             return None
-        return found if intact else None
+        return envelope if intact else None
 
 
 def as_json(value: Any) -> Any:

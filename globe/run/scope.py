@@ -98,7 +98,7 @@ def _fit(
     for bank in preparation.scopes[number].banks:
         phases = PhaseClock()
         stack = read_stack(job.checkpoint, job.layers, bank, preparation.calibration.statistics)
-        config = job.config.fit_config(bank.rank, bank.num_bases)
+        config = job.config.fit_config(bank.shape)
         phases.end("reading")
         result = fit_bank(stack.weights, config, _watch_steps(bank, watch, phases), metric=stack.metric)
         phases.end("fit")
@@ -119,16 +119,13 @@ def _stream(
     results, clocks = list[FitResult](), list[PhaseClock]()
     for place, (bank, stream) in enumerate(zip(scope.banks, streams, strict=True)):
         clocks.append(PhaseClock())
-        config, state = (
-            job.config.fit_config(bank.rank, bank.num_bases),
-            folder.file(f"state-{number}-{place}.safetensors"),
-        )
+        state = folder.file(f"state-{number}-{place}.safetensors")
         if state.exists() and not is_intact(state):
             watch.prepare(
                 f"the saved state of the fit of {describe(bank)} has been damaged since: fitting it from the start"
             )
             state.unlink()
-        results.append(stream.fit(config, _watch_steps(bank, watch, clocks[-1]), state))
+        results.append(stream.fit(job.config.fit_config(bank.shape), _watch_steps(bank, watch, clocks[-1]), state))
         clocks[-1].end("fit")
     stores = [
         stream.store(result.factors, job.dtype(scope.layers[0]))
@@ -165,11 +162,7 @@ def _report(
     report = BankReport(
         list(bank.layers),
         list(bank.families),
-        bank.rank,
-        bank.num_bases,
-        bank.num_matrices,
-        bank.original_parameters,
-        bank.stored_parameters,
+        bank.shape,
         result.outcome,
         sum(phases.seconds.values()),
         errors,

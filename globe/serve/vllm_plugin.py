@@ -149,20 +149,18 @@ class GlobeExpertsMethod(FusedMoEMethodBase):
             if name not in replaced:
                 layer.register_parameter(_VLLM_PARAMETER[name], parameter)
                 set_weight_attrs(parameter, extra_weight_attrs)
-        uses = [self._bank_use(bank, experts, hidden_size) for bank in banks]
+        uses = [self._bank_use(bank, experts, layout) for bank in banks]
         factorise(experts, layout, uses, self._config.section.coded_of(self._number))
         layer.add_module("globe_experts", experts.requires_grad_(False))
         layer.add_module(BANKS, nn.ModuleDict(self._owned).requires_grad_(False))
 
-    def _bank_use(self, bank: BankSpec, experts: nn.Module, hidden_size: int) -> BankUse:
+    def _bank_use(self, bank: BankSpec, experts: nn.Module, layout: ExpertsLayout) -> BankUse:
         shared = self._config.shared
         if bank.name in shared:
             return BankUse(shared[bank.name], bank.families, own=None)
         like = next(experts.parameters())
         module = Bank(
-            bank.num_bases,
-            bank.rank,
-            hidden_size,
+            bank.shape(layout).bases,
             self._config.section.activation,
             dtype=like.dtype,
             device=like.device,
@@ -182,11 +180,11 @@ class GlobeExpertsMethod(FusedMoEMethodBase):
         }
         wanted |= {(None, f"{BANKS}.{name}.bases"): bank.bases for name, bank in self._owned.items()}
         for place, parameter in wanted.items():
-            found = checkpoint.tensors[names[place]].shape if place in names else None
-            if found != tuple(parameter.shape):
+            stored = checkpoint.tensors[names[place]].shape if place in names else None
+            if stored != tuple(parameter.shape):
                 raise CheckpointError(
                     f"{self._model}, layer {self._number}: expected {place[1]} of shape {tuple(parameter.shape)}, "
-                    f"found {found or 'none'}; fetch the checkpoint again or repeat the compression"
+                    f"found {stored or 'none'}; fetch the checkpoint again or repeat the compression"
                 )
             parameter.data.copy_(checkpoint.read(names[place]))
 
@@ -239,7 +237,7 @@ def _refuse_unsupported(layer: RoutedExperts) -> None:
     moe, parallel = layer.moe_config, layer.moe_config.moe_parallel_config
     eager = current_platform.is_cpu() or get_current_vllm_config().model_config.enforce_eager
     sizes = (parallel.tp_size, parallel.ep_size, parallel.dp_size, parallel.pcp_size, parallel.sp_size)
-    found = {
+    problems = {
         "tensor, expert, data or context parallelism": max(sizes) > 1,
         "CUDA graphs (give --enforce-eager)": not eager,
         "experts with biases": moe.has_bias,
@@ -249,7 +247,7 @@ def _refuse_unsupported(layer: RoutedExperts) -> None:
         "LoRA": moe.is_lora_enabled,
         "redundant experts": moe.num_experts != moe.num_logical_experts,
     }
-    if unsupported := [problem for problem, is_there in found.items() if is_there]:
+    if unsupported := [problem for problem, is_there in problems.items() if is_there]:
         raise UnsupportedModelError(
             f"{layer.layer_name}: GloBE's experts in vLLM do not support {', '.join(unsupported)}; "
             "change that, or serve what `globe export` writes, which needs no plugin"

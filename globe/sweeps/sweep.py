@@ -155,8 +155,8 @@ class Judge:
         return self._evaluate(self._original)
 
     def compressed(self, folder: Path) -> Evaluation:
-        found = self._evaluate(load(folder, self._config.device), reference=self._original)
-        return dataclasses.replace(found, reference="the original")
+        evaluation = self._evaluate(load(folder, self._config.device), reference=self._original)
+        return dataclasses.replace(evaluation, reference="the original")
 
     def _evaluate(self, model: Any, reference: Any = None) -> Evaluation:
         return evaluate_model(

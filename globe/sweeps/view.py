@@ -18,11 +18,11 @@ from rich.text import Text
 
 from globe.checkpoint.manifest import add_to_manifest
 from globe.checkpoint.writer import write_file
-from globe.report.show import megabytes
 from globe.report.style import MARKERS, STYLE
 from globe.sweeps.settings import AXES, Setting
 from globe.sweeps.sweep import PointRecord, SweepResult
 from globe.terminal import Terminal, one_line, visible
+from globe.units import byte_size
 
 TABLE, PICTURE = "sweep.csv", "sweep.png"
 
@@ -56,7 +56,7 @@ def sweep_table(result: SweepResult) -> Table:
     for name in ("error", "KL", "perplexity", "size", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     blank = [""] * (len(varying) - 1)
-    original = ["", "0", f"{result.original.perplexity:.3f}", megabytes(result.original_bytes), ""]
+    original = ["", "0", f"{result.original.perplexity:.3f}", byte_size(result.original_bytes), ""]
     table.add_row(*(["original", *blank] if varying else []), *original)
     for point in result.points:
         settings = [str(point.settings[axis]) for axis in varying]
@@ -75,7 +75,7 @@ def _cells(point: PointRecord) -> list[str | Text]:
         f"{point.error:.4f}",
         f"{point.evaluation.kl:.5f}",
         f"{point.evaluation.perplexity:.3f}",
-        megabytes(point.compressed_bytes or 0),
+        byte_size(point.compressed_bytes or 0),
         f"{point.seconds:.1f}",
     ]
 

@@ -290,9 +290,9 @@ def _zero_factors(experts: Tensor, config: FitConfig) -> Factors:
 
 def _root_mean_square(weights: Tensor) -> Tensor:
     """The standard deviation, for a mean near 0; `GlobeError` for weights that are not finite."""
-    found = (norms(weights).square().mean() / weights[0].numel()).sqrt()
-    if SAFE_DEVIATION[0] < found < SAFE_DEVIATION[1]:
-        return found
+    deviation = (norms(weights).square().mean() / weights[0].numel()).sqrt()
+    if SAFE_DEVIATION[0] < deviation < SAFE_DEVIATION[1]:
+        return deviation
     low, high = weights.aminmax()  # the squares may have left the range of float32
     peak = torch.maximum(-low, high)
     if not bool(peak.isfinite()):
@@ -314,10 +314,10 @@ def lift_faint(weights: Tensor) -> tuple[Tensor, Tensor]:
     faint[faint.clone()] = weights[faint].flatten(1).any(1)
     if not bool(faint.any()):
         return weights, back
-    found = weights[faint].cpu().double()
-    shares = (norms(found) / least)[:, None, None]
+    faint_experts = weights[faint].cpu().double()
+    shares = (norms(faint_experts) / least)[:, None, None]
     lifted = weights.clone()
-    lifted[faint], back[faint] = (found / shares).to(weights), shares.to(weights)
+    lifted[faint], back[faint] = (faint_experts / shares).to(weights), shares.to(weights)
     return lifted, back
 
 
@@ -391,9 +391,13 @@ class Projected:
         return self.projection.bases
 
     def evaluate(self) -> Iterate:
-        found = self.projection.evaluate()
+        projected = self.projection.evaluate()
         return Iterate(
-            found.objective, found.objective, self._schedule, self._length, num_fallbacks=found.num_fallbacks
+            projected.objective,
+            projected.objective,
+            self._schedule,
+            self._length,
+            num_fallbacks=projected.num_fallbacks,
         )
 
     def move(self, step: int, schedule: Schedule) -> None:

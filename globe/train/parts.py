@@ -33,5 +33,5 @@ class ExpertParts:
         return [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
 
     def energy(self) -> float:
-        """Σ_e w_e ‖W_e C^{1/2}‖²_F over all parts."""
+        """Σ_e ‖W_e C^{1/2}‖²_F over all parts."""
         return sum(float(self.read(index).energy()) for index in range(len(self.sizes)))

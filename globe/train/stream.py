@@ -82,10 +82,10 @@ class _Reader:
     device: str
 
     def __call__(self, index: int) -> Problem:
-        found = self.parts.read(index)
-        weights, _ = lift_faint(found.weights.to(self.device, self.config.torch_dtype))
-        metric = found.metric and found.metric.to(weights)
-        return dataclasses.replace(found, weights=weights, metric=metric, lambda_a=self.config.lambda_a)
+        problem = self.parts.read(index)
+        weights, _ = lift_faint(problem.weights.to(self.device, self.config.torch_dtype))
+        metric = problem.metric and problem.metric.to(weights)
+        return dataclasses.replace(problem, weights=weights, metric=metric, lambda_a=self.config.lambda_a)
 
 
 def _align(parts: ExpertParts, config: FitConfig, now: State, save: Callable[[State], None]) -> None:

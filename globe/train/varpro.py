@@ -104,7 +104,7 @@ class VariableProjection:
         total, num_fallbacks = 0.0, 0
         grad_codes, grad_bases = torch.empty_like(self.codes), torch.zeros_like(self.bases)
         for index, own in enumerate(self._parts.slices()):
-            found = project(
+            projected = project(
                 self._parts.read(index),
                 self.codes[own],
                 self.bases,
@@ -113,9 +113,9 @@ class VariableProjection:
                 gradient=True,
                 grad_bases=grad_bases,
             )
-            assert found.grad_codes is not None
-            grad_codes[own] = found.grad_codes
-            total, num_fallbacks = total + found.objective, num_fallbacks + found.num_fallbacks
+            assert projected.grad_codes is not None
+            grad_codes[own] = projected.grad_codes
+            total, num_fallbacks = total + projected.objective, num_fallbacks + projected.num_fallbacks
         self._projection = Projection(total, num_fallbacks, grad_codes, grad_bases)
         return self._projection
 

@@ -74,7 +74,7 @@ def test_gauss_newton_solves_the_linearised_problem(activation: str, activation_
 
 
 def test_gauss_newton_leaves_no_gradient_in_a_metric():
-    """Σ_e a_ej w_e A_eᵀ (W_e − A_e T_e) C_e = 0 for every j, with a C and a weight for each expert."""
+    """Σ_e a_ej A_eᵀ (W_e − A_e T_e) C_e = 0 for every j, with a C for each expert."""
     weights, adapters, codes = normal(E, P, D), normal(E, P, R, seed=1), normal(E, M, seed=2)
     metric = torch.stack([(1 + e) * second_moment(D, seed=e) for e in range(E)])
     found = gauss_newton_bases(

@@ -331,7 +331,7 @@ def test_a_configuration_that_cannot_be_names_its_fault(sharded: Path, content: 
 def test_a_file_larger_than_any_configuration_is_not_read(sharded: Path) -> None:
     with (sharded / "config.json").open("r+b") as file:
         file.truncate(10**12)
-    with pytest.raises(CheckpointError, match="has 1000000 MB, of which 64 are read"):
+    with pytest.raises(CheckpointError, match=r"has 1000\.00 GB, of which 64\.00 MB are read"):
         open_checkpoint(sharded)
 
 

@@ -61,7 +61,7 @@ def test_compress_evaluate_inspect_and_export_the_shipped_model(
     few = "--max-tokens", 512, "--compose-cache", 10**6
     status, out, _ = run(capsys, "evaluate", folder, *few, "--prompt", "import os\n")
     assert status == 0
-    assert "composed experts kept: 0.59 MB of 1.00 MB, which served " in out
+    assert "composed experts kept: 589.82 kB of 1.00 MB, which served " in out
     assert "original" in out
     assert "KL to the original" in out
     assert "relative error, down" in out

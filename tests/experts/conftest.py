@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from globe.bank_shape import BankShape
 from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.experts.metric import LayerStatistics
@@ -58,7 +59,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def plan(layers: tuple[int, ...] = (0, 1, 2), families: tuple[Family, ...] = FAMILIES) -> BankPlan:
     """A bank of the tiny checkpoint."""
-    return BankPlan(layers, families, len(layers) * len(families) * E, P, D, rank=5, num_bases=4)
+    return BankPlan(layers, families, BankShape(len(layers) * len(families) * E, P, D, rank=5, num_bases=4))
 
 
 @pytest.fixture(scope="session")

@@ -73,7 +73,7 @@ def test_memory_is_bounded_by_the_process_s_own_limit(
 ) -> None:
     groups("0::/\n", {"memory.max": f"{4 * GB}"})
     monkeypatch.setattr(resource, "getrlimit", lambda _: (GB, resource.RLIM_INFINITY))
-    assert total_memory() == (GB, "this process may use 1.0 GB (ulimit -v)")
+    assert total_memory() == (GB, "this process may use 1.00 GB (ulimit -v)")
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_hits_and_the_experts_kept_are_those_of_a_naive_cache(
     assert (cache.hits, cache.misses) == (hits, misses)
     for layer, wanted in zip(model.model.layers, kept, strict=True):
         own = layer.mlp.experts.globe_cache
-        assert set(own.found(range(E))) == set(wanted)
+        assert set(own.slots_of(range(E))) == set(wanted)
 
 
 @given(st.integers(0, 200), st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), max_size=4))

@@ -166,7 +166,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch, training: bool) -> N
     num_experts, rows, columns, rank, num_bases = 32, 32, 128, 32, 16
     config = AutoConfig.for_model("qwen3_moe", num_experts=num_experts, moe_intermediate_size=rows, hidden_size=columns)
     module = Qwen3MoeExperts(config)
-    uses = [BankUse(Bank(num_bases, rank, columns, "tanh", torch.float32, torch.device("cpu")), FAMILIES, own="own")]
+    uses = [BankUse(Bank((num_bases, rank, columns), "tanh", torch.float32, torch.device("cpu")), FAMILIES, own="own")]
     factorise(module, experts_layout(module), uses)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -195,7 +195,7 @@ def test_transposed_interleaved_biased_experts(families: tuple[str, ...]) -> Non
     dense = {name: torch.randn_like(parameter) for name, parameter in module.named_parameters()}
     module.load_state_dict(dense)
     inputs = routed([[0, 3], [5, 1], [3, 2]])
-    uses = [BankUse(Bank(4, 5, D, "tanh", torch.float32, torch.device("cpu")), families, own="own")]
+    uses = [BankUse(Bank((4, 5, D), "tanh", torch.float32, torch.device("cpu")), families, own="own")]
     factorise(module, experts_layout(module), uses)
     with torch.no_grad():
         for name, parameter in module.named_parameters():

@@ -39,7 +39,7 @@ def experts(
     module = kind(config).to(dtype).eval()
     torch.manual_seed(0)
     uses = [
-        BankUse(Bank(2 * len(families), 5, D, activation, dtype, CPU), families, own="_".join(families))
+        BankUse(Bank((2 * len(families), 5, D), activation, dtype, CPU), families, own="_".join(families))
         for families in split
     ]
     factorise(module, experts_layout(module), uses)

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from globe.plan.allocate import ErrorCurve, allocate
+from globe.plan.budget import Keep
 from globe.plan.scopes import Scope, make_plan
 from globe.plan.settings import CompressConfig
 
@@ -24,26 +25,27 @@ SENSITIVITIES = [8.0, 1.0, 1.0, 3.0]
 
 
 def stored(scopes: list[Scope]) -> int:
-    return sum(bank.stored_parameters for scope in scopes for bank in scope.banks)
+    return sum(bank.shape.parameters for scope in scopes for bank in scope.banks)
 
 
 def allocated(keep: float, sensitivities: list[float] = SENSITIVITIES) -> tuple[list[Scope], list[Scope]]:
     scopes = make_plan(LAYERS, CompressConfig(keep=keep))
     curves = [ErrorCurve(keep, 0.3, 6.0)] * len(scopes)
-    return scopes, allocate(scopes, curves, sensitivities, keep)
+    return scopes, allocate(scopes, curves, sensitivities, Keep(keep))
 
 
 @pytest.mark.parametrize("keep", [0.75, 0.625, 0.5, 0.35])
 def test_the_budget_is_that_of_the_uniform_plan_within_a_basis(keep: float) -> None:
     uniform, chosen = allocated(keep)
     assert [scope.layers for scope in chosen] == [scope.layers for scope in uniform]
-    basis = max(bank.rank * bank.columns + bank.num_matrices for scope in chosen for bank in scope.banks)
+    shapes = [bank.shape for scope in chosen for bank in scope.banks]
+    basis = max(shape.rank * shape.columns + shape.num_matrices for shape in shapes)
     assert stored(uniform) - basis <= stored(chosen) <= stored(uniform)
 
 
 def test_sensitive_banks_get_more() -> None:
     _, chosen = allocated(0.5)
-    sizes = [scope.banks[0].stored_parameters for scope in chosen]
+    sizes = [scope.banks[0].shape.parameters for scope in chosen]
     errors = [scope.banks[0].predicted_error for scope in chosen]
     assert sizes[0] > sizes[3] > sizes[1]
     assert errors[0] is not None
@@ -55,16 +57,16 @@ def test_a_larger_budget_is_larger_for_every_bank() -> None:
     plans = [allocated(keep)[1] for keep in (0.35, 0.5, 0.625, 0.75)]
     for smaller, larger in itertools.pairwise(plans):
         for one, other in zip(smaller, larger, strict=True):
-            assert one.banks[0].stored_parameters < other.banks[0].stored_parameters
+            assert one.banks[0].shape.parameters < other.banks[0].shape.parameters
 
 
 def test_a_bank_of_zeros_leaves_its_budget_to_the_others() -> None:
     scopes = make_plan(LAYERS, CompressConfig(keep=0.5))
     curves = [ErrorCurve(0.5, 0.0, 0.0), *[ErrorCurve(0.5, 0.3, 6.0)] * 3]
-    chosen = [scope.banks[0] for scope in allocate(scopes, curves, [0.0, 1.0, 1.0, 1.0], 0.5)]
+    chosen = [scope.banks[0] for scope in allocate(scopes, curves, [0.0, 1.0, 1.0, 1.0], Keep(0.5))]
     assert chosen[0].predicted_error == 0
-    assert chosen[0].stored_parameters < scopes[0].banks[0].stored_parameters
-    assert all(bank.stored_parameters > scopes[0].banks[0].stored_parameters for bank in chosen[1:])
+    assert chosen[0].shape.parameters < scopes[0].banks[0].shape.parameters
+    assert all(bank.shape.parameters > scopes[0].banks[0].shape.parameters for bank in chosen[1:])
 
 
 def test_without_any_sensitivity_the_errors_alone_decide() -> None:
@@ -94,8 +96,8 @@ FINE = [Layer(index, num_experts=64, intermediate_size=96, hidden_size=256) for 
 def shares_and_errors(keep: float, slopes: list[float], sensitivities: list[float]) -> list[tuple[float, float]]:
     scopes = make_plan(FINE[: len(slopes)], CompressConfig(keep=keep))
     curves = [ErrorCurve(keep, 0.2, slope) for slope in slopes]
-    banks = [scope.banks[0] for scope in allocate(scopes, curves, sensitivities, keep)]
-    return [(bank.stored_parameters / bank.original_parameters, bank.predicted_error or 0.0) for bank in banks]
+    banks = [scope.banks[0] for scope in allocate(scopes, curves, sensitivities, Keep(keep))]
+    return [(bank.shape.share, bank.predicted_error or 0.0) for bank in banks]
 
 
 def test_every_bank_saves_the_same_per_parameter() -> None:

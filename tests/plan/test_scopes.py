@@ -4,17 +4,14 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from globe.bank_shape import BankShape
 from globe.errors import SettingsError
 from globe.plan.scopes import (
     Scope,
-    choose_shape,
     compact,
     make_plan,
     scope_from_json,
-    stored_parameters,
 )
 from globe.plan.settings import CompressConfig
 
@@ -25,34 +22,6 @@ class Layer:
     num_experts: int = 4
     intermediate_size: int = 6
     hidden_size: int = 16
-
-
-@given(
-    num_matrices=st.integers(1, 400),
-    rows=st.integers(1, 300),
-    columns=st.integers(1, 300),
-    keep=st.floats(0.001, 1.2),
-)
-def test_a_chosen_shape_stays_within_the_budget_or_the_range_is_named(
-    num_matrices: int, rows: int, columns: int, keep: float
-) -> None:
-    total = num_matrices * rows * columns
-    if not stored_parameters(num_matrices, rows, columns, 1, 1) / total <= keep < 1:
-        with pytest.raises(SettingsError, match="out of reach"):
-            choose_shape(num_matrices, rows, columns, keep)
-        return
-    rank, num_bases = choose_shape(num_matrices, rows, columns, keep)
-    assert 1 <= rank <= rows
-    assert 1 <= num_bases <= num_matrices
-    assert stored_parameters(num_matrices, rows, columns, rank, num_bases) <= keep * total * (1 + 1e-9)
-
-
-def test_real_shapes_use_nearly_all_of_the_budget() -> None:
-    for num_matrices, rows, columns in ((384, 768, 2048), (192, 1024, 2048), (180, 1408, 2048), (24, 14336, 4096)):
-        for keep in (0.75, 0.5, 0.35):
-            rank, num_bases = choose_shape(num_matrices, rows, columns, keep)
-            kept = stored_parameters(num_matrices, rows, columns, rank, num_bases) / (num_matrices * rows * columns)
-            assert 0.98 * keep < kept <= keep
 
 
 @pytest.mark.parametrize(
@@ -75,14 +44,15 @@ def test_scopes_are_runs_of_the_layers_that_hold_experts(
 
 def test_families_share_a_bank_or_have_their_own() -> None:
     together = make_plan([Layer(0)], CompressConfig(keep=0.7))[0].banks
-    assert [(bank.families, bank.num_matrices) for bank in together] == [(("gate", "up", "down"), 12)]
+    assert [(bank.families, bank.shape.matrices) for bank in together] == [(("gate", "up", "down"), (12, 6, 16))]
     apart = make_plan([Layer(0)], CompressConfig(keep=0.7, share_families=False))[0].banks
-    assert [(bank.families, bank.num_matrices) for bank in apart] == [(("gate",), 4), (("up",), 4), (("down",), 4)]
+    assert [bank.families for bank in apart] == [("gate",), ("up",), ("down",)]
+    assert [bank.shape.matrices for bank in apart] == [(4, 6, 16)] * 3
 
 
 def test_ratios_set_the_shape_directly() -> None:
     (scope,) = make_plan([Layer(0)], CompressConfig(rank_ratio=0.5, basis_ratio=0.25))
-    assert (scope.banks[0].rank, scope.banks[0].num_bases) == (3, 3)
+    assert scope.banks[0].shape == BankShape(12, 6, 16, rank=3, num_bases=3)
 
 
 def test_a_rank_above_the_columns_is_refused_before_any_work() -> None:
@@ -128,4 +98,9 @@ def test_indices_are_shown_as_runs() -> None:
 def test_coded_layers_are_scopes_without_banks() -> None:
     scopes = make_plan([Layer(0), Layer(3, intermediate_size=8)], CompressConfig(bits=3))
     assert scopes == [Scope((0,), ()), Scope((3,), ())]
+
+
+@pytest.mark.parametrize("settings", [{"bits": 3}, {"keep": 0.7, "share_families": False}], ids=str)
+def test_scopes_come_back_from_their_record(settings: dict[str, object]) -> None:
+    scopes = make_plan([Layer(0), Layer(3, intermediate_size=8)], CompressConfig(**settings))  # pyright: ignore[reportArgumentType]
     assert [scope_from_json(json.loads(json.dumps(dataclasses.asdict(scope)))) for scope in scopes] == scopes

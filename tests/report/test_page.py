@@ -155,7 +155,7 @@ def test_a_report_alone_has_a_page_that_says_what_is_missing(folder: Path, tmp_p
 @pytest.mark.parametrize(
     "change",
     [
-        lambda content: content["banks"][0].update(rank="many", stored_parameters="some"),
+        lambda content: content["banks"][0]["shape"].update(rank="many", num_bases="some"),
         lambda content: content["banks"][0]["errors"].update({"first": {"gate": 0.1}}),
         lambda content: content["banks"][0]["steps"].update(error=["low"] * 5),
         lambda content: content.update(banks=[]),
@@ -212,7 +212,7 @@ def test_bytes_add_up(folder: Path) -> None:
     assert sum(entry.before for entry in sizes.values()) == report.original_bytes
     assert sum(entry.after for entry in sizes.values()) == report.compressed_bytes
     assert sizes["adapters"].after + sizes["bases"].after + sizes["codes"].after == 4 * sum(
-        bank.stored_parameters for bank in report.banks
+        bank.shape.parameters for bank in report.banks
     )
     assert sizes["attention"].before == sizes["attention"].after > 0
 

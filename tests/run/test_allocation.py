@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from globe.bank_shape import BankShape
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.checkpoint.shipped import MODEL
 from globe.experts.stack import read_stack
@@ -18,11 +18,11 @@ from globe.measure.settings import EvaluateConfig
 from globe.model.expert_modules import find_experts
 from globe.model.loading import expert_layers, load
 from globe.plan.allocate import DAMPING, ERROR_POWER, REACH, STEP
-from globe.plan.scopes import BankPlan, choose_shape, make_plan
+from globe.plan.budget import Keep
+from globe.plan.scopes import make_plan
 from globe.plan.settings import CompressConfig
 from globe.run import allocation
 from globe.run.allocation import measure_curve
-from globe.terms import FAMILIES
 from globe.train.fit_banks import fit_bank
 from tests.random_experts import normal
 
@@ -32,17 +32,12 @@ def shipped() -> Checkpoint:
     return open_checkpoint(MODEL)
 
 
-def only_bank(shipped: Checkpoint, config: CompressConfig) -> tuple[BankPlan, Tensor]:
-    """The one bank of a configuration, and its experts."""
+def only_bank(shipped: Checkpoint, config: CompressConfig) -> tuple[BankShape, Tensor]:
+    """The shape of the one bank of a configuration, and its experts."""
     layers = {layer.index: layer for layer in expert_layers(shipped)}
     (scope,) = make_plan(list(layers.values()), config)
     (bank,) = scope.banks
-    return bank, read_stack(shipped, layers, bank).weights
-
-
-def of_size(bank: BankPlan, keep: float) -> BankPlan:
-    rank, num_bases = choose_shape(bank.num_matrices, bank.rows, bank.columns, keep)
-    return dataclasses.replace(bank, rank=rank, num_bases=num_bases)
+    return bank.shape, read_stack(shipped, layers, bank).weights
 
 
 @pytest.mark.parametrize(
@@ -59,9 +54,9 @@ def test_predicted_errors_are_those_of_whole_fits(
     config = CompressConfig(keep=0.5, device="cpu", **settings)  # pyright: ignore[reportArgumentType]
     bank, experts = only_bank(shipped, config)
     curve = measure_curve(experts, bank, config)
-    for option in (of_size(bank, keep) for keep in keeps):
-        error = fit_bank(experts, config.fit_config(option.rank, option.num_bases)).history[-1]
-        predicted = curve(option.stored_parameters / option.original_parameters)
+    for option in (Keep(keep).shape_for(bank.matrices) for keep in keeps):
+        error = fit_bank(experts, config.fit_config(option)).history[-1]
+        predicted = curve(option.share)
         assert predicted == pytest.approx(error, rel=tolerance), option
 
 
@@ -79,8 +74,8 @@ def test_errors_cost_about_their_cube(shipped: Checkpoint) -> None:
     bank, experts = only_bank(shipped, config)
     sigmas = [float(part.square().mean().sqrt()) for part in (*module.gate_up_proj.chunk(2, dim=1), module.down_proj)]
     true, errors, costs = log_probabilities(), list[float](), list[float]()
-    for option in (of_size(bank, 0.35), of_size(bank, 0.6)):
-        fit = fit_bank(experts, config.fit_config(option.rank, option.num_bases))
+    for option in (Keep(0.35).shape_for(bank.matrices), Keep(0.6).shape_for(bank.matrices)):
+        fit = fit_bank(experts, config.fit_config(option))
         families = fit.factors.compose().chunk(3)
         gate, up, down = (sigma * part for sigma, part in zip(sigmas, families, strict=True))
         module.gate_up_proj.copy_(torch.cat([gate, up], dim=1))
@@ -93,18 +88,17 @@ def test_errors_cost_about_their_cube(shipped: Checkpoint) -> None:
 def test_two_short_fits_tell_level_and_slope() -> None:
     """Half way from the uniform share to the least and the largest that are offered."""
     config = CompressConfig(keep=0.6, steps=60)
-    bank = of_size(BankPlan((0,), FAMILIES, 24, 24, 96, 1, 1), 0.6)
+    bank = Keep(0.6).shape_for((24, 24, 96))
     curve = measure_curve(normal(24, 24, 96).float(), bank, config)
-    share = bank.stored_parameters / bank.original_parameters
-    smaller = of_size(bank, share - 0.5 * (1 - share) / 2)
-    assert curve.share == smaller.stored_parameters / smaller.original_parameters < share
+    smaller = Keep(bank.share - 0.5 * (1 - bank.share) / 2).shape_for(bank.matrices)
+    assert curve.share == smaller.share < bank.share
     assert 0 < curve.level < 1
     assert curve.slope > 0
     assert all(later < earlier for earlier, later in itertools.pairwise(map(curve, (0.4, 0.5, 0.6, 0.7, 0.8))))
 
 
 def test_more_steps_gain_more_and_as_few_as_the_short_fits_nothing() -> None:
-    bank = of_size(BankPlan((0,), FAMILIES, 12, 6, 16, 1, 1), 0.6)
+    bank = Keep(0.6).shape_for((12, 6, 16))
     gains = [
         measure_curve(normal(12, 6, 16).float(), bank, CompressConfig(keep=0.6, steps=steps)).gain
         for steps in (1, 20, 60, 500)
@@ -114,14 +108,14 @@ def test_more_steps_gain_more_and_as_few_as_the_short_fits_nothing() -> None:
 
 
 def test_the_curve_of_zeros_is_zero() -> None:
-    bank = of_size(BankPlan((0,), FAMILIES, 48, 48, 128, 1, 1), 0.5)
+    bank = Keep(0.5).shape_for((48, 48, 128))
     curve = measure_curve(torch.zeros(48, 48, 128), bank, CompressConfig(keep=0.5))
     assert (curve.level, curve.slope, curve(0.1), curve(0.9)) == (0.0, 0.0, 0.0, 0.0)
 
 
 def test_the_least_bank_has_a_flat_curve() -> None:
     """There is no smaller one to measure its slope with, nor a larger within reach."""
-    bank = BankPlan((0,), FAMILIES, 3, 48, 128, 1, 1)
+    bank = BankShape(3, 48, 128, rank=1, num_bases=1)
     curve = measure_curve(normal(3, 48, 128).float(), bank, CompressConfig(keep=0.017, steps=2))
     assert curve.level > 0
     assert curve.slope == 0

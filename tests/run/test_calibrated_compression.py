@@ -10,6 +10,7 @@ import torch
 
 from globe import CompressConfig, SettingsError, compress
 from globe.bank.factors import Factors
+from globe.bank_shape import BankShape
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.report import Report
 from globe.errors import OutOfMemoryError
@@ -62,7 +63,7 @@ def read(folder: Path, model_type: str) -> tuple[ExpertStack, ExpertStack, dict[
     write_source(folder, model_type)
     checkpoint = open_checkpoint(folder)
     layers = {layer.index: layer for layer in expert_layers(checkpoint)}
-    bank = BankPlan(tuple(range(LAYERS)), FAMILIES, LAYERS * 3 * E, P, D, RANK, BASES)
+    bank = BankPlan(tuple(range(LAYERS)), FAMILIES, BankShape(LAYERS * 3 * E, P, D, RANK, BASES))
     statistics = calibrate(tiny_model(model_type), windows(), range(LAYERS))
     plain = read_stack(checkpoint, layers, bank)
     return plain, read_stack(checkpoint, layers, bank, statistics), statistics

@@ -160,7 +160,7 @@ def test_the_report_holds_the_errors_of_the_weights_as_stored(source: Path, tmp_
     assert report.compressed_bytes == sum(sizes)
     assert report.original_bytes == sum(tensor.nbytes for tensor in before.tensors.values())
     stored = [tensor.nbytes for tensor in open_checkpoint(tmp_path / "out").tensors.values() if is_factor(tensor.name)]
-    assert 4 * sum(bank.stored_parameters for bank in report.banks) == sum(stored)  # float32: every code counts
+    assert 4 * sum(bank.shape.parameters for bank in report.banks) == sum(stored)  # float32: every code counts
 
 
 def test_the_same_seed_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
