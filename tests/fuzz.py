@@ -279,7 +279,8 @@ def _mutate_place(parent: Any, key: Any, values: Sequence[Any], rng: random.Rand
     kind = rng.choice(("nasty", "nasty", "nasty", "near", "near", "drop", "rename", "another", "wrap", "add"))
     value = parent[key]
     if kind == "near" and isinstance(value, int | float) and not isinstance(value, bool):
-        near = (value + 1, value - 1, -value, value * 2, float(value), str(value), value * 1000)
+        rounded = float(max(-1e300, min(1e300, value)))  # an integer can be beyond the floats
+        near = (value + 1, value - 1, -value, value * 2, rounded, str(value), value * 1000)
         with contextlib.suppress(OverflowError):
             parent[key] = rng.choice(near)
     elif kind == "near" and isinstance(value, str) and value:
@@ -440,6 +441,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutations", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=int, default=0, help="go on from this number")
     parser.add_argument("--only", type=int)
     options = parser.parse_args()
     counts, faults = collections.Counter[str](), dict[str, list[Case]]()
@@ -462,7 +464,7 @@ def main() -> int:
             print(f"{sum(counts.values())} mutations in {time.monotonic() - began:.0f} s: {dict(counts)}", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        numbers = range(options.mutations) if options.only is None else [options.only]
+        numbers = range(options.start, options.mutations) if options.only is None else [options.only]
         fuzz(Path(folder), numbers, options.seed, show)
         os.chdir("/")
     for key, cases in sorted(faults.items(), key=lambda entry: -len(entry[1])):

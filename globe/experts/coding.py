@@ -1,16 +1,19 @@
-"""A family of a layer as a problem of coding: its experts, what an error in an input costs, and how much each matters.
+"""A family of a layer as a problem of coding: its experts, what an error in an input costs, and what one in an output.
 
 To second order, the divergence of a model whose experts X_e (N inputs x K outputs) are changed by Δ_e is
 
-    KL ≈ Σ_e s_e tr(Δ_eᵀ C_e Δ_e) / tr(X_eᵀ C_e X_e)
+    KL ≈ Σ_e tr(Δ_eᵀ C_e Δ_e W_e)
 
-with s_e the expert's sensitivity (`globe.measure.sensitivity`) and C_e the second moment of its inputs: of the layer's
-tokens for gate and up, of the expert's own inner units, weighted by the router, for down.
+the Fisher information of an expert being taken for the product of two factors (K-FAC, Martens and Grosse 2015, arXiv
+1503.05671): C_e, the second moment of its inputs, of the layer's tokens for gate and up, of the expert's own inner
+units, weighted by the router, for down; and W_e, that of the gradients of its outputs, of which the diagonal is taken
+from the sensitivities (`globe.measure.sensitivity`), which are those of noise that is alike in all inputs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -24,7 +27,8 @@ from globe.experts.metric import LayerStatistics
 from globe.quant.banked import CodedBank, share_bank
 from globe.quant.coded import CodedExperts, Form, Rehearsal, code_experts, rehearse, row_costs, shared_or_not
 from globe.quant.feedback import Order, order_inputs
-from globe.quant.side import SharedCosts
+from globe.quant.outputs import Outputs, fit_outputs
+from globe.quant.side import SharedCosts, misfit, side_bytes
 from globe.quant.trellis import LOG_STATES
 from globe.quant.water_fill import Rows, widths_at
 from globe.terms import Family
@@ -32,13 +36,11 @@ from globe.terms import Family
 SHRINKAGE = 0.05
 """Of C towards the identity, as a share of its mean diagonal; measured, see docs/log.md."""
 POWER = 0.7
-"""Of the sensitivities: second-order theory overstates the largest; measured, see docs/log.md."""
+"""Of the experts' sensitivities: second-order theory overstates the largest; measured, see docs/log.md."""
 SHARE_OF_MEAN = 0.1
-"""Of the mean sensitivity, added to each: no expert is worth nothing."""
+"""Of the mean, added to each: no expert, and no output of one, is worth nothing."""
 LARGEST_WEIGHT = 1e15
 """Beyond it, sums of squares would leave the range of float32."""
-LONG_ROW = 64
-"""Outputs from which a row of gate and up has width and scale of its own; shorter ones share them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,23 +52,53 @@ class CodingProblem:
     order: Order
     """In which inputs are coded."""
     importance: Tensor
-    """(E,): what a unit of tr(Δᵀ C Δ) costs."""
+    """(E, K): what a unit of the squared error Δᵀ C Δ of an output costs."""
     second_moment: Tensor
     """C (N, N) of all experts' inputs together."""
-    form: Form
-    """Whether rows have widths and scales of their own, or share them."""
+
+    @functools.cached_property
+    def outputs(self) -> Outputs:
+        """What is done to them before they are coded."""
+        return fit_outputs(self.X, self.importance)
+
+    @functools.cached_property
+    def coded_rows(self) -> Tensor:
+        """(E, N, K): as they are coded."""
+        return self.outputs.apply(self.X)
+
+    @functools.cached_property
+    def row_importance(self) -> Tensor:
+        """(E,): what a unit of squared error in a row as it is coded costs, spread over its outputs."""
+        if self.outputs.exponents is None:
+            return self.importance.mean(1)
+        return (self.importance / self.outputs.scales().square()).mean(1)
+
+    @functools.cached_property
+    def form(self) -> Form:
+        """Whether rows have widths and scales of their own, or share them: what takes fewer bits in the end."""
+        E, N, K = self.X.shape
+        mean_squares = self.coded_rows.square().mean(2)
+        lost = misfit(row_costs(mean_squares, self.row_importance, self.order), mean_squares)
+        saved = 8 * (side_bytes(E, N, is_shared=False) - side_bytes(E, N, is_shared=True)) / (E * N * K)
+        return "own" if lost > saved else "shared"
+
+    @property
+    def side_bytes(self) -> int:
+        """Stored beside the paths."""
+        E, N, _ = self.X.shape
+        return side_bytes(E, N, self.form == "shared") + self.outputs.num_bytes
 
     def costs(self, mean_squares: Tensor) -> Tensor | SharedCosts:
         """Log costs of leaving out rows of these mean squares (E, N), as rows of this form will have them."""
-        return shared_or_not(row_costs(mean_squares, self.importance, self.order), self.form)
+        return shared_or_not(row_costs(mean_squares, self.row_importance, self.order), self.form)
 
     def rows(self) -> Rows:
         """What water-filling sees first: the rows as they are."""
-        return _rows(self.costs(self.X.square().mean(2)), self.X.shape[2])
+        return _rows(self.costs(self.coded_rows.square().mean(2)), self.X.shape[2])
 
     def bank(self, multiplier: int, num_bases: int | None = None) -> CodedBank | None:
         """What the experts share, if it pays at a multiplier, or as many bases as were found before."""
-        return share_bank(self.X, self.second_moment, self.order, self.importance, multiplier, num_bases)
+        return share_bank(self.X, self.second_moment, self.order, self.importance.mean(1), multiplier, num_bases)
 
     def without(self, bank: CodedBank | None) -> CodingProblem:
         """What is left of the experts when the bank's mixtures are taken from them."""
@@ -74,7 +106,7 @@ class CodingProblem:
 
     def rehearsed(self, multiplier: int) -> Rehearsed:
         """With the rows as feedback will make them at about this multiplier."""
-        return Rehearsed(self, rehearse(self.X, self.order, widths_at(self.rows().costs, multiplier)))
+        return Rehearsed(self, rehearse(self.coded_rows, self.order, widths_at(self.rows().costs, multiplier)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +122,9 @@ class Rehearsed:
 
     def code(self, multiplier: int) -> tuple[CodedExperts, Tensor]:
         """What is stored, and what it decodes to (E, N, K)."""
-        costs = self.problem.costs(self.expected.mean_squares)
-        return code_experts(self.problem.X, self.problem.order, costs, multiplier, self.expected)
+        problem = self.problem
+        costs = problem.costs(self.expected.mean_squares)
+        return code_experts(problem.X, problem.outputs, problem.order, costs, multiplier, self.expected)
 
 
 def _rows(costs: Tensor | SharedCosts, num_outputs: int) -> Rows:
@@ -107,7 +140,7 @@ def coding_problem(
 ) -> CodingProblem:
     """Read the experts of a family of a layer and what is known of them; C is the identity without `statistics`.
 
-    `sensitivities` (E,), damped (`damped`). Raises `CheckpointError` naming the tensor that holds NaN or Inf, or the
+    `sensitivities` (E, K), damped (`damped`). Raises `CheckpointError` naming the tensor that holds NaN or Inf, or the
     family with weights whose squares would.
     """
     weights = read_family(checkpoint, layer, family).float()
@@ -117,14 +150,9 @@ def coding_problem(
         )
     X = weights if family == "down" else weights.mT.contiguous()
     C = _second_moments(statistics, family, X.shape[1])
-    energies = torch.einsum("enk,snm,emk->e", X, C, X) if len(C) == 1 else ((C @ X) * X).sum((1, 2))
-    importance = torch.where(energies > 0, sensitivities / energies, 0.0)
-    return CodingProblem(X, order_inputs(C), importance, C.mean(0), form_of(family, X.shape[2]))
-
-
-def form_of(family: Family, num_outputs: int) -> Form:
-    """Rows share widths and scales where a family's experts have the same inputs and its rows are short."""
-    return "shared" if family != "down" and num_outputs < LONG_ROW else "own"
+    noise = X.shape[1] * X.square().mean()  # the energy in an output of what sensitivities are of
+    importance = sensitivities / noise if noise > 0 else torch.zeros_like(sensitivities)
+    return CodingProblem(X, order_inputs(C), importance, C.mean(0))
 
 
 def _second_moments(statistics: LayerStatistics | None, family: Family, num_inputs: int) -> Tensor:
@@ -140,8 +168,22 @@ def _second_moments(statistics: LayerStatistics | None, family: Family, num_inpu
 
 
 def damped(sensitivities: Mapping[tuple[int, Family], Tensor]) -> dict[tuple[int, Family], Tensor]:
-    """Sensitivities of all experts (E,) by layer and family, as importance: (s + 0.1 mean)^0.7."""
-    mean = torch.cat([*sensitivities.values()]).mean()
+    """Sensitivities (E, K) by layer and family, as importance.
+
+    Of an expert: (s + 0.1 mean)^0.7; shared out among its outputs by s + 0.1 mean.
+    """
+    experts = {key: each.sum(1) for key, each in sensitivities.items()}
+    mean = torch.cat([*experts.values()]).mean()
     if not mean > 0:
         return {key: torch.ones_like(each) for key, each in sensitivities.items()}
-    return {key: (each / mean + SHARE_OF_MEAN).pow(POWER) for key, each in sensitivities.items()}
+    return {
+        key: ((experts[key] / mean + SHARE_OF_MEAN).pow(POWER) / each.shape[1])[:, None] * _relative(each)
+        for key, each in sensitivities.items()
+    }
+
+
+def _relative(sensitivities: Tensor) -> Tensor:
+    """Of an expert's outputs (E, K), with a mean of 1; all alike where nothing is known."""
+    mean = sensitivities.mean(1, keepdim=True)
+    relative = torch.where(mean > 0, sensitivities / mean.clamp_min(torch.finfo(mean.dtype).tiny), 1.0)
+    return (relative + SHARE_OF_MEAN) / (1 + SHARE_OF_MEAN)

@@ -4,32 +4,35 @@ For noise of relative size ε in the matrices W_e of a family, to second order i
 
     KL(p ‖ p') ≈ ε² s,    s = ½ σ² Σ_e E‖∇_{W_e} log p(y)‖² per token,    y sampled from the model itself,
 
-σ² being the mean square of the family's weights: the trace of its block of the Fisher information. One backward pass
-gives all blocks. It can be taken on any tokens; random ones need neither a text nor a tokenizer, and tell the layers
-apart nearly as well as a text does (docs/log.md).
+σ² being the mean square of the family's weights: the trace of its block of the Fisher information. Here it is taken by
+output, what noise in the weights of one output costs. One backward pass gives all blocks. Any tokens will do; random
+ones need neither a text nor a tokenizer, and tell the layers apart nearly as well as a text does (docs/log.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from globe.checkpoint.gate_up import split_gate_up
+from globe.checkpoint.writer import save_tensors
 from globe.errors import CheckpointError
 from globe.machine.memory import explained_exhaustion
 from globe.model.expert_modules import ExpertsLayout, find_experts
 from globe.model.loading import OUT_OF_MEMORY, text_tokens, window_length
-from globe.terms import Family
+from globe.terms import FAMILIES, Family
 
 NUM_WINDOWS = 8
 WINDOW = 256
 """Tokens in a window, or as many as the model can take."""
 
 Sensitivities = dict[tuple[int, Family], Tensor]
-"""s of every expert, (E,), by layer and family; their sum is that of the family."""
+"""Of every output of every expert, (E, K), by layer and family; their sum is that of the family."""
 
 
 def random_windows(model: Any, seed: int) -> Tensor:
@@ -81,7 +84,7 @@ def _adder(
     def add(parameter: Tensor) -> None:
         assert parameter.grad is not None
         for family, gradient in _families(name, parameter.grad, layout):
-            squared = gradient.square().sum((1, 2)) * squares[family]
+            squared = gradient.square().sum(2) * squares[family]
             sums[layer, family] = sums.get((layer, family), torch.zeros_like(squared)) + squared
         parameter.grad = None
 
@@ -90,10 +93,27 @@ def _adder(
 
 @torch.no_grad()
 def _families(name: str, stacked: Tensor, layout: ExpertsLayout) -> list[tuple[Family, Tensor]]:
-    """The families that a fused parameter, or its gradient, holds: (E, ·, ·) each."""
-    stacked = stacked.detach()[: layout.num_experts]
+    """The families that a fused parameter, or its gradient, holds: (E, outputs, inputs) each."""
+    rows = stacked.detach()[: layout.num_experts]
+    rows = rows.mT if layout.is_transposed else rows
     if name == "down_proj":
-        return [("down", stacked)]
-    rows = stacked.mT if layout.is_transposed else stacked
+        return [("down", rows)]
     gate, up = split_gate_up(rows, 1, interleaved=not layout.is_concatenated)
     return [("gate", gate), ("up", up)]
+
+
+def save_sensitivities(path: Path, sensitivities: Sensitivities) -> str:
+    """Write them to a safetensors file; returns its SHA-256. Raises `OutputError` when the disk is full."""
+    return save_tensors(path, {f"{layer}.{family}": each for (layer, family), each in sensitivities.items()})
+
+
+def load_sensitivities(path: Path) -> Sensitivities:
+    """Read what `save_sensitivities` wrote, layer after layer."""
+    tensors = load_file(path)
+    layers = sorted({int(name.partition(".")[0]) for name in tensors})
+    return {
+        (layer, family): tensors[name]
+        for layer in layers
+        for family in FAMILIES
+        if (name := f"{layer}.{family}") in tensors
+    }

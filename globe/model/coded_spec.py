@@ -12,6 +12,7 @@ from torch import Tensor
 from globe.errors import CheckpointError
 from globe.quant.banked import BankedExperts, CodedBank
 from globe.quant.coded import CodedExperts
+from globe.quant.outputs import Outputs
 from globe.quant.side import OwnRows, SharedRows
 from globe.terms import FAMILIES
 from globe.typed import parsed, shown
@@ -34,6 +35,8 @@ class CodedSpec:
     """Bytes of the paths of all rows."""
     shared: bool
     """Whether widths and scales are sums of a number of the expert's and one of the input's, or each row's own."""
+    scaled: bool
+    """Whether outputs have scales (`globe.quant.outputs`)."""
     num_bases: int = 0
     """Bases of the bank of what the experts share; 0: there is none."""
     bases_payload: int = 0
@@ -56,9 +59,9 @@ class CodedSpec:
         """As messages call it."""
         return f"layer {self.layer} {self.family}"
 
-    def shapes(self, num_experts: int, num_inputs: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every tensor that is stored, by part."""
-        E, N = num_experts, num_inputs
+    def shapes(self, sizes: tuple[int, int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every tensor that is stored, by part, for experts of sizes (E, N, K)."""
+        E, N, K = sizes
         if self.shared:
             side = {
                 "expert_costs": ((E,), torch.int16),
@@ -68,6 +71,8 @@ class CodedSpec:
             }
         else:
             side = {"marks": ((E, N), torch.uint8), "expert_scales": ((E,), torch.int16)}
+        if self.scaled:
+            side |= {"output_scales": ((E, K), torch.int8)}
         if M := self.num_bases:
             side |= {
                 "codes": ((E, M), torch.int16),
@@ -85,10 +90,11 @@ class CodedSpec:
             )
         else:
             side = OwnRows(parts["marks"], parts["expert_scales"])
-        rest, bank = CodedExperts(parts["payload"], side, num_outputs), None
+        outputs = Outputs(parts["output_scales"] if self.scaled else None)
+        rest, bank = CodedExperts(parts["payload"], side, num_outputs, outputs), None
         if self.num_bases:
             of_bases = OwnRows(parts["bases_marks"], parts["bases_scales"])
-            bank = CodedBank(CodedExperts(parts["bases_payload"], of_bases, num_outputs), parts["codes"])
+            bank = CodedBank(CodedExperts(parts["bases_payload"], of_bases, num_outputs, Outputs()), parts["codes"])
         return BankedExperts(rest, bank)
 
     @classmethod
@@ -101,7 +107,8 @@ class CodedSpec:
     def to_dict(self) -> dict[str, Any]:
         """The entry for config.json."""
         known = {
-            name: getattr(self, name) for name in ("layer", "family", "payload", "shared", "num_bases", "bases_payload")
+            name: getattr(self, name)
+            for name in ("layer", "family", "payload", "shared", "scaled", "num_bases", "bases_payload")
         }
         return {**self.extra, **known}
 
@@ -112,6 +119,7 @@ class _Entry:
     family: str
     payload: int
     shared: bool
+    scaled: bool
     num_bases: int
     bases_payload: int
 
@@ -119,10 +127,9 @@ class _Entry:
 def spec_of(layer: int, family: str, coded: BankedExperts) -> CodedSpec:
     """What config.json will say of coded experts."""
     rest, bank = coded.rest, coded.bank
-    shared = isinstance(rest.side, SharedRows)
-    if bank is None:
-        return CodedSpec(layer, family, rest.payload.numel(), shared)
-    return CodedSpec(layer, family, rest.payload.numel(), shared, bank.codes.shape[1], bank.bases.payload.numel())
+    of_bank = (0, 0) if bank is None else (bank.codes.shape[1], bank.bases.payload.numel())
+    is_shared, is_scaled = isinstance(rest.side, SharedRows), rest.outputs.exponents is not None
+    return CodedSpec(layer, family, rest.payload.numel(), is_shared, is_scaled, *of_bank)
 
 
 def stored_parts(coded: BankedExperts) -> dict[str, Tensor]:
@@ -138,6 +145,8 @@ def stored_parts(coded: BankedExperts) -> dict[str, Tensor]:
             "expert_scales": rest.side.expert_scales,
             "input_scales": rest.side.input_scales,
         }
+    if rest.outputs.exponents is not None:
+        parts |= {"output_scales": rest.outputs.exponents}
     if bank is not None:
         assert isinstance(bank.bases.side, OwnRows)
         parts |= {

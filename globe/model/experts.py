@@ -267,7 +267,7 @@ class GlobeExperts(nn.Module):
 
     def _globe_coded_experts(self, spec: CodedSpec, parameters: Mapping[str, Tensor]) -> BankedExperts:
         num_inputs, num_outputs = self.globe_layout.sides(spec.family)
-        names = spec.shapes(self.globe_layout.num_experts, num_inputs)
+        names = spec.shapes((self.globe_layout.num_experts, num_inputs, num_outputs))
         return spec.experts({part: parameters[coded_parameter(spec.family, part)] for part in names}, num_outputs)
 
 
@@ -310,7 +310,7 @@ def factorise(
             factors[adapters_parameter(family)] = bank.adapters, like.dtype
             factors[codes_parameter(family)] = bank.codes, like.dtype
     for spec in coded:
-        for part, (shape, dtype) in spec.shapes(E, layout.sides(spec.family)[0]).items():
+        for part, (shape, dtype) in spec.shapes((E, *layout.sides(spec.family))).items():
             factors[coded_parameter(spec.family, part)] = shape, dtype
     compressed = {family for use in uses for family in use.families} | {spec.family for spec in coded}
     for half in dense_halves(compressed):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from globe.quant.coded import CodedExperts, code_own, rehearse
 from globe.quant.feedback import Order, order_inputs
+from globe.quant.outputs import Outputs
 from globe.quant.trellis import DISTORTION
 from globe.quant.water_fill import UNIT, log_costs, widths_at
 
@@ -142,5 +143,6 @@ def _code_bases(
     tolerated = 1 / (a.square().mT @ (1 / torch.maximum(rest, uncoded).clamp_min(torch.finfo(rest.dtype).tiny)))
     order = order_inputs(second_moment[None])
     widths = widths_at(log_costs(bases.square().mean(2) / tolerated), 0)
-    coded, _ = code_own(bases, order, widths, rehearse(bases, order, widths))
+    outputs = Outputs()
+    coded, _ = code_own(bases, outputs, order, widths, rehearse(outputs.apply(bases), order, widths))
     return CodedBank(coded, codes)

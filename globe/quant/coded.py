@@ -1,14 +1,16 @@
 """A family of a layer, coded: rows of few bits by feedback and a trellis, and what it takes to read them.
 
 Orientation: X (E experts, N inputs, K outputs). A row is one input of one expert: K numbers, a path, a width, a scale.
+Rows are coded as `outputs` makes them.
 
 For all stacks of a model (one family of one layer each), with one multiplier:
 
-    costs = shared_or_not(row_costs(X², importance, order), form)        of every stack
+    rows = outputs.apply(X)                                              of every stack
+    costs = shared_or_not(row_costs(rows², importance, order), form)     of every stack
     multiplier = water_fill(all rows, budget less side information)
-    expected = rehearse(X, order, widths at the multiplier)              of every stack
+    expected = rehearse(rows, order, widths at the multiplier)           of every stack
     costs, multiplier                                                    once more, from what is expected
-    code_experts(X, order, costs, multiplier, expected)                  of every stack
+    code_experts(X, outputs, order, costs, multiplier, expected)         of every stack
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from globe.quant import packing, trellis
 from globe.quant.feedback import Order, code_inputs
+from globe.quant.outputs import Outputs
 from globe.quant.scales import PER_OCTAVE, fit_exponents, steps
 from globe.quant.side import HEADROOM, SCALES_PER_WIDTH, OwnRows, SharedCosts, SharedRows, share_costs, share_rows
 from globe.quant.water_fill import log_costs, widths_at
@@ -43,11 +46,13 @@ class CodedExperts:
     """Widths and scales."""
     num_outputs: int
     """K."""
+    outputs: Outputs
+    """What was done to them."""
 
     @property
     def num_bytes(self) -> int:
         """Stored, everything counted."""
-        return self.payload.numel() + self.side.num_bytes
+        return self.payload.numel() + self.side.num_bytes + self.outputs.num_bytes
 
     @property
     def length(self) -> int:
@@ -65,6 +70,10 @@ class CodedExperts:
 
     def decode(self, experts: Tensor | None = None) -> Tensor:
         """The experts with these indices (n,), or all: (n, N, K) float32; the same bits on every machine."""
+        return self.outputs.undo(self.decode_rows(experts), experts)
+
+    def decode_rows(self, experts: Tensor | None = None) -> Tensor:
+        """The same as they were coded, before what was done to their outputs is undone."""
         offsets = packing.row_offsets(self.side.widths(), self.length)
         side = self.side
         if experts is not None:
@@ -83,7 +92,7 @@ class CodedExperts:
 def row_costs(mean_squares: Tensor, importance: Tensor, order: Order) -> Tensor:
     """Log costs (E, N) of leaving rows out: importance (E,) times price times mean square (E, N) when it is their turn.
 
-    `mean_squares` are X's own to begin with and those of a rehearsal once there are widths.
+    `mean_squares` are the rows' own to begin with and those of a rehearsal once there are widths.
     """
     prices = torch.empty_like(order.prices).scatter_(1, order.inputs, order.prices)
     return log_costs(importance[:, None] * prices * mean_squares)
@@ -99,28 +108,28 @@ class Rehearsal:
     """(E, N) int32: of the scales that suit them."""
 
 
-def rehearse(X: Tensor, order: Order, widths: Tensor, seed: int = 0) -> Rehearsal:
-    """What the rows of X (E, N, K) become when they are coded with widths (E, N) uint8.
+def rehearse(rows: Tensor, order: Order, widths: Tensor, seed: int = 0) -> Rehearsal:
+    """What rows (E, N, K) become when they are coded with widths (E, N) uint8.
 
     Feedback with the ideal quantiser's statistics in place of the trellis (the forward test channel: a row loses D of
     its energy, D(1−D) comes back as noise), for the price of the matrix products. Rows that get few bits hand on nearly
     all of what they were, which adds up where inputs are alike: without this, widths and costs are wrong by factors.
     """
-    E, N, K = X.shape
-    generator = torch.Generator(X.device).manual_seed(seed)
-    losses = order.sort(torch.tensor(trellis.DISTORTION, device=X.device)[widths.long()])
+    E, N, K = rows.shape
+    generator = torch.Generator(rows.device).manual_seed(seed)
+    losses = order.sort(torch.tensor(trellis.DISTORTION, device=rows.device)[widths.long()])
     sorted_widths = order.sort(widths)
-    found = torch.empty(E, N, device=X.device)
-    exponents = torch.empty(E, N, dtype=torch.int32, device=X.device)
+    found = torch.empty(E, N, device=rows.device)
+    exponents = torch.empty(E, N, dtype=torch.int32, device=rows.device)
 
-    def lose(i: int, rows: Tensor) -> Tensor:
-        found[:, i] = mean_squares = rows.square().mean(1)
-        exponents[:, i] = fit_exponents(rows, sorted_widths[:, i])
+    def lose(i: int, now: Tensor) -> Tensor:
+        found[:, i] = mean_squares = now.square().mean(1)
+        exponents[:, i] = fit_exponents(now, sorted_widths[:, i])
         lost = losses[:, i]
-        noise = torch.randn(E, K, generator=generator, device=X.device)
-        return (1 - lost)[:, None] * rows + (lost * (1 - lost) * mean_squares).sqrt()[:, None] * noise
+        noise = torch.randn(E, K, generator=generator, device=rows.device)
+        return (1 - lost)[:, None] * now + (lost * (1 - lost) * mean_squares).sqrt()[:, None] * noise
 
-    code_inputs(order.sort(X.float()), order, lose)
+    code_inputs(order.sort(rows.float()), order, lose)
     return Rehearsal(order.unsort(found), order.unsort(exponents))
 
 
@@ -130,18 +139,20 @@ def shared_or_not(costs: Tensor, form: Form) -> Tensor | SharedCosts:
 
 
 def code_experts(
-    X: Tensor, order: Order, costs: Tensor | SharedCosts, multiplier: int, expected: Rehearsal
+    X: Tensor, outputs: Outputs, order: Order, costs: Tensor | SharedCosts, multiplier: int, expected: Rehearsal
 ) -> tuple[CodedExperts, Tensor]:
     """Code X (E, N, K), widths from log costs and multiplier; what is stored, and what it decodes to, (E, N, K).
 
     The rows are of their own or shared as the costs are. `expected` is of a rehearsal at about these widths.
     """
     if isinstance(costs, SharedCosts):
-        return code_shared(X, order, share_rows(costs, multiplier, expected.exponents))
-    return code_own(X, order, widths_at(costs, multiplier), expected)
+        return code_shared(X, outputs, order, share_rows(costs, multiplier, expected.exponents))
+    return code_own(X, outputs, order, widths_at(costs, multiplier), expected)
 
 
-def code_own(X: Tensor, order: Order, widths: Tensor, expected: Rehearsal) -> tuple[CodedExperts, Tensor]:
+def code_own(
+    X: Tensor, outputs: Outputs, order: Order, widths: Tensor, expected: Rehearsal
+) -> tuple[CodedExperts, Tensor]:
     """Code X (E, N, K) with widths (E, N) uint8 and a scale for each row; what is stored, and what it decodes to.
 
     What is expected of the rows says where the scales of an expert begin.
@@ -154,39 +165,39 @@ def code_own(X: Tensor, order: Order, widths: Tensor, expected: Rehearsal) -> tu
         wanted = fit_exponents(rows, sorted_widths[:, i])
         return bases.int() - (bases.int() - wanted).clamp(0, SCALES_PER_WIDTH - 1)
 
-    symbols, chosen, decoded = _code(X, order, widths, exponents)
+    symbols, chosen, decoded = _code(outputs.apply(X), order, widths, exponents)
     marks = 1 + (widths.int() - 1) * SCALES_PER_WIDTH + bases[:, None].int() - chosen
     side = OwnRows(torch.where(widths > 0, marks, 0).to(torch.uint8), bases)
-    return CodedExperts(packing.pack(symbols, widths), side, X.shape[2]), decoded
+    return CodedExperts(packing.pack(symbols, widths), side, X.shape[2], outputs), outputs.undo(decoded)
 
 
-def code_shared(X: Tensor, order: Order, side: SharedRows) -> tuple[CodedExperts, Tensor]:
+def code_shared(X: Tensor, outputs: Outputs, order: Order, side: SharedRows) -> tuple[CodedExperts, Tensor]:
     """Code X (E, N, K) with the widths and scales of `share_rows`; what is stored, and what it decodes to."""
     exponents = order.sort(side.exponents())
-    symbols, _, decoded = _code(X, order, side.widths(), lambda i, _: exponents[:, i])
-    return CodedExperts(packing.pack(symbols, side.widths()), side, X.shape[2]), decoded
+    symbols, _, decoded = _code(outputs.apply(X), order, side.widths(), lambda i, _: exponents[:, i])
+    return CodedExperts(packing.pack(symbols, side.widths()), side, X.shape[2], outputs), outputs.undo(decoded)
 
 
 def _code(
-    X: Tensor, order: Order, widths: Tensor, exponents: Callable[[int, Tensor], Tensor]
+    rows: Tensor, order: Order, widths: Tensor, exponents: Callable[[int, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Symbols (E, N, length), scale exponents (E, N) and decoded X (E, N, K)."""
-    E, N, K = X.shape
+    """Symbols (E, N, length), scale exponents (E, N) and decoded rows (E, N, K)."""
+    E, N, K = rows.shape
     length = max(K, trellis.LOG_STATES)
-    symbols = torch.zeros(E, N, length, dtype=torch.uint8, device=X.device)
-    chosen = torch.zeros(E, N, dtype=torch.int32, device=X.device)
+    symbols = torch.zeros(E, N, length, dtype=torch.uint8, device=rows.device)
+    chosen = torch.zeros(E, N, dtype=torch.int32, device=rows.device)
     sorted_widths = order.sort(widths)
-    levels = trellis.levels(X.device)
+    levels = trellis.levels(rows.device)
 
-    def code_rows(i: int, rows: Tensor) -> Tensor:
-        chosen[:, i] = exponents(i, rows)
+    def code_rows(i: int, now: Tensor) -> Tensor:
+        chosen[:, i] = exponents(i, now)
         step = steps(chosen[:, i], sorted_widths[:, i])[:, None]
-        unit = torch.nn.functional.pad(rows / step, (0, length - K))
-        decoded = torch.zeros_like(rows)
+        unit = torch.nn.functional.pad(now / step, (0, length - K))
+        decoded = torch.zeros_like(now)
         for width, who in packing.rows_by_width(sorted_widths[:, i], length):
             symbols[who, i], states = trellis.encode(unit[who], width)
             decoded[who] = levels[states[:, :K]].float() * step[who]
         return decoded
 
-    decoded = code_inputs(order.sort(X.float()), order, code_rows)
+    decoded = code_inputs(order.sort(rows.float()), order, code_rows)
     return order.unsort(symbols), order.unsort(chosen), order.unsort(decoded)

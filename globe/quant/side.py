@@ -8,12 +8,13 @@ input, hence sums of logarithms, and cost next to nothing.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
 
 from globe.quant.scales import PER_OCTAVE
-from globe.quant.water_fill import HIGHEST, LOWEST, UNIT, widths_at
+from globe.quant.water_fill import HIGHEST, LOWEST, UNIT, log_costs, widths_at
 
 SCALES_PER_WIDTH = 31
 """Scales that a row of its own can have, downwards from its expert's base: 31/6 octaves, a factor of 36."""
@@ -111,6 +112,22 @@ def fit_sum(x: Tensor, weights: Tensor | None = None, rounds: int = 20) -> tuple
         v = ((x - u[:, None]) * weights).sum(0) / weights.sum(0)
         v = v - v.mean()
     return u, v
+
+
+def misfit(costs: Tensor, mean_squares: Tensor) -> float:
+    """Bits an entry that rows lose by sharing widths and scales: how far log costs and log mean squares (E, N) are from
+    sums of a number of the expert's and one of the input's.
+
+    To second order: a width that is δ off on average costs ½ ln 4 δ² bits, and a scale that is δ octaves off 1.6 δ².
+    """
+    energies = log_costs(mean_squares)
+
+    def scatter(x: Tensor) -> float:
+        octaves = x.double() / (2 * UNIT)  # costs and energies are squares
+        experts, inputs = fit_sum(octaves)
+        return float((octaves - experts[:, None] - inputs).square().mean())
+
+    return 0.5 * math.log(4) * scatter(costs) + 1.6 * scatter(energies)
 
 
 def share_costs(costs: Tensor) -> SharedCosts:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -15,14 +15,15 @@ from torch import Tensor
 from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.report import CodedReport
 from globe.errors import SettingsError
-from globe.experts.coding import CodingProblem, coding_problem, damped, form_of
+from globe.experts.coding import CodingProblem, coding_problem, damped
 from globe.experts.metric import LayerStatistics
 from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.measure.runnable import find_place
 from globe.measure.sensitivity import Sensitivities, measure_sensitivities, random_windows
 from globe.model.coded_spec import CodedSpec, spec_of
 from globe.model.loading import load
-from globe.quant.banked import BankedExperts, CodedBank
+from globe.plan.budget import Bits
+from globe.quant.banked import BankedExperts
 from globe.quant.side import side_bytes
 from globe.quant.water_fill import Rows, water_fill
 from globe.run.job import Job
@@ -41,8 +42,6 @@ class CodingPlan:
     chosen; for what banks leave of them, at which feedback is rehearsed; for the rows as feedback makes them."""
     num_bases: Mapping[tuple[int, Family], int]
     """Bases of the bank of each layer and family; 0: none pays."""
-    importance: Mapping[tuple[int, Family], Tensor]
-    """Damped sensitivities of the experts (E,), by layer and family."""
     num_bytes: int
     """Of all that is stored of coded families."""
 
@@ -52,7 +51,6 @@ def plan_to_json(plan: CodingPlan) -> dict[str, Any]:
     return {
         "multipliers": plan.multipliers,
         "num_bases": {f"{layer} {family}": count for (layer, family), count in plan.num_bases.items()},
-        "importance": {f"{layer} {family}": each.tolist() for (layer, family), each in plan.importance.items()},
         "num_bytes": plan.num_bytes,
     }
 
@@ -60,14 +58,12 @@ def plan_to_json(plan: CodingPlan) -> dict[str, Any]:
 def plan_from_json(record: Mapping[str, Any]) -> CodingPlan:
     """The inverse."""
 
-    def places(entries: Mapping[str, Any]) -> Iterator[tuple[tuple[int, Family], Any]]:
-        for key, entry in entries.items():
-            layer, family = key.split()
-            yield (int(layer), cast(Family, family)), entry
-
-    importance = {place: torch.tensor(each, dtype=torch.float32) for place, each in places(record["importance"])}
+    num_bases: dict[tuple[int, Family], int] = {}
+    for key, count in record["num_bases"].items():
+        layer, family = key.split()
+        num_bases[int(layer), cast(Family, family)] = count
     first, second, third = record["multipliers"]
-    return CodingPlan((first, second, third), dict(places(record["num_bases"])), importance, record["num_bytes"])
+    return CodingPlan((first, second, third), num_bases, record["num_bytes"])
 
 
 def measured_sensitivities(job: Job, windows: Tensor | None) -> tuple[Sensitivities, str | None]:
@@ -75,7 +71,9 @@ def measured_sensitivities(job: Job, windows: Tensor | None) -> tuple[Sensitivit
     the model cannot be run."""
     layers = {index for scope in job.scopes for index in scope.layers}
     equal: Sensitivities = {
-        (index, family): torch.ones(job.layers[index].num_experts) for index in layers for family in job.config.families
+        (index, family): torch.ones(layer.num_experts, _sides(layer, family)[1])
+        for index, layer in ((index, job.layers[index]) for index in layers)
+        for family in job.config.families
     }
     if job.config.allocation == "uniform":
         return equal, "that is asked for"
@@ -90,62 +88,85 @@ def measured_sensitivities(job: Job, windows: Tensor | None) -> tuple[Sensitivit
 
 
 def plan_coding(job: Job, statistics: Mapping[int, LayerStatistics] | None, sensitivities: Sensitivities) -> CodingPlan:
-    """The least multiplier at which everything that is stored of the coded families fits the budget of bits."""
-    assert job.config.bits is not None
+    """The least multiplier at which everything that is stored of the coded families fits the budget of bits.
+
+    Raises `SettingsError` where widths and scales alone do not.
+    """
+    assert isinstance(job.config.budget, Bits)
     importance = damped(sensitivities)
-    shapes = {key: job.layers[key[0]] for key in importance}
-    original = sum(layer.num_experts * layer.intermediate_size * layer.hidden_size for layer in shapes.values())
-    side = sum(_side_bytes(layer, family) for (_, family), layer in shapes.items())
-    budget = max(0, int(job.config.bits * original / 8) - side)
+    sizes = (job.layers[index] for index, _ in importance)
+    original = sum(layer.num_experts * layer.intermediate_size * layer.hidden_size for layer in sizes)
+    asked, budget = job.config.budget, job.config.budget.num_bytes(original)
+
+    def payload(other_bytes: int) -> int:
+        if other_bytes > budget:
+            raise _out_of_reach(asked, 8 * other_bytes / original)
+        return budget - other_bytes
+
     with explained_exhaustion("planning", FITS_EXHAUSTED):
         problems = {key: functools.partial(_problem, job, statistics, importance, *key) for key in importance}
-        first = second = water_fill([problem().rows() for problem in problems.values()], budget).multiplier
-        left, num_bases, in_banks = list[Rows](), dict[tuple[int, Family], int](), 0
-        for key, problem in problems.items():
-            whole = problem()
-            bank = whole.bank(first)
-            num_bases[key] = 0 if bank is None else bank.codes.shape[1]
-            in_banks += 0 if bank is None else bank.num_bytes
-            left.append(whole.without(bank).rows())
-        if in_banks:
-            second = water_fill(left, max(0, budget - in_banks)).multiplier
-        rows = (_without_bank(problem(), first, num_bases[key])[1] for key, problem in problems.items())
-        filled = water_fill([rest.rehearsed(second).rows() for rest in rows], max(0, budget - in_banks))
-    return CodingPlan((first, second, filled.multiplier), num_bases, importance, filled.num_bytes + side + in_banks)
+        whole, side = _rows_and_side(problem() for problem in problems.values())
+        first = second = water_fill(whole, payload(side)).multiplier
+        banks = {key: problem().bank(first) for key, problem in problems.items()}
+        num_bases = {key: 0 if bank is None else bank.codes.shape[1] for key, bank in banks.items()}
+        if in_banks := sum(bank.num_bytes for bank in banks.values() if bank is not None):
+            left, side = _rows_and_side(problem().without(banks[key]) for key, problem in problems.items())
+            second = water_fill(left, payload(side + in_banks)).multiplier
+        rests = (problem().without(banks[key]) for key, problem in problems.items())
+        filled = water_fill([rest.rehearsed(second).rows() for rest in rests], payload(side + in_banks))
+    return CodingPlan((first, second, filled.multiplier), num_bases, filled.num_bytes + side + in_banks)
 
 
-def _without_bank(whole: CodingProblem, multiplier: int, num_bases: int) -> tuple[CodedBank | None, CodingProblem]:
-    bank = whole.bank(multiplier, num_bases)
-    return bank, whole.without(bank)
+def _rows_and_side(problems: Iterable[CodingProblem]) -> tuple[list[Rows], int]:
+    """What is to be shared out, and the bytes of what is stored beside it; one problem in memory at a time."""
+    rows, side = list[Rows](), 0
+    for problem in problems:
+        rows.append(problem.rows())
+        side += problem.side_bytes
+    return rows, side
 
 
 def check_reach(job: Job) -> None:
-    """Raise `SettingsError` where widths and scales alone take all the bits that are asked for."""
-    places = [job.layers[index] for scope in job.scopes for index in scope.layers]
-    side = sum(_side_bytes(layer, family) for layer in places for family in job.config.families)
+    """Raise `SettingsError` where the least that is stored beside paths takes all the bits that are asked for."""
+    layers = [job.layers[index] for scope in job.scopes for index in scope.layers]
+    side = sum(_least_side_bytes(layer, family) for layer in layers for family in job.config.families)
     least = 8 * side / job.original_parameters()
-    if job.config.bits is not None and job.config.bits < least:
-        raise SettingsError(
-            f"bits {job.config.bits:g} is out of reach: widths and scales of experts this small take {least:.2f} bits "
-            "a weight; choose more, or keep"
-        )
+    if isinstance(job.config.budget, Bits) and job.config.budget.per_weight < least:
+        raise _out_of_reach(job.config.budget, least)
 
 
-def _side_bytes(layer: ExpertLayer, family: Family) -> int:
-    num_inputs, num_outputs = layer.hidden_size, layer.intermediate_size
-    if family == "down":
-        num_inputs, num_outputs = num_outputs, num_inputs
-    return side_bytes(layer.num_experts, num_inputs, form_of(family, num_outputs) == "shared")
+def _out_of_reach(budget: Bits, least: float) -> SettingsError:
+    return SettingsError(
+        f"bits {budget.per_weight:g} is out of reach: widths and scales of experts this small take {least:.2f} bits "
+        "a weight; choose more, or keep"
+    )
+
+
+def _least_side_bytes(layer: ExpertLayer, family: Family) -> int:
+    num_inputs, _ = _sides(layer, family)
+    return min(side_bytes(layer.num_experts, num_inputs, is_shared) for is_shared in (False, True))
+
+
+def _sides(layer: ExpertLayer, family: Family) -> tuple[int, int]:
+    """Inputs and outputs of a matrix of the family."""
+    P, D = layer.intermediate_size, layer.hidden_size
+    return (P, D) if family == "down" else (D, P)
 
 
 def code_layer(
-    job: Job, plan: CodingPlan, statistics: Mapping[int, LayerStatistics] | None, index: int
+    job: Job,
+    plan: CodingPlan,
+    statistics: Mapping[int, LayerStatistics] | None,
+    sensitivities: Sensitivities,
+    index: int,
 ) -> Iterator[tuple[CodedSpec, BankedExperts, CodedReport]]:
     """Family after family of a layer: what config.json says of it, what is stored, and how it went."""
+    importance = damped(sensitivities)
     for family in job.config.families:
         began = time.monotonic()
-        whole = _problem(job, statistics, plan.importance, index, family)
-        bank, problem = _without_bank(whole, plan.multipliers[0], plan.num_bases[index, family])
+        whole = _problem(job, statistics, importance, index, family)
+        bank = whole.bank(plan.multipliers[0], plan.num_bases[index, family])
+        problem = whole.without(bank)
         rest, decoded = problem.rehearsed(plan.multipliers[1]).code(plan.multipliers[2])
         coded = BankedExperts(rest, bank)
         missed, energies = (x.double().square().sum((1, 2)) for x in (problem.X - decoded, whole.X))

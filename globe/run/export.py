@@ -131,7 +131,7 @@ class DenseView:
         """Coded experts (E, P, D); `CheckpointError` unless what is stored is what config.json says and fits itself."""
         num_inputs, num_outputs = (P, D) if spec.family == "down" else (D, P)
         parts: dict[str, Tensor] = {}
-        for part, (shape, dtype) in spec.shapes(E, num_inputs).items():
+        for part, (shape, dtype) in spec.shapes((E, num_inputs, num_outputs)).items():
             name = names.coded(spec.layer, spec.family, part)
             parts[part] = held = self.compressed.read(name)
             if held.shape != shape or held.dtype != dtype:

@@ -20,6 +20,7 @@ from globe.experts.metric import LayerStatistics
 from globe.measure.calibrate import CalibrationText, calibrate, load_statistics, save_statistics
 from globe.measure.runnable import find_place
 from globe.measure.samples import sample_windows
+from globe.measure.sensitivity import Sensitivities, load_sensitivities, save_sensitivities
 from globe.model.loading import (
     load,
 )
@@ -32,7 +33,8 @@ from globe.run.observer import Observer
 from globe.run.records import as_json
 
 _STATISTICS, _WINDOWS = "calibration.safetensors", "windows.safetensors"
-"""In an unfinished output: what the calibration text said of the layers, and its tokens."""
+_SENSITIVITIES = "sensitivities.safetensors"
+"""In an unfinished output: what the calibration text said of the layers, its tokens, and what errors cost."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,10 @@ class Calibration:
     windows: Tensor | None = None
     """The tokens (N, length)."""
     uncalibrated_because: str | None = None
+    sensitivities: Sensitivities | None = None
+    """Of experts that are to be coded."""
+    equal_because: str | None = None
+    """Why these are all alike; None where they were measured."""
     seconds: float = 0.0
 
 
@@ -71,6 +77,9 @@ def prepare(job: Job, watch: Observer, folder: RunFolder | None = None) -> Prepa
         if job.config.calibrate != "none":
             watch.prepare("running the model to calibrate")
         calibration = run_calibration(job)
+        if job.config.is_coded:
+            watch.prepare("measuring what errors cost")
+            calibration = with_sensitivities(job, calibration)
         if folder is not None:
             _save_calibration(folder, calibration)
     record = None if folder is None else folder.records.read("plan")
@@ -115,7 +124,16 @@ def run_calibration(job: Job) -> Calibration:
         {str(layer): of_layer.unreached for layer, of_layer in statistics.items() if of_layer.unreached},
         place.obstacle if place.device is not None else None,
     )
-    return Calibration(statistics, report, text.windows, None, time.monotonic() - began)
+    return Calibration(statistics, report, text.windows, seconds=time.monotonic() - began)
+
+
+def with_sensitivities(job: Job, calibration: Calibration) -> Calibration:
+    """What errors in the experts to be coded cost, on the calibration's tokens or on random ones."""
+    began, text = time.monotonic(), job.calibration_text
+    windows = calibration.windows if text is None else text.windows
+    sensitivities, because = measured_sensitivities(job, windows)
+    seconds = calibration.seconds + time.monotonic() - began
+    return dataclasses.replace(calibration, sensitivities=sensitivities, equal_because=because, seconds=seconds)
 
 
 def _save_calibration(folder: RunFolder, calibration: Calibration) -> None:
@@ -123,9 +141,12 @@ def _save_calibration(folder: RunFolder, calibration: Calibration) -> None:
     if calibration.statistics is not None and calibration.windows is not None:
         files[_STATISTICS] = save_statistics(folder.file(_STATISTICS), calibration.statistics)
         files[_WINDOWS] = save_tensors(folder.file(_WINDOWS), {"windows": calibration.windows})
+    if calibration.sensitivities is not None:
+        files[_SENSITIVITIES] = save_sensitivities(folder.file(_SENSITIVITIES), calibration.sensitivities)
     record = {
         "report": calibration.report and dataclasses.asdict(calibration.report),
         "uncalibrated_because": calibration.uncalibrated_because,
+        "equal_because": calibration.equal_because,
         "seconds": calibration.seconds,
         "files": files,
     }
@@ -137,19 +158,17 @@ def _load_calibration(folder: RunFolder, watch: Observer) -> Calibration | None:
     record = folder.records.read("calibration")
     if record is None:
         return None
-    if not record["files"]:
-        return Calibration(uncalibrated_because=record["uncalibrated_because"], seconds=record["seconds"])
-    if any(
-        not folder.file(name).is_file() or file_sha256(folder.file(name)) != sha
-        for name, sha in record["files"].items()
-    ):
+    files = {name: folder.file(name) for name in record["files"]}
+    if any(not path.is_file() or file_sha256(path) != record["files"][name] for name, path in files.items()):
         watch.prepare("the finished calibration has been damaged since: calibrating again")
         return None
     return Calibration(
-        load_statistics(folder.file(_STATISTICS)),
-        CalibrationReport(**record["report"]),
-        load_file(folder.file(_WINDOWS))["windows"],
-        None,
+        load_statistics(files[_STATISTICS]) if _STATISTICS in files else None,
+        record["report"] and CalibrationReport(**record["report"]),
+        load_file(files[_WINDOWS])["windows"] if _WINDOWS in files else None,
+        record["uncalibrated_because"],
+        load_sensitivities(files[_SENSITIVITIES]) if _SENSITIVITIES in files else None,
+        record["equal_because"],
         record["seconds"],
     )
 
@@ -159,9 +178,9 @@ def share_budget(job: Job, calibration: Calibration) -> dict[str, Any]:
     text = job.calibration_text
     windows = calibration.windows if text is None else text.windows
     scopes, coding = job.scopes, None
-    if job.config.is_coded:
-        sensitivities, because = measured_sensitivities(job, windows)
-        coding = plan_to_json(plan_coding(job, calibration.statistics, sensitivities))
+    if calibration.sensitivities is not None:
+        because = calibration.equal_because
+        coding = plan_to_json(plan_coding(job, calibration.statistics, calibration.sensitivities))
     elif (because := allocation.obstacle(job.checkpoint, job.config, len(job.specs(job.scopes)))) is None:
         scopes = allocation.allocated(job.checkpoint, job.layers, job.scopes, job.config, windows)
     return {

@@ -78,10 +78,13 @@ def _code(
 ) -> Iterator[dict[str, Tensor]]:
     """All tensors of the coded experts of a scope's layers."""
     del folder
+    calibration = preparation.calibration
     assert preparation.coding is not None
+    assert calibration.sensitivities is not None
     tensors: dict[str, Tensor] = {}
     for index in preparation.scopes[number].layers:
-        for spec, coded, report in code_layer(job, preparation.coding, preparation.calibration.statistics, index):
+        layer = code_layer(job, preparation.coding, calibration.statistics, calibration.sensitivities, index)
+        for spec, coded, report in layer:
             tensors |= {job.names.coded(index, spec.family, part): x for part, x in stored_parts(coded).items()}
             record.coded.append(report)
             record.specs.append(spec.to_dict())

@@ -1,0 +1,108 @@
+"""What is done to the outputs of experts before their rows are coded, and undone after.
+
+    X' = X D_e H
+
+**Scales** D_e, diagonal: a row's error is spread evenly over its outputs, whatever they are worth. With d the scale of
+an output, its error costs w / d², and the row's energy, in proportion to which it has errors, is that of d x; of all
+scales d² = √w / rms(x) has the least cost, (mean √w rms(x))² for mean w · mean x² without, by Cauchy's inequality. They
+are powers of √2, a byte for each output of each expert, stored where they save more bits than they take.
+
+**Rotation** H, orthogonal, the same for all: signs, then Hadamard matrices of the largest power of two that divides the
+outputs, on blocks next to each other. Rows whose entries are sums of many are nearer to normal, for which a trellis is
+made, than trained ones, which have outliers (QuIP#, Tseng et al. 2024, arXiv 2402.04396). Sums and differences of
+float32 and products in a fixed order: the same bits on every machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from globe.quant.scales import PER_OCTAVE, scales
+
+STEP = PER_OCTAVE // 2
+"""Of a scale: half an octave, in the unit of `globe.quant.scales`."""
+MOST_STEPS = 40
+"""Of a scale, either way: a factor of a million."""
+WORTH = 2.0
+"""Bits that scales must save over those that they take: what they save is estimated."""
+_HASH = 2654435761
+"""Knuth's multiplicative hash: output k has the sign of the highest bit of _HASH·(k + 1) mod 2³²."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Rotated, and scaled before that where it pays."""
+
+    exponents: Tensor | None = None
+    """Scale exponents (E, K) int8, in steps of half an octave."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Stored."""
+        return 0 if self.exponents is None else self.exponents.numel()
+
+    def apply(self, X: Tensor) -> Tensor:
+        """The rows of X (E, N, K) as they are coded; a new tensor."""
+        return rotate(X if self.exponents is None else X * self.scales()[:, None])
+
+    def undo(self, rows: Tensor, experts: Tensor | None = None) -> Tensor:
+        """The inverse, for rows (n, N, K) of all experts or of those with these indices (n,)."""
+        rows = rotate_back(rows)
+        if self.exponents is None:
+            return rows
+        inverse = scales(-STEP * (self.exponents if experts is None else self.exponents[experts]).int())
+        return rows.mul_(inverse[:, None])
+
+    def scales(self) -> Tensor:
+        """d (E, K), float32."""
+        assert self.exponents is not None
+        return scales(STEP * self.exponents.int())
+
+
+def fit_outputs(X: Tensor, weights: Tensor) -> Outputs:
+    """The scales that suit X (E, N, K) whose errors cost weights (E, K), or none where they do not pay."""
+    mean_squares = X.square().mean(1)
+    known = (mean_squares > 0) & (weights > 0)
+    wanted = torch.where(known, 0.5 * (weights / mean_squares.square()).log2(), 0.0)  # log₂ d²
+    wanted = wanted - (wanted.sum(1) / known.sum(1).clamp_min(1))[:, None]
+    exponents = torch.where(known, wanted.round().clamp(-MOST_STEPS, MOST_STEPS), 0.0)
+    squares = exponents.exp2()
+    without = weights.mean(1) * mean_squares.mean(1)
+    with_ = (weights / squares).mean(1) * (squares * mean_squares).mean(1)
+    saved = 0.5 * torch.where(without > 0, without / with_.clamp_min(torch.finfo(with_.dtype).tiny), 1.0).log2().mean()
+    pays = float(saved) > WORTH * 8 / X.shape[1]
+    return Outputs(exponents.to(torch.int8) if pays else None)
+
+
+def block_length(num_outputs: int) -> int:
+    """The largest power of two that divides the outputs."""
+    return num_outputs & -num_outputs
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Outputs (..., K), rotated; a new tensor."""
+    return _hadamard(x * _signs(x))
+
+
+def rotate_back(x: Tensor) -> Tensor:
+    """The inverse."""
+    return _hadamard(x).mul_(_signs(x))
+
+
+def _signs(x: Tensor) -> Tensor:
+    places = torch.arange(1, x.shape[-1] + 1, dtype=torch.int64, device=x.device)
+    return (1 - 2 * ((places * _HASH >> 31) & 1)).to(x.dtype)
+
+
+def _hadamard(x: Tensor) -> Tensor:
+    """Every block by the symmetric orthogonal Hadamard matrix, in as many passes as its length has bits."""
+    shape, length = x.shape, block_length(x.shape[-1])
+    step = 1
+    while step < length:
+        left, right = x.reshape(-1, shape[-1] // (2 * step), 2, step).unbind(2)
+        x = torch.stack([left + right, left - right], 2)
+        step *= 2
+    return (x * length**-0.5).view(shape)
