@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from globe.quant import packing, trellis
+from globe.quant.banked import CODE_UNIT, BankedExperts
 from globe.quant.coded import CodedExperts, PackedRows
 from globe.quant.side import parts_of_side, side_of_parts
 from globe.quant.threads import run_all
@@ -32,12 +33,26 @@ _LANES = 64
 """Blocks of outputs are multiples of this many."""
 
 
-def multiply(x: Tensor, ends: Tensor, coded: CodedExperts) -> Tensor:
+def multiply(x: Tensor, ends: Tensor, experts: BankedExperts) -> Tensor:
     """Every expert's rows of x times the expert: (n, N) -> (n, K), in the dtype of x; differentiable in x.
 
     ends (E,) int: rows up to ends[0] belong to the first expert, from there to ends[1] to the second, …, and what is
-    behind the last becomes 0.
+    behind the last becomes 0. The bases of a bank are multiplied by all rows, and their products mixed.
     """
+    out = _product(x, ends, experts.rest)
+    if experts.bank is None:
+        return out
+    bases, codes = experts.bank.bases, experts.bank.codes
+    out, E, places = out.to(torch.promote_types(x.dtype, torch.float32)), len(codes), torch.arange(len(x)).to(ends)
+    owners = torch.searchsorted(ends, places, right=True)
+    mixtures = torch.where(owners[:, None] < E, codes[owners.clamp_max(E - 1)] * CODE_UNIT, 0)
+    for base, mixture in enumerate(mixtures.unbind(1)):
+        whole = len(x) * (torch.arange(codes.shape[1]) >= base).to(ends)
+        out = out + mixture[:, None] * _product(x, whole, bases)
+    return out.to(x.dtype)
+
+
+def _product(x: Tensor, ends: Tensor, coded: CodedExperts) -> Tensor:
     return coded_product(x, ends, coded.payload, parts_of_side(coded.side), coded.num_outputs)
 
 
@@ -47,7 +62,7 @@ def multiply(x: Tensor, ends: Tensor, coded: CodedExperts) -> Tensor:
     schema="(Tensor x, Tensor ends, Tensor payload, Tensor[] side, int num_outputs) -> Tensor",
 )
 def coded_product(x: Tensor, ends: Tensor, payload: Tensor, side: Sequence[Tensor], num_outputs: int) -> Tensor:
-    """`multiply`, with the parts of what is coded."""
+    """`multiply` without a bank, with the parts of what is coded."""
     coded = CodedExperts(payload, side_of_parts(side), num_outputs)
     out = x.new_zeros(len(x), num_outputs)
     runs = _runs(ends)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from globe.quant import packing, product, trellis
+from globe.quant.banked import BankedExperts, CodedBank
 from globe.quant.coded import CodedExperts
 from globe.quant.product import FEW, coded_product, coded_product_transposed, multiply
 from globe.quant.side import OwnRows, SharedRows, parts_of_side
@@ -17,14 +18,13 @@ COUNTS = [1, 0, FEW + 3, 2, FEW, 40, 0]
 N = 21
 
 
-def random_experts(K: int, width: int | None = None, *, shared: bool = False, seed: int = 0) -> CodedExperts:
-    """As many experts as COUNTS with N inputs, of any bits whatever, all widths unless one is given."""
-    generator = torch.Generator().manual_seed(seed)
+def random_experts(K: int, width: int | None = None, *, shared: bool = False, E: int = len(COUNTS)) -> CodedExperts:
+    """Experts with N inputs, of any bits whatever, all widths unless one is given."""
+    generator = torch.Generator().manual_seed(0)
 
     def draw(low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape, generator=generator)
 
-    E = len(COUNTS)
     if shared:
         costs, scales = (draw(-500, 2500, E), draw(-2000, 2000, N)), (draw(-50, -40, E), draw(-9, 9, N))
         side: OwnRows | SharedRows = SharedRows(
@@ -77,7 +77,7 @@ def test_it_is_what_decoded_experts_give(dtype: torch.dtype, K: int, shared: boo
     assert coded.is_sound()
     assert len(coded.side.widths().unique()) >= 8
     x, ends = tokens(dtype)
-    found = multiply(x, ends, coded)
+    found = multiply(x, ends, BankedExperts(coded))
     assert_close(found, expected(x, coded.decode()), dtype)
     assert bool((found[ends[-1] :] == 0).all())
 
@@ -89,14 +89,29 @@ def test_every_width(width: int, K: int) -> None:
     coded = random_experts(K, width)
     for dtype in (torch.float32, torch.bfloat16):
         x, ends = tokens(dtype)
-        assert_close(multiply(x, ends, coded), expected(x, coded.decode()), dtype)
+        assert_close(multiply(x, ends, BankedExperts(coded)), expected(x, coded.decode()), dtype)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_what_experts_share_is_added(dtype: torch.dtype) -> None:
+    codes = torch.randint(-9000, 9000, (len(COUNTS), 3), generator=torch.Generator().manual_seed(2)).to(torch.int16)
+    rest, bases = random_experts(29), random_experts(29, E=3)
+    whole = rest.decode().double() + torch.einsum("em,mnk->enk", codes.double() / 2**12, bases.decode().double())
+    x, ends = tokens(dtype)
+    x.requires_grad_()
+    found, (sent, _) = multiply(x, ends, BankedExperts(rest, CodedBank(bases, codes))), tokens(dtype, length=29)
+    assert_close(found.detach(), expected(x.detach(), whole), dtype)
+    found.backward(sent)
+    assert x.grad is not None
+    assert_close(x.grad, expected(sent, whole.mT), dtype)
 
 
 @pytest.mark.usefixtures("way")
 def test_no_tokens() -> None:
     coded, ends = random_experts(12), torch.zeros(len(COUNTS), dtype=torch.int64)
-    assert multiply(torch.zeros(0, N), ends, coded).shape == (0, 12)
-    assert bool((multiply(torch.ones(3, N), ends, coded) == 0).all())
+    assert multiply(torch.zeros(0, N), ends, BankedExperts(coded)).shape == (0, 12)
+    assert bool((multiply(torch.ones(3, N), ends, BankedExperts(coded)) == 0).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -104,7 +119,7 @@ def test_large_experts_are_decoded_in_blocks(dtype: torch.dtype, monkeypatch: py
     coded = random_experts(272)
     x, ends = tokens(dtype)
     monkeypatch.setattr(product, "BLOCK_BYTES", 1)
-    assert_close(multiply(x, ends, coded), expected(x, coded.decode()), dtype)
+    assert_close(multiply(x, ends, BankedExperts(coded)), expected(x, coded.decode()), dtype)
 
 
 def test_threads_do_not_matter() -> None:
@@ -113,7 +128,7 @@ def test_threads_do_not_matter() -> None:
     before, found = torch.get_num_threads(), list[Tensor]()
     for num_threads in (1, 2, 5):
         torch.set_num_threads(num_threads)
-        found.append(multiply(x, ends, coded))
+        found.append(multiply(x, ends, BankedExperts(coded)))
     torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -126,7 +141,7 @@ def test_gradients_are_those_of_the_decoded_experts(dtype: torch.dtype) -> None:
     x, ends = tokens(dtype)
     sent, _ = tokens(dtype, length=29)
     x.requires_grad_()
-    multiply(x, ends, coded).backward(sent)
+    multiply(x, ends, BankedExperts(coded)).backward(sent)
     assert x.grad is not None
     assert_close(x.grad, expected(sent, coded.decode().mT), dtype)
 
@@ -146,10 +161,10 @@ def test_compiled_without_a_break() -> None:
     x.requires_grad_()
 
     def doubled(x: Tensor, ends: Tensor) -> Tensor:
-        return 2 * multiply(2 * x, ends, coded)
+        return 2 * multiply(2 * x, ends, BankedExperts(coded))
 
     found = torch.compile(doubled, fullgraph=True, backend="aot_eager")(x, ends)
-    torch.testing.assert_close(found, 4 * multiply(x, ends, coded))
+    torch.testing.assert_close(found, 4 * multiply(x, ends, BankedExperts(coded)))
     (gradient,) = torch.autograd.grad(found.sum(), x)
     assert_close(gradient, 4 * expected(torch.ones(len(x), 29), coded.decode().mT), torch.float32)
 
@@ -159,5 +174,5 @@ def test_without_numba_it_says_once_that_it_is_slow(monkeypatch: pytest.MonkeyPa
     product._say_that_it_is_slow.cache_clear()
     x, ends = tokens()
     with pytest.warns(UserWarning, match="slow; install numba"):
-        multiply(x, ends, random_experts(12))
-    multiply(x, ends, random_experts(12))  # warnings are errors here
+        multiply(x, ends, BankedExperts(random_experts(12)))
+    multiply(x, ends, BankedExperts(random_experts(12)))  # warnings are errors here
