@@ -35,6 +35,8 @@ from globe.model.names import (
 )
 from globe.model.sharing import bytes_per_token, is_cheaper, is_linear, is_readable, run_shared
 from globe.quant.banked import BankedExperts
+from globe.quant.product import multiply
+from globe.terms import FAMILIES
 
 
 class GlobeExperts(nn.Module):
@@ -51,31 +53,69 @@ class GlobeExperts(nn.Module):
     has_post_expert_norm: bool = False
     post_expert_norm: nn.Module
 
-    @torch.compiler.disable  # which experts are hit is read back to the host; compiled callers break the graph here
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
         """Weighted sum over each token's experts: (T, D), (T, K), (T, K) -> (T, D).
 
-        This is not dispatched by `config._experts_implementation`. Only the experts that are hit are composed, as many
-        at a time as `WORKING_BYTES` holds, and composed again in the backward pass instead of kept for it; in inference
-        those in the cache are not composed again, and none is where linear banks make it cheaper not to
-        (`globe.model.sharing`). Indices from E on stand for experts of other devices and add nothing,
-        or for the layout's identity experts.
+        This is not dispatched by `config._experts_implementation`. Indices from E on stand for experts of other devices
+        and add nothing, or for the layout's identity experts. Coded experts multiply without being decoded as a whole,
+        unless decoded ones are to be kept. Of others, only those that are hit are composed, as many at a time as
+        `WORKING_BYTES` holds, and composed again in the backward pass instead of kept for it; in inference those in the
+        cache are not composed again, and none is where linear banks make it cheaper not to (`globe.model.sharing`).
         """
+        if self._globe_multiplies() and not self._globe_keeps():
+            output = self._globe_multiplied(hidden_states, top_k_index, top_k_weights)
+        else:
+            parts = hidden_states, top_k_index, top_k_weights
+            output = self._globe_composed_output(*parts)  # pyright: ignore[reportCallIssue]
+        if self.globe_layout.num_identity:
+            others = top_k_weights.where(top_k_index >= self._globe_num_experts(), 0)
+            output = output + hidden_states * others.sum(1, keepdim=True)
+        return output.to(hidden_states.dtype)
+
+    def _globe_multiplies(self) -> bool:
+        """Whether gate, up and down all are coded."""
+        return {spec.family for spec in self.globe_coded} == set(FAMILIES)
+
+    def _globe_keeps(self) -> bool:
+        """Whether this call is to look for composed experts, and to keep those that it composes."""
+        return self.globe_cache is not None and not self.training and not torch.is_grad_enabled()
+
+    def _globe_multiplied(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        self._globe_refuse_sharded()
+        experts, order = index.flatten().sort(stable=True)
+        num_experts, top_k = self.globe_layout.num_experts, index.shape[1]
+        ends = torch.searchsorted(experts, torch.arange(num_experts).to(experts), right=True)
+        outputs = self._globe_products(states[order // top_k], ends, experts.clamp_max(num_experts - 1))
+        outputs = outputs * weights.flatten()[order].where(experts < num_experts, 0)[:, None]
+        per_slot = outputs.new_zeros(outputs.shape).index_copy(0, order, outputs)
+        return per_slot.unflatten(0, index.shape).sum(dim=1)
+
+    def _globe_products(self, states: Tensor, ends: Tensor, owners: Tensor) -> Tensor:
+        """Every coded expert on its own rows of states, up to its end: (n, D) -> (n, D). Owners (n,): their experts."""
+        parameters = self._globe_parameters()
+        coded = {spec.family: self._globe_coded_experts(spec, parameters) for spec in self.globe_coded}
+        gate, up = multiply(states, ends, coded["gate"]), multiply(states, ends, coded["up"])
+        hidden = fuse_gate_up(gate, up, 1, interleaved=not self.globe_layout.is_concatenated)
+        if self.globe_layout.has_bias:
+            hidden = hidden + parameters["gate_up_proj_bias"][owners]
+        output = multiply(self._apply_gate(hidden), ends, coded["down"])
+        if self.globe_layout.has_bias:
+            output = output + parameters["down_proj_bias"][owners]
+        return self.post_expert_norm(output) if self.has_post_expert_norm else output
+
+    @torch.compiler.disable  # which experts are hit is read back to the host; compiled callers break the graph here
+    def _globe_composed_output(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         top_k = top_k_index.shape[1]
         num_experts = self._globe_num_experts()
         counts = torch.bincount(top_k_index.flatten(), minlength=num_experts)[:num_experts].tolist()
         if self._globe_shares(counts, hidden_states):
-            output = self._globe_shared(hidden_states, top_k_index, top_k_weights)
-        else:
-            slots = top_k_index.flatten().argsort(stable=True)[: sum(counts)]
-            weighted = self._globe_outputs(counts, hidden_states[slots // top_k]) * top_k_weights.flatten()[slots, None]
-            per_slot = weighted.new_zeros(top_k_index.numel(), weighted.shape[1]).index_copy(0, slots, weighted)
-            output = per_slot.unflatten(0, top_k_index.shape).sum(dim=1)
-        if self.globe_layout.num_identity:
-            output = output + hidden_states * top_k_weights.where(top_k_index >= num_experts, 0).sum(1, keepdim=True)
-        return output.to(hidden_states.dtype)
+            return self._globe_shared(hidden_states, top_k_index, top_k_weights)
+        slots = top_k_index.flatten().argsort(stable=True)[: sum(counts)]
+        weighted = self._globe_outputs(counts, hidden_states[slots // top_k]) * top_k_weights.flatten()[slots, None]
+        per_slot = weighted.new_zeros(top_k_index.numel(), weighted.shape[1]).index_copy(0, slots, weighted)
+        return per_slot.unflatten(0, top_k_index.shape).sum(dim=1)
 
     def _globe_num_experts(self) -> int:
         """Of this device: under expert parallelism, those whose factors are here."""
@@ -108,25 +148,32 @@ class GlobeExperts(nn.Module):
 
     def _globe_outputs(self, counts: Sequence[int], states: Tensor) -> Tensor:
         """Every expert on its own run of states, as many as its count: (ΣT_e, D) -> (ΣT_e, D)."""
-        if self.globe_coded and getattr(self, "_is_hooked", False):
-            raise UnsupportedModelError(
-                "coded experts cannot be sharded by tensor or expert parallelism: load the model on whole devices "
-                "(device_map), or export it dense"
-            )
+        self._globe_refuse_sharded()
         if self.training and torch.is_grad_enabled() and getattr(self, "_is_hooked", False):
             raise UnsupportedModelError(
                 "training GloBE experts under tensor or expert parallelism is not supported: the gradients of codes "
                 "and bases would not be summed; use data parallelism (FSDP, DDP) or call eval()"
             )
         cache = self.globe_cache
-        if cache is None or self.training or torch.is_grad_enabled():
+        if cache is None or not self._globe_keeps():
             return self._globe_composed(counts, states)
         parameters = self._globe_parameters()
         if not cache.refresh([*parameters.values(), *(use.bank.bases for use in self.globe_uses)], states):
             return self._globe_composed(counts, states)
         return self._globe_cached(cache, parameters, counts, states)
 
+    def _globe_refuse_sharded(self) -> None:
+        if self.globe_coded and getattr(self, "_is_hooked", False):
+            raise UnsupportedModelError(
+                "coded experts cannot be sharded by tensor or expert parallelism: load the model on whole devices "
+                "(device_map), or export it dense"
+            )
+
     def _globe_composed(self, counts: Sequence[int], states: Tensor) -> Tensor:
+        if self._globe_multiplies():
+            sizes = torch.tensor(counts, device=states.device)
+            owners = torch.arange(len(counts), device=states.device).repeat_interleave(sizes)
+            return self._globe_products(states, sizes.cumsum(0), owners)
         parameters = self._globe_parameters()
         run = self._globe_compose_and_run
         if torch.is_grad_enabled():

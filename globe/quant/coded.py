@@ -16,6 +16,7 @@ For all stacks of a model (one family of one layer each), with one multiplier:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -34,6 +35,18 @@ Form = Literal["own", "shared"]
 
 MAX_EXPONENT = 120 * PER_OCTAVE
 """Of a scale, either way: its steps are then within float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """What it takes to decode rows of n experts with N inputs."""
+
+    offsets: Tensor
+    """(n, N) int64: of their first bytes in the payload."""
+    widths: Tensor
+    """(n, N) uint8."""
+    steps: Tensor
+    """(n, N) float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,25 +81,37 @@ class CodedExperts:
             and (exponents[widths > 0].abs() < MAX_EXPONENT).all()
         )
 
-    def decode(self, experts: Tensor | None = None) -> Tensor:
-        """The experts with these indices (n,), or all: (n, N, K) float32; the same bits on every machine."""
-        return self.outputs.undo(self.decode_rows(experts), experts)
-
-    def decode_rows(self, experts: Tensor | None = None) -> Tensor:
-        """The same as they were coded, before what was done to their outputs is undone."""
-        offsets = packing.row_offsets(self.side.widths(), self.length)
-        side = self.side
+    def rows(self, experts: Tensor | None = None) -> PackedRows:
+        """Those of the experts with these indices (n,), or of all."""
+        side, kernels = self.side, trellis.compiled()
+        if kernels is not None and isinstance(side, OwnRows) and side.marks.device.type == "cpu":
+            if experts is None:
+                experts = torch.arange(len(side.marks))
+            shape = len(experts), side.marks.shape[1]
+            found = PackedRows(*(torch.empty(shape, dtype=kind) for kind in (torch.int64, torch.uint8, torch.float32)))
+            stored = (x.contiguous().numpy() for x in (side.marks, side.bases, experts))
+            made = (x.numpy() for x in (_step_table(), found.offsets, found.widths, found.steps))
+            kernels.own_rows(*stored, self.length, *made)
+            return found
+        offsets = packing.row_offsets(side.widths(), self.length)
         if experts is not None:
             offsets, side = offsets[experts], side[experts]
         widths = side.widths()
-        found = packing.decode(
-            self.payload,
-            offsets.flatten(),
-            widths.flatten(),
-            steps(side.exponents(), widths).flatten(),
-            self.length,
-        )
-        return found.view(*widths.shape, self.length)[..., : self.num_outputs]
+        return PackedRows(offsets, widths, steps(side.exponents(), widths))
+
+    def decode(self, experts: Tensor | None = None) -> Tensor:
+        """The experts with these indices (n,), or all: (n, N, K) float32; the same bits on every machine."""
+        rows = self.rows(experts)
+        offsets, widths, steps = rows.offsets.flatten(), rows.widths.flatten(), rows.steps.flatten()
+        found = packing.decode(self.payload, offsets, widths, steps, self.length)
+        return self.outputs.undo(found.view(*rows.widths.shape, self.length)[..., : self.num_outputs], experts)
+
+
+@functools.cache
+def _step_table() -> Tensor:
+    """Steps by scale exponent, from −MAX_EXPONENT to MAX_EXPONENT, and width."""
+    exponents, widths = torch.arange(-MAX_EXPONENT, MAX_EXPONENT + 1), torch.arange(trellis.MAX_WIDTH + 1)
+    return steps(exponents[:, None], widths).contiguous()
 
 
 def row_costs(mean_squares: Tensor, importance: Tensor, order: Order) -> Tensor:

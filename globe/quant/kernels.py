@@ -1,15 +1,16 @@
 """The Viterbi search and its inverse for the CPU, compiled by numba: what `trellis` does in torch, number for number.
 
-One function for each width, since the search is fast only where its inner loops have constant bounds. A cost is an
-int32 that carries in its lowest `width` bits which predecessor it came from, so that one minimum finds both. The costs
-of the states themselves are never stored: a step goes from what the 2^L / 2^b groups of predecessors cost to what the
-groups of states do, and reads nothing but the (transposed) levels and those group costs, all of it in order.
+One function for each width, since they are fast only where their inner loops have constant bounds. A cost of the search
+is an int32 that carries in its lowest `width` bits which predecessor it came from, so that one minimum finds both. The
+costs of the states themselves are never stored: a step goes from what the 2^L / 2^b groups of predecessors cost to what
+the groups of states do, and reads nothing but the (transposed) levels and those group costs, all of it in order.
 
-Functions release the interpreter's lock and write to their last arguments. Only `trellis` and `packing` call them.
+Functions release the interpreter's lock and write to their last arguments. Only the modules of
+this package call them.
 """
 
 # numba has no type stubs
-# pyright: basic
+# pyright: basic, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -19,8 +20,14 @@ from collections.abc import Callable
 import numpy as np
 from numba import njit
 
+from globe.quant.side import SCALES_PER_WIDTH
+from globe.quant.trellis import LOG_STATES
+from globe.quant.vectors import LANES, READ, decode_groups, decode_last
+
 VECTOR = 16
 """int32 in the widest vector of a CPU."""
+ROWS = 4
+"""That are multiplied at a time."""
 
 
 @functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy")
@@ -99,30 +106,107 @@ def search(log_states: int, width: int, unreachable: int) -> Callable[..., None]
     return rows
 
 
-@functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy", cache=True)
-def decode_rows(payload, offsets, widths, steps, log_states, multiplier, addend, mean, out):
-    """Rows of a payload, each `out` (n, K) float32 = level · step; see `packing.decode`, which it equals.
+@functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy")
+def _copy_ring(payload, begin, bits, byte, ring):
+    """READ bytes of a row of so many bits from one of its bytes on, and from its first bit again behind its last."""
+    head = np.int64(payload[begin]) | np.int64(payload[begin + 1]) << 8
+    for place in range(READ):
+        left = bits - 8 * (byte + place)
+        value = np.int64(payload[begin + byte + place]) if left > 0 else np.int64(0)
+        if left < 8:
+            value = value & ((1 << left) - 1) | head << left if left >= 0 else head >> min(-left, 63)
+        ring[place] = value & 255
 
-    offsets (n,) int64 of the rows' first bytes, widths (n,) uint8, steps (n,) float32.
+
+@functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy", inline="always")
+def _decode_row(payload, begin, width, step, length, first, last, ring, lanes, out, at):
+    """Entries `first` (a multiple of 8) to `last` of a row of `length` that begins at a byte, to out[at:].
+
+    `ring` (READ,) and `lanes` (LANES,) are for what is left where no vector can be read or written.
     """
-    K = out.shape[1]
-    mask = np.uint32((1 << log_states) - 1)
-    for i in range(out.shape[0]):
-        width, offset, step = np.int64(widths[i]), offsets[i], steps[i]
-        if width == 0:
-            out[i] = 0
-            continue
-        bits = K * width
-        for t in range(K):
-            place = t * width
-            byte, word = offset + (place >> 3), np.uint32(0)
-            if (place >> 3) + 3 <= bits >> 3:
-                word = np.uint32(payload[byte]) | np.uint32(payload[byte + 1] << 8) | np.uint32(payload[byte + 2] << 16)
-                word >>= np.uint32(place & 7)
-            else:  # the ring closes within this state
-                for bit in range(log_states):
-                    at = (place + bit) % bits
-                    word |= np.uint32((payload[offset + (at >> 3)] >> (at & 7)) & 1) << np.uint32(bit)
-            mixed = np.uint32(np.uint32(word & mask) * multiplier + addend)
-            level = (mixed & 255) + ((mixed >> 8) & 255) + ((mixed >> 16) & 255) + (mixed >> 24)
-            out[i, t] = np.float32(np.int32(level) - mean) * step
+    if width == 0:
+        out[at : at + last - first] = 0
+        return
+    start = begin + (first * width >> 3)
+    count = max(0, min(last - first, length - first - LOG_STATES + 1)) // LANES  # before the ring closes, at any width
+    while count > 0 and start + 2 * width * (count - 1) + READ > len(payload):
+        count -= 1
+    decode_groups(payload, start, count, width, step, out, at)
+    done = first + LANES * count
+    if done + LANES == last == length and start + 2 * width * count + READ <= len(payload):
+        decode_last(payload, start + 2 * width * count, begin, width, step, out, at + LANES * count)
+        return
+    for t in range(done, last, LANES):
+        _copy_ring(payload, begin, length * width, t * width >> 3, ring)
+        decode_groups(ring, 0, 1, width, step, lanes, 0)
+        end = min(t + LANES, last)
+        out[at + t - first : at + end - first] = lanes[: end - t]
+
+
+@functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy", cache=True)
+def decode_block(payload, offsets, widths, steps, length, first, last, out):
+    """Entries `first` (a multiple of 8) to `last` of n rows of a payload, level · step each.
+
+    offsets (n,) int64 of the rows' first bytes, widths (n,) uint8, steps (n,) float32; writes out (n, last - first),
+    float32, or uint16 that are the bits of bfloat16. See `packing.decode`, which it equals.
+    """
+    ring, lanes, flat = np.empty(READ, np.uint8), np.empty(LANES, out.dtype), out.reshape(-1)
+    for i in range(len(offsets)):
+        at = i * (last - first)
+        _decode_row(payload, offsets[i], widths[i], steps[i], length, first, last, ring, lanes, flat, at)
+
+
+@functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy", cache=True)
+def own_rows(marks, bases, experts, length, step_table, offsets, widths, steps):
+    """Where the rows of some experts (n,) lie, with widths and steps; see `coded.CodedExperts.rows`, which it equals.
+
+    marks (E, N) uint8 and bases (E,) int16 as in `side.OwnRows`; step_table (2·m + 1, widths) float32 has the steps of
+    the scale exponents from −m to m. Writes offsets int64, widths uint8, steps float32, (n, N) each.
+    """
+    E, N = marks.shape
+    begins = np.zeros(E + 1, np.int64)
+    for e in range(E):
+        total = np.uint32(0)
+        for i in range(N):
+            total += (_width(marks[e, i]) * np.uint32(length) + np.uint32(7)) >> np.uint32(3)
+        begins[e + 1] = begins[e] + total
+    largest = len(step_table) // 2
+    for j in range(len(experts)):
+        offset, base = begins[experts[j]], np.int64(bases[experts[j]])
+        for i in range(N):
+            mark = marks[experts[j], i]
+            width = np.int64(_width(mark))
+            exponent = base - (np.int64(mark) - 1 - (width - 1) * SCALES_PER_WIDTH)
+            offsets[j, i], widths[j, i] = offset, width
+            steps[j, i] = step_table[min(max(exponent, -largest), largest) + largest, width]
+            offset += (width * length + 7) >> 3
+
+
+@functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy")
+def _width(mark):
+    """Of a row with this mark, in arithmetic that compilers turn into vectors."""
+    return np.uint32(np.uint32(mark) + np.uint32(SCALES_PER_WIDTH - 1)) // np.uint32(SCALES_PER_WIDTH)
+
+
+@functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy", fastmath={"contract"}, cache=True)
+def multiply_block(x, payload, offsets, widths, steps, length, first, last, rows, out):
+    """Add the products of x (m, n) with entries `first` to `last` of n rows to out[:, first:last], float32 both.
+
+    The rows are as in `decode_block`. ROWS of them at a time are decoded into the first cache.
+    """
+    ring, lanes = np.empty(READ, np.uint8), np.empty(LANES, np.float32)
+    flat, size = rows.reshape(-1), last - first
+    flat[:] = 0
+    for i in range(0, len(offsets), ROWS):
+        count = min(ROWS, len(offsets) - i)
+        for j in range(i, i + count):
+            at = (j - i) * size
+            _decode_row(payload, offsets[j], widths[j], steps[j], length, first, last, ring, lanes, flat, at)
+        for m in range(len(x)):
+            a = x[m, i]
+            b = x[m, i + 1] if count > 1 else np.float32(0)
+            c = x[m, i + 2] if count > 2 else np.float32(0)
+            d = x[m, i + 3] if count > 3 else np.float32(0)
+            sums = out[m, first:last]
+            for k in range(size):
+                sums[k] = sums[k] + a * rows[0, k] + b * rows[1, k] + c * rows[2, k] + d * rows[3, k]

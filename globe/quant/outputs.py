@@ -56,6 +56,13 @@ class Outputs:
         inverse = scales(-STEP * (self.exponents if experts is None else self.exponents[experts]).int())
         return rows.mul_(inverse[:, None])
 
+    def undo_products(self, products: Tensor, experts: Tensor | None = None) -> Tensor:
+        """The inverse for products of tokens with rows, (n, K); experts (n,): whose they are."""
+        products = rotate_back(products)
+        if self.exponents is None or experts is None:
+            return products
+        return products * scales(-STEP * self.exponents[experts].int())
+
     def scales(self) -> Tensor:
         """d (E, K), float32."""
         assert self.exponents is not None

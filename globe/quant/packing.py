@@ -61,14 +61,8 @@ def decode(payload: Tensor, offsets: Tensor, widths: Tensor, steps: Tensor, leng
     out = torch.zeros(len(offsets), length, device=payload.device)
     kernels = trellis.compiled()
     if kernels is not None and payload.device.type == "cpu":
-        kernels.decode_rows(
-            payload.numpy(),
-            offsets.contiguous().numpy(),
-            widths.contiguous().numpy(),
-            steps.contiguous().numpy(),
-            *(trellis.LOG_STATES, trellis.MULTIPLIER, trellis.ADDEND, trellis.MEAN),
-            out.numpy(),
-        )
+        rows = (x.contiguous().numpy() for x in (payload, offsets, widths, steps))
+        kernels.decode_block(*rows, length, 0, length, out.numpy())
         return out
     levels = trellis.levels(payload.device)
     for width, some in rows_by_width(widths, length):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -83,6 +84,16 @@ class SharedRows:
         return dataclasses.replace(
             self, expert_costs=self.expert_costs[experts], expert_scales=self.expert_scales[experts]
         )
+
+
+def parts_of_side(side: OwnRows | SharedRows) -> list[Tensor]:
+    """Its tensors, in the order of its fields."""
+    return [getattr(side, field.name) for field in dataclasses.fields(side)]
+
+
+def side_of_parts(parts: Sequence[Tensor]) -> OwnRows | SharedRows:
+    """The inverse."""
+    return OwnRows(*parts) if len(parts) == len(dataclasses.fields(OwnRows)) else SharedRows(*parts)
 
 
 @dataclasses.dataclass(frozen=True)

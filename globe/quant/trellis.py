@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import functools
 import math
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from globe.quant.threads import run_all
 
 LOG_STATES = 12
 """L: bits of a state."""
@@ -149,14 +150,9 @@ def _compiled_search(x: Tensor, width: int, window: int) -> tuple[Tensor, Tensor
     def search(part: slice) -> None:
         rows(entries[part].numpy(), _transposed_levels(width), window, symbols[part].numpy(), states[part].numpy())
 
-    num_threads = min(torch.get_num_threads(), len(x), 1 + x.numel() // _LEAST_PER_THREAD)
-    if num_threads == 1:
-        search(slice(None))
-    else:  # the compiled search holds no lock
-        size = -(-len(x) // num_threads)
-        parts = [slice(start, start + size) for start in range(0, len(x), size)]
-        with ThreadPoolExecutor(num_threads) as threads:
-            list(threads.map(search, parts))
+    num_parts = min(torch.get_num_threads(), len(x), 1 + x.numel() // _LEAST_PER_THREAD)
+    size = -(-len(x) // max(1, num_parts))
+    run_all([functools.partial(search, slice(start, start + size)) for start in range(0, len(x), size)])
     return symbols, states
 
 

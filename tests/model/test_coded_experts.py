@@ -134,6 +134,36 @@ def test_loading_reports_nothing_amiss(folder: Path, caplog: pytest.LogCaptureFi
     assert caplog.text == ""
 
 
+def test_no_expert_is_decoded_to_be_multiplied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(folder)
+    expected = logits(model)
+    monkeypatch.setattr(GlobeExperts, "_globe_compose", None)
+    assert torch.equal(logits(model), expected)
+
+
+@torch.no_grad()
+def test_indices_of_other_devices_and_of_servers(folder: Path) -> None:
+    module = globe_modules(load(folder))[0]
+    states, index = torch.randn(3, module.globe_layout.hidden_size), torch.tensor([[1, E], [E, E + 1], [2, 1]])
+    weights = torch.rand(3, 2)
+    expected = module(states, index.where(index < E, 0), weights.where(index < E, 0))
+    torch.testing.assert_close(module(states, index, weights), expected)
+    assert torch.equal(module(states, index.int(), weights), module(states, index, weights))  # as vLLM has them
+
+
+@pytest.mark.parametrize("wants_gradients", [False, True])
+def test_it_compiles_without_a_break(folder: Path, wants_gradients: bool) -> None:
+    module = globe_modules(load(folder))[0]
+    states = torch.randn(5, module.globe_layout.hidden_size, requires_grad=wants_gradients)
+    index, weights = torch.tensor([[0, 1], [7, 0], [2, 3], [E, 5], [0, 2]]), torch.rand(5, 2)
+    compiled = torch.compile(module.forward, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(wants_gradients):
+        found, expected = compiled(states, index, weights), module(states, index, weights)
+    torch.testing.assert_close(found, expected)
+    if wants_gradients:
+        torch.testing.assert_close(*(torch.autograd.grad(output.sum(), states)[0] for output in (found, expected)))
+
+
 # saved, copied, moved
 
 

@@ -1,0 +1,178 @@
+"""Tokens times coded experts, against decoding to float64 and multiplying."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from globe.quant import packing, product, trellis
+from globe.quant.banked import BankedExperts, CodedBank
+from globe.quant.coded import CodedExperts
+from globe.quant.product import FEW, coded_product, coded_product_transposed, multiply
+from globe.quant.side import OwnRows, SharedRows, parts_of_side
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+COUNTS = [1, 0, FEW + 3, 2, FEW, 40, 0]
+"""Tokens of each expert."""
+N = 21
+
+
+def random_experts(K: int, width: int | None = None, *, shared: bool = False, E: int = len(COUNTS)) -> CodedExperts:
+    """Experts with N inputs, of any bits whatever, all widths unless one is given."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    if shared:
+        costs, scales = (draw(-500, 2500, E), draw(-2000, 2000, N)), (draw(-50, -40, E), draw(-9, 9, N))
+        side: OwnRows | SharedRows = SharedRows(
+            costs[0].to(torch.int16), costs[1].to(torch.int16), scales[0].to(torch.int16), scales[1].to(torch.int8)
+        )
+    else:
+        widths = draw(0, 9, E, N) if width is None else torch.full((E, N), width)
+        marks = torch.where(widths > 0, 1 + 31 * (widths - 1) + draw(0, 31, E, N), 0)
+        side = OwnRows(marks.to(torch.uint8), draw(-50, -40, E).to(torch.int16))
+    size = int(packing.row_bytes(side.widths(), max(K, trellis.LOG_STATES)).sum())
+    return CodedExperts(draw(0, 256, size).to(torch.uint8), side, K)
+
+
+def tokens(dtype: torch.dtype = torch.float32, rows: int = sum(COUNTS) + 2, length: int = N) -> tuple[Tensor, Tensor]:
+    """Some for every expert, two for none; and where those of each expert end."""
+    x = torch.randn(rows, length, generator=torch.Generator().manual_seed(1))
+    return x.to(dtype), torch.tensor(COUNTS).cumsum(0)
+
+
+def expected(x: Tensor, experts: Tensor) -> Tensor:
+    """x (n, N) by experts (E, N, K), in float64."""
+    out, start = torch.zeros(len(x), experts.shape[2], dtype=torch.float64), 0
+    for count, X in zip(COUNTS, experts.double(), strict=True):
+        out[start : start + count] = x[start : start + count].double() @ X
+        start += count
+    return out
+
+
+def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    assert found.dtype == dtype
+    assert float((found.double() - wanted).norm()) <= TOLERANCE[dtype] * float(wanted.norm())
+
+
+@pytest.fixture(params=["numba", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways in which products are computed on the CPU."""
+    if request.param == "torch":
+        monkeypatch.setattr(trellis, "compiled", lambda: None)
+        monkeypatch.setattr(product, "_say_that_it_is_slow", lambda: None)
+    elif trellis.compiled() is None:
+        pytest.skip("numba is not installed")
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("K", [5, 12, 13, 29, 48, 131, 272])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_it_is_what_decoded_experts_give(dtype: torch.dtype, K: int, shared: bool) -> None:
+    coded = random_experts(K, shared=shared)
+    assert coded.is_sound()
+    assert len(coded.side.widths().unique()) >= 8
+    x, ends = tokens(dtype)
+    found = multiply(x, ends, BankedExperts(coded))
+    assert_close(found, expected(x, coded.decode()), dtype)
+    assert bool((found[ends[-1] :] == 0).all())
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("width", range(9))
+@pytest.mark.parametrize("K", [12, 200, 2048])
+def test_every_width(width: int, K: int) -> None:
+    coded = random_experts(K, width)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, ends = tokens(dtype)
+        assert_close(multiply(x, ends, BankedExperts(coded)), expected(x, coded.decode()), dtype)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_what_experts_share_is_added(dtype: torch.dtype) -> None:
+    codes = torch.randint(-9000, 9000, (len(COUNTS), 3), generator=torch.Generator().manual_seed(2)).to(torch.int16)
+    rest, bases = random_experts(29), random_experts(29, E=3)
+    whole = rest.decode().double() + torch.einsum("em,mnk->enk", codes.double() / 2**12, bases.decode().double())
+    x, ends = tokens(dtype)
+    x.requires_grad_()
+    found, (sent, _) = multiply(x, ends, BankedExperts(rest, CodedBank(bases, codes))), tokens(dtype, length=29)
+    assert_close(found.detach(), expected(x.detach(), whole), dtype)
+    found.backward(sent)
+    assert x.grad is not None
+    assert_close(x.grad, expected(sent, whole.mT), dtype)
+
+
+@pytest.mark.usefixtures("way")
+def test_no_tokens() -> None:
+    coded, ends = random_experts(12), torch.zeros(len(COUNTS), dtype=torch.int64)
+    assert multiply(torch.zeros(0, N), ends, BankedExperts(coded)).shape == (0, 12)
+    assert bool((multiply(torch.ones(3, N), ends, BankedExperts(coded)) == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_experts_are_decoded_in_blocks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    coded = random_experts(272)
+    x, ends = tokens(dtype)
+    monkeypatch.setattr(product, "BLOCK_BYTES", 1)
+    assert_close(multiply(x, ends, BankedExperts(coded)), expected(x, coded.decode()), dtype)
+
+
+def test_threads_do_not_matter() -> None:
+    coded = random_experts(272)
+    x, ends = tokens(torch.bfloat16)
+    before, found = torch.get_num_threads(), list[Tensor]()
+    for num_threads in (1, 2, 5):
+        torch.set_num_threads(num_threads)
+        found.append(multiply(x, ends, BankedExperts(coded)))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gradients_are_those_of_the_decoded_experts(dtype: torch.dtype) -> None:
+    coded = random_experts(29)
+    x, ends = tokens(dtype)
+    sent, _ = tokens(dtype, length=29)
+    x.requires_grad_()
+    multiply(x, ends, BankedExperts(coded)).backward(sent)
+    assert x.grad is not None
+    assert_close(x.grad, expected(sent, coded.decode().mT), dtype)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_pytorch_finds_nothing_wrong_with_the_operations(shared: bool) -> None:
+    coded = random_experts(29, shared=shared)
+    x, ends = tokens()
+    parts = coded.payload, parts_of_side(coded.side)
+    torch.library.opcheck(coded_product, (x.clone().requires_grad_(), ends, *parts, 29))
+    torch.library.opcheck(coded_product_transposed, (tokens(length=29)[0], ends, *parts, N, 29))
+
+
+def test_compiled_without_a_break() -> None:
+    coded = random_experts(29)
+    x, ends = tokens()
+    x.requires_grad_()
+
+    def doubled(x: Tensor, ends: Tensor) -> Tensor:
+        return 2 * multiply(2 * x, ends, BankedExperts(coded))
+
+    found = torch.compile(doubled, fullgraph=True, backend="aot_eager")(x, ends)
+    torch.testing.assert_close(found, 4 * multiply(x, ends, BankedExperts(coded)))
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    assert_close(gradient, 4 * expected(torch.ones(len(x), 29), coded.decode().mT), torch.float32)
+
+
+def test_without_numba_it_says_once_that_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trellis, "compiled", lambda: None)
+    product._say_that_it_is_slow.cache_clear()
+    x, ends = tokens()
+    with pytest.warns(UserWarning, match="slow; install numba"):
+        multiply(x, ends, BankedExperts(random_experts(12)))
+    multiply(x, ends, BankedExperts(random_experts(12)))  # warnings are errors here
