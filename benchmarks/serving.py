@@ -46,6 +46,7 @@ from globe.model.names import coded_parameter, is_factor
 from globe.plan.budget import Keep
 from globe.quant.banked import BankedExperts
 from globe.quant.coded import CodedExperts
+from globe.quant.outputs import Outputs
 from globe.quant.packing import row_bytes
 from globe.quant.side import OwnRows
 from globe.report.style import COLOURS, INK, MARKERS, STYLE
@@ -175,12 +176,13 @@ def coded(dense: Any, bits: int) -> Any:
         E, device = found.layout.num_experts, next(found.module.parameters()).device
         for family in FAMILIES:
             N, K = found.layout.sides(family)
-            marks = torch.randint(1 + 31 * (bits - 1), 1 + 31 * bits, (E, N), generator=generator)
-            exponents = torch.full((E,), round(6 * math.log2(0.02)))
-            side = OwnRows(marks.to(torch.uint8), exponents.to(torch.int16))
+            widths = torch.full((E, N), 2 * bits, dtype=torch.uint8)
+            bases = torch.full((E,), round(6 * math.log2(0.02)), dtype=torch.int16)
+            exponents = bases[:, None] - torch.randint(31, (E, N), generator=generator)
+            side = OwnRows.of(widths, exponents.int(), bases)
             size = int(row_bytes(side.widths(), K).sum())
             payload = torch.randint(256, (size,), generator=generator, dtype=torch.uint8)
-            experts = BankedExperts(CodedExperts(payload, side, K))
+            experts = BankedExperts(CodedExperts(payload, side, K, Outputs()))
             specs.append(spec_of(found.layer, family, experts))
             parts |= {coded_parameter(family, name): x for name, x in stored_parts(experts).items()}
         factorise(found.module, found.layout, [], specs)

@@ -418,7 +418,7 @@ def fuzz(
     """Run the cases of these numbers, and show each; `folder` is where everything is written."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)  # others would not be there in a fork
-    for width in range(1, trellis.MAX_WIDTH + 1):  # compiled here, not in every fork
+    for width in range(trellis.LEAST_WIDTH, trellis.MAX_WIDTH + 1):  # compiled here, not in every fork
         trellis.encode(torch.randn(2, trellis.LOG_STATES), width)
     nowhere = io.StringIO()
     with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):

@@ -60,13 +60,14 @@ def rotation(size: int, generator: torch.Generator) -> Tensor:
 
 
 def spread_widths(num_rows: int, bits: float) -> Tensor:
-    """Widths of rows (n,) uint8: two neighbouring ones, evenly spread, of which the mean is at most `bits`."""
-    low = min(int(bits), trellis.MAX_WIDTH - 1)
+    """Widths of rows (n,) uint8, in half bits: two neighbouring whole numbers of bits, evenly spread, of which the mean
+    is at most `bits`."""
+    low = min(int(bits), trellis.MAX_WIDTH // 2 - 1)
     if low < 1:
         raise SettingsError(f"a path has at least 1 bit an entry: {bits:g} are left")
     wider = min(num_rows, int(num_rows * (bits - low)))
     steps = torch.arange(num_rows + 1) * wider // num_rows
-    return (low + steps.diff()).to(torch.uint8)
+    return (2 * (low + steps.diff())).to(torch.uint8)
 
 
 def code_rotated(X: Tensor, moment: Tensor, widths: Tensor, generator: torch.Generator) -> Tensor:
@@ -76,7 +77,7 @@ def code_rotated(X: Tensor, moment: Tensor, widths: Tensor, generator: torch.Gen
     scales = rehearse(rotated, order, widths).mean_squares.mean(1).sqrt().half().float()
     steps = scales[:, None] * torch.tensor(trellis.GAIN)[widths.long()] / trellis.RMS
     sorted_widths, sorted_steps = order.sort(widths), order.sort(steps)
-    levels, length = trellis.levels(), max(X.shape[2], trellis.LOG_STATES)
+    levels, length = trellis.levels(), trellis.path_length(X.shape[2])
 
     def code_rows(i: int, rows: Tensor) -> Tensor:
         step = sorted_steps[:, i, None]
@@ -100,8 +101,8 @@ def qtip(stacks: Stacks, bits: float, calibration: Calibration, seed: int = 0) -
         widths = spread_widths(E * N, bits - SCALE_BITS / (N * K)).view(E, N)
         coded = code_rotated(X, damped(calibration.moment(*key), DAMPING), widths, generator)
         approximation[key] = as_inputs(coded, key[1])
-        total += K * int(widths.sum()) + SCALE_BITS * E
-        found |= set(widths.unique().tolist())
+        total += K * int(widths.sum()) // 2 + SCALE_BITS * E
+        found |= {width // 2 for width in widths.unique().tolist()}
     weights = sum(experts.numel() for experts in stacks.values())
     shape, seconds = f"{', '.join(map(str, sorted(found)))} bits", time.monotonic() - began
     return Approximation(approximation, weights, shape, seconds, bits=total / weights)

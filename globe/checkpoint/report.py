@@ -64,7 +64,7 @@ class CodedReport:
     expert_widths: list[float]
     """Mean bits of every expert's entries, paths alone."""
     rows_by_width: list[int]
-    """Rows (an input of an expert) of 0, 1, … 8 bits."""
+    """Rows (an input of an expert) of 0, ½, 1, … 8 bits."""
 
     @property
     def bits(self) -> float:
@@ -193,7 +193,7 @@ class Report:
             sizes |= {
                 f"coded[{number}].{name}": getattr(part, name) for name in ("original_parameters", "stored_bytes")
             }
-            if part.layer < 0 or part.family not in FAMILIES or not part.expert_widths or len(part.rows_by_width) != 9:
+            if part.layer < 0 or part.family not in FAMILIES or not part.expert_widths or len(part.rows_by_width) != 17:
                 yield f"coded[{number}] is not of a layer and a family with experts"
         yield from (f"{name} is {size}, which cannot be" for name, size in sizes.items() if size < 1)
         seconds = (self.seconds, *(part.seconds for part in (*self.banks, *self.coded)))

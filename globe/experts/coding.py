@@ -29,7 +29,7 @@ from globe.quant.coded import CodedExperts, Form, Rehearsal, code_experts, rehea
 from globe.quant.feedback import Order, order_inputs
 from globe.quant.outputs import Outputs, fit_outputs
 from globe.quant.side import SharedCosts, misfit, side_bytes
-from globe.quant.trellis import LOG_STATES
+from globe.quant.trellis import path_length
 from globe.quant.water_fill import Rows, widths_at
 from globe.terms import Family
 
@@ -128,7 +128,7 @@ class Rehearsed:
 
 
 def _rows(costs: Tensor | SharedCosts, num_outputs: int) -> Rows:
-    return Rows(costs.total() if isinstance(costs, SharedCosts) else costs, max(num_outputs, LOG_STATES))
+    return Rows(costs.total() if isinstance(costs, SharedCosts) else costs, path_length(num_outputs))
 
 
 def coding_problem(

@@ -70,14 +70,19 @@ class CodedSpec:
                 "input_scales": ((N,), torch.int8),
             }
         else:
-            side = {"marks": ((E, N), torch.uint8), "expert_scales": ((E,), torch.int16)}
+            side = {
+                "row_widths": ((E, (N + 1) // 2), torch.uint8),
+                "row_scales": ((E, N), torch.uint8),
+                "expert_scales": ((E,), torch.int16),
+            }
         if self.scaled:
             side |= {"output_scales": ((E, K), torch.int8)}
         if M := self.num_bases:
             side |= {
                 "codes": ((E, M), torch.int16),
                 "bases_payload": ((self.bases_payload,), torch.uint8),
-                "bases_marks": ((M, N), torch.uint8),
+                "bases_row_widths": ((M, (N + 1) // 2), torch.uint8),
+                "bases_row_scales": ((M, N), torch.uint8),
                 "bases_scales": ((M,), torch.int16),
             }
         return {"payload": ((self.payload,), torch.uint8), **side}
@@ -89,11 +94,11 @@ class CodedSpec:
                 parts["expert_costs"], parts["input_costs"], parts["expert_scales"], parts["input_scales"]
             )
         else:
-            side = OwnRows(parts["marks"], parts["expert_scales"])
+            side = OwnRows(parts["row_widths"], parts["row_scales"], parts["expert_scales"])
         outputs = Outputs(parts["output_scales"] if self.scaled else None)
         rest, bank = CodedExperts(parts["payload"], side, num_outputs, outputs), None
         if self.num_bases:
-            of_bases = OwnRows(parts["bases_marks"], parts["bases_scales"])
+            of_bases = OwnRows(parts["bases_row_widths"], parts["bases_row_scales"], parts["bases_scales"])
             bank = CodedBank(CodedExperts(parts["bases_payload"], of_bases, num_outputs, Outputs()), parts["codes"])
         return BankedExperts(rest, bank)
 
@@ -137,7 +142,8 @@ def stored_parts(coded: BankedExperts) -> dict[str, Tensor]:
     rest, bank = coded.rest, coded.bank
     parts = {"payload": rest.payload}
     if isinstance(rest.side, OwnRows):
-        parts |= {"marks": rest.side.marks, "expert_scales": rest.side.bases}
+        side = rest.side
+        parts |= {"row_widths": side.packed_widths, "row_scales": side.scales, "expert_scales": side.bases}
     else:
         parts |= {
             "expert_costs": rest.side.expert_costs,
@@ -152,7 +158,8 @@ def stored_parts(coded: BankedExperts) -> dict[str, Tensor]:
         parts |= {
             "codes": bank.codes,
             "bases_payload": bank.bases.payload,
-            "bases_marks": bank.bases.side.marks,
+            "bases_row_widths": bank.bases.side.packed_widths,
+            "bases_row_scales": bank.bases.side.scales,
             "bases_scales": bank.bases.side.bases,
         }
     return parts

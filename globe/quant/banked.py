@@ -82,7 +82,7 @@ def bits_and_loss(costs: Tensor, multiplier: int) -> Tensor:
     """What rows with log costs cost at best, per entry and in units of the multiplier: bits, and loss over it."""
     ratios = ((costs - multiplier).double() / UNIT).exp2()
     widths = widths_at(costs, multiplier).long()
-    return widths + ratios * torch.tensor(DISTORTION, dtype=torch.float64, device=costs.device)[widths]
+    return widths / 2 + ratios * torch.tensor(DISTORTION, dtype=torch.float64, device=costs.device)[widths]
 
 
 def share_bank(

@@ -27,7 +27,7 @@ from globe.quant import packing, trellis
 from globe.quant.feedback import Order, code_inputs
 from globe.quant.outputs import Outputs
 from globe.quant.scales import PER_OCTAVE, fit_exponents, steps
-from globe.quant.side import HEADROOM, SCALES_PER_WIDTH, OwnRows, SharedCosts, SharedRows, share_costs, share_rows
+from globe.quant.side import HEADROOM, LARGEST_SCALE, OwnRows, SharedCosts, SharedRows, share_costs, share_rows
 from globe.quant.water_fill import log_costs, widths_at
 
 Form = Literal["own", "shared"]
@@ -70,26 +70,25 @@ class CodedExperts:
     @property
     def length(self) -> int:
         """Entries of a path: K, or more where so few cannot close."""
-        return max(self.num_outputs, trellis.LOG_STATES)
+        return trellis.path_length(self.num_outputs)
 
     def is_sound(self) -> bool:
         """Whether the payload is as long as the widths say, and no width or scale is out of its range."""
         widths, exponents = self.side.widths(), self.side.exponents()
         return bool(
-            (widths <= trellis.MAX_WIDTH).all()
-            and int(packing.row_bytes(widths, self.length).sum()) == self.payload.numel()
+            int(packing.row_bytes(widths, self.length).sum()) == self.payload.numel()
             and (exponents[widths > 0].abs() < MAX_EXPONENT).all()
         )
 
     def rows(self, experts: Tensor | None = None) -> PackedRows:
         """Those of the experts with these indices (n,), or of all."""
         side, kernels = self.side, trellis.compiled()
-        if kernels is not None and isinstance(side, OwnRows) and side.marks.device.type == "cpu":
+        if kernels is not None and isinstance(side, OwnRows) and side.scales.device.type == "cpu":
             if experts is None:
-                experts = torch.arange(len(side.marks))
-            shape = len(experts), side.marks.shape[1]
+                experts = torch.arange(len(side.scales))
+            shape = len(experts), side.scales.shape[1]
             found = PackedRows(*(torch.empty(shape, dtype=kind) for kind in (torch.int64, torch.uint8, torch.float32)))
-            stored = (x.contiguous().numpy() for x in (side.marks, side.bases, experts))
+            stored = (x.contiguous().numpy() for x in (side.packed_widths, side.scales, side.bases, experts))
             made = (x.numpy() for x in (_step_table(), found.offsets, found.widths, found.steps))
             kernels.own_rows(*stored, self.length, *made)
             return found
@@ -188,11 +187,10 @@ def code_own(
 
     def exponents(i: int, rows: Tensor) -> Tensor:
         wanted = fit_exponents(rows, sorted_widths[:, i])
-        return bases.int() - (bases.int() - wanted).clamp(0, SCALES_PER_WIDTH - 1)
+        return bases.int() - (bases.int() - wanted).clamp(0, LARGEST_SCALE)
 
     symbols, chosen, decoded = _code(outputs.apply(X), order, widths, exponents)
-    marks = 1 + (widths.int() - 1) * SCALES_PER_WIDTH + bases[:, None].int() - chosen
-    side = OwnRows(torch.where(widths > 0, marks, 0).to(torch.uint8), bases)
+    side = OwnRows.of(widths, chosen, bases)
     return CodedExperts(packing.pack(symbols, widths), side, X.shape[2], outputs), outputs.undo(decoded)
 
 
@@ -208,7 +206,7 @@ def _code(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Symbols (E, N, length), scale exponents (E, N) and decoded rows (E, N, K)."""
     E, N, K = rows.shape
-    length = max(K, trellis.LOG_STATES)
+    length = trellis.path_length(K)
     symbols = torch.zeros(E, N, length, dtype=torch.uint8, device=rows.device)
     chosen = torch.zeros(E, N, dtype=torch.int32, device=rows.device)
     sorted_widths = order.sort(widths)

@@ -1,12 +1,11 @@
 """The Viterbi search and its inverse for the CPU, compiled by numba: what `trellis` does in torch, number for number.
 
 One function for each width, since they are fast only where their inner loops have constant bounds. A cost of the search
-is an int32 that carries in its lowest `width` bits which predecessor it came from, so that one minimum finds both. The
-costs of the states themselves are never stored: a step goes from what the 2^L / 2^b groups of predecessors cost to what
-the groups of states do, and reads nothing but the (transposed) levels and those group costs, all of it in order.
+is an int32 that carries in its lowest bits which predecessor it came from, so that one minimum finds both. The costs
+of the states themselves are never stored: a step goes from what the groups of predecessors cost to what the groups of
+states do, and reads nothing but the (transposed) levels and those group costs, all of it in order.
 
-Functions release the interpreter's lock and write to their last arguments. Only the modules of
-this package call them.
+Functions release the interpreter's lock and write to their last arguments. Only the modules of this package call them.
 """
 
 # numba has no type stubs
@@ -20,8 +19,7 @@ from collections.abc import Callable
 import numpy as np
 from numba import njit
 
-from globe.quant.side import SCALES_PER_WIDTH
-from globe.quant.trellis import LOG_STATES
+from globe.quant.trellis import LEAST_WIDTH, LOG_STATES, NUM_STATES
 from globe.quant.vectors import LANES, READ, decode_groups, decode_last
 
 VECTOR = 16
@@ -31,77 +29,87 @@ ROWS = 4
 
 
 @functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy")
-def _forward(x, levels, best, before, back, width, B, R, Q, W, U):
-    """Take the costs of groups (best, in place) past entries x, and write how each was come by."""
-    keep, low = np.int32(-B), np.int32(B - 1)
-    for t in range(x.shape[0]):
-        reference = best[0] & keep
-        if Q > 1:
-            for j in range(Q):
-                for h in range(B):
-                    cost = np.int32(np.int32(best[(j << width) | h] & keep) - reference)
-                    before[h * W + j] = np.int32(cost | np.int32(h))
+def _step(now, levels, last, best, before, back, top, b, B, P, R, Q, W, U):
+    """From what P groups of predecessors cost (last) past an entry to what R groups of states do (best), and how each
+    was come by (back)."""
+    keep, low = np.int32(-top), np.int32(B - 1)
+    reference = last[0] & keep
+    if Q > 1:
+        for j in range(Q):
             for h in range(B):
-                for j in range(Q, W):
-                    before[h * W + j] = before[h * W + j - Q]
-        else:
-            for h in range(B):
-                cost = np.int32(np.int32(best[h & (R - 1)] & keep) - reference)
-                for j in range(W):
-                    before[h * W + j] = np.int32(cost | np.int32(h))
-        now = x[t]
-        for base in range(0, R, W):
-            for first in range(0, B, U):
-                for j in range(W):
-                    off = np.int32(now - levels[first * R + base + j])
-                    least = np.int32(before[first * W + j] + np.int32(off * off))
-                    for h in range(1, U):
-                        off = np.int32(now - levels[(first + h) * R + base + j])
-                        least = min(least, np.int32(before[(first + h) * W + j] + np.int32(off * off)))
-                    best[base + j] = least if first == 0 else min(least, best[base + j])
-        row = back[t]
-        for r in range(R):
-            row[r] = np.uint8(best[r] & low)
+                cost = np.int32(np.int32(last[(j << b) | h] & keep) - reference)
+                before[h * W + j] = np.int32(cost | np.int32(h))
+        for h in range(B):
+            for j in range(Q, W):
+                before[h * W + j] = before[h * W + j - Q]
+    else:
+        for h in range(B):
+            cost = np.int32(np.int32(last[h & (P - 1)] & keep) - reference)
+            for j in range(W):
+                before[h * W + j] = np.int32(cost | np.int32(h))
+    for base in range(0, R, W):
+        for first in range(0, B, U):
+            for j in range(W):
+                off = np.int32(now - levels[first * R + base + j])
+                least = np.int32(before[first * W + j] + np.int32(off * off))
+                for h in range(1, U):
+                    off = np.int32(now - levels[(first + h) * R + base + j])
+                    least = min(least, np.int32(before[(first + h) * W + j] + np.int32(off * off)))
+                best[base + j] = least if first == 0 else min(least, best[base + j])
+    for r in range(R):
+        back[r] = np.uint8(best[r] & low)
 
 
 @functools.cache
-def search(log_states: int, width: int, unreachable: int) -> Callable[..., None]:
-    """`rows(x, levels, window, symbols, states)` for one width; see `trellis._search`, which it equals.
+def search(even: int, odd: int) -> Callable[..., None]:
+    """`rows(x, even_levels, odd_levels, window, unreachable, symbols, states)` for entries that move on by so many bits
+    in turn; see `trellis._search`, which it equals.
 
-    x (n, K) int32, levels (2^b · 2^(L−b),) int32 with the level of state r·2^b + h at place h·2^(L−b) + r; writes
-    symbols (n, K) uint8 and states (n, K) int32.
+    x (n, K) int32, K even; levels (2^L,) int32 of even and of odd entries, that of state r·2^b + h at place
+    h·2^(L−b) + r; writes symbols (n, K) uint8 and states (n, K) int32.
     """
-    B, R = 1 << width, 1 << (log_states - width)
-    Q = max(1, R >> width)  # group costs repeat with this period in the order in which they are read
-    W = min(R, max(Q, VECTOR))
-    U = min(B, VECTOR)
+    top = 1 << max(even, odd)
+    B0, R0, B1, R1 = 1 << even, NUM_STATES >> even, 1 << odd, NUM_STATES >> odd
+    Q0, Q1 = max(1, R1 >> even), max(1, R0 >> odd)  # group costs repeat with these periods in the order of reading
+    W0, W1 = min(R0, max(Q0, VECTOR)), min(R1, max(Q1, VECTOR))
+    U0, U1 = min(B0, VECTOR), min(B1, VECTOR)
 
     @functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy", cache=True)
-    def rows(x, levels, window, symbols, states):
+    def rows(x, even_levels, odd_levels, window, unreachable, symbols, states):
         n, K = x.shape
-        best, before = np.empty(R, np.int32), np.empty(B * W, np.int32)
-        back = np.empty((max(K, 2 * window), R), np.uint8)
+        of_even, of_odd = np.empty(R0, np.int32), np.empty(R1, np.int32)
+        before0, before1 = np.empty(B0 * W0, np.int32), np.empty(B1 * W1, np.int32)
+        back = np.empty((max(K, 2 * window), max(R0, R1)), np.uint8)
         around = np.empty(2 * window, np.int32)
         for i in range(n):
             for t in range(2 * window):
                 around[t] = x[i, (t - window) % K]
-            best[:] = 0
-            _forward(around, levels, best, before, back, width, B, R, Q, W, U)
+            of_odd[:] = 0
+            for t in range(0, 2 * window, 2):
+                _step(around[t], even_levels, of_odd, of_even, before0, back[t], top, even, B0, R1, R0, Q0, W0, U0)
+                _step(
+                    around[t + 1], odd_levels, of_even, of_odd, before1, back[t + 1], top, odd, B1, R0, R1, Q1, W1, U1
+                )
             closing = 0
-            for r in range(1, R):
-                if best[r] < best[closing]:
+            for r in range(1, R1):
+                if of_odd[r] < of_odd[closing]:
                     closing = r
-            for t in range(2 * window - 1, window - 1, -1):
-                closing = ((closing << width) | back[t, closing]) & (R - 1)
-            best[:] = unreachable
-            best[closing] = 0
-            _forward(x[i], levels, best, before, back, width, B, R, Q, W, U)
+            for t in range(2 * window - 1, window - 1, -2):
+                closing = ((closing << odd) | back[t, closing]) & (R0 - 1)
+                closing = ((closing << even) | back[t - 1, closing]) & (R1 - 1)
+            of_odd[:] = unreachable
+            of_odd[closing] = 0
+            for t in range(0, K, 2):
+                _step(x[i, t], even_levels, of_odd, of_even, before0, back[t], top, even, B0, R1, R0, Q0, W0, U0)
+                _step(x[i, t + 1], odd_levels, of_even, of_odd, before1, back[t + 1], top, odd, B1, R0, R1, Q1, W1, U1)
             r = closing
-            for t in range(K - 1, -1, -1):
+            for t in range(K - 1, -1, -2):
                 symbols[i, t] = back[t, r]
-                state = (r << width) | back[t, r]
-                states[i, t] = state
-                r = state & (R - 1)
+                states[i, t] = (r << odd) | back[t, r]
+                r = states[i, t] & (R0 - 1)
+                symbols[i, t - 1] = back[t - 1, r]
+                states[i, t - 1] = (r << even) | back[t - 1, r]
+                r = states[i, t - 1] & (R1 - 1)
 
     return rows
 
@@ -120,24 +128,24 @@ def _copy_ring(payload, begin, bits, byte, ring):
 
 @functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy", inline="always")
 def _decode_row(payload, begin, width, step, length, first, last, ring, lanes, out, at):
-    """Entries `first` (a multiple of 8) to `last` of a row of `length` that begins at a byte, to out[at:].
+    """Entries `first` (a multiple of LANES) to `last` of a row of `length` that begins at a byte, to out[at:].
 
     `ring` (READ,) and `lanes` (LANES,) are for what is left where no vector can be read or written.
     """
     if width == 0:
         out[at : at + last - first] = 0
         return
-    start = begin + (first * width >> 3)
+    start = begin + (first * width >> 4)
     count = max(0, min(last - first, length - first - LOG_STATES + 1)) // LANES  # before the ring closes, at any width
-    while count > 0 and start + 2 * width * (count - 1) + READ > len(payload):
+    while count > 0 and start + width * (count - 1) + READ > len(payload):
         count -= 1
     decode_groups(payload, start, count, width, step, out, at)
     done = first + LANES * count
-    if done + LANES == last == length and start + 2 * width * count + READ <= len(payload):
-        decode_last(payload, start + 2 * width * count, begin, width, step, out, at + LANES * count)
+    if done + LANES == last == length and start + width * count + READ <= len(payload):
+        decode_last(payload, start + width * count, begin, width, step, out, at + LANES * count)
         return
     for t in range(done, last, LANES):
-        _copy_ring(payload, begin, length * width, t * width >> 3, ring)
+        _copy_ring(payload, begin, length * width >> 1, t * width >> 4, ring)
         decode_groups(ring, 0, 1, width, step, lanes, 0)
         end = min(t + LANES, last)
         out[at + t - first : at + end - first] = lanes[: end - t]
@@ -145,7 +153,7 @@ def _decode_row(payload, begin, width, step, length, first, last, ring, lanes, o
 
 @functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy", cache=True)
 def decode_block(payload, offsets, widths, steps, length, first, last, out):
-    """Entries `first` (a multiple of 8) to `last` of n rows of a payload, level · step each.
+    """Entries `first` (a multiple of LANES) to `last` of n rows of a payload, level · step each.
 
     offsets (n,) int64 of the rows' first bytes, widths (n,) uint8, steps (n,) float32; writes out (n, last - first),
     float32, or uint16 that are the bits of bfloat16. See `packing.decode`, which it equals.
@@ -157,35 +165,36 @@ def decode_block(payload, offsets, widths, steps, length, first, last, out):
 
 
 @functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy", cache=True)
-def own_rows(marks, bases, experts, length, step_table, offsets, widths, steps):
+def own_rows(packed_widths, scales, bases, experts, length, step_table, offsets, widths, steps):
     """Where the rows of some experts (n,) lie, with widths and steps; see `coded.CodedExperts.rows`, which it equals.
 
-    marks (E, N) uint8 and bases (E,) int16 as in `side.OwnRows`; step_table (2·m + 1, widths) float32 has the steps of
-    the scale exponents from −m to m. Writes offsets int64, widths uint8, steps float32, (n, N) each.
+    The first three as in `side.OwnRows`; step_table (2·m + 1, widths) float32 has the steps of the scale exponents from
+    −m to m. Writes offsets int64, widths uint8, steps float32, (n, N) each.
     """
-    E, N = marks.shape
+    E, N = scales.shape
     begins = np.zeros(E + 1, np.int64)
     for e in range(E):
-        total = np.uint32(0)
+        total = np.int64(0)
         for i in range(N):
-            total += (_width(marks[e, i]) * np.uint32(length) + np.uint32(7)) >> np.uint32(3)
+            total += (_width(packed_widths[e], i) * length + 14) >> 4
         begins[e + 1] = begins[e] + total
     largest = len(step_table) // 2
     for j in range(len(experts)):
-        offset, base = begins[experts[j]], np.int64(bases[experts[j]])
+        expert = experts[j]
+        offset, base = begins[expert], np.int64(bases[expert])
         for i in range(N):
-            mark = marks[experts[j], i]
-            width = np.int64(_width(mark))
-            exponent = base - (np.int64(mark) - 1 - (width - 1) * SCALES_PER_WIDTH)
+            width = _width(packed_widths[expert], i)
+            exponent = base - np.int64(scales[expert, i])
             offsets[j, i], widths[j, i] = offset, width
             steps[j, i] = step_table[min(max(exponent, -largest), largest) + largest, width]
-            offset += (width * length + 7) >> 3
+            offset += (width * length + 14) >> 4
 
 
-@functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy")
-def _width(mark):
-    """Of a row with this mark, in arithmetic that compilers turn into vectors."""
-    return np.uint32(np.uint32(mark) + np.uint32(SCALES_PER_WIDTH - 1)) // np.uint32(SCALES_PER_WIDTH)
+@functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy", inline="always")
+def _width(packed_widths, i):
+    """Of the i-th row of an expert."""
+    step = np.int64(packed_widths[i >> 1] >> (4 * (i & 1))) & 15
+    return step + (LEAST_WIDTH - 1) if step > 0 else step
 
 
 @functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy", fastmath={"contract"}, cache=True)

@@ -1,8 +1,8 @@
 """What is stored beside the paths: widths and scales, of every row by itself or shared by experts and inputs.
 
-A byte for each row is 8/K bits an entry: little where rows are long, and much where they have 48 entries. Where all
-experts have the same inputs (gate and up), width and scale are products of one number for each expert and one for each
-input, hence sums of logarithms, and cost next to nothing.
+Twelve bits for each row are 12/K bits an entry: little where rows are long, and much where they have 48 entries. Where
+all experts have the same inputs (gate and up), width and scale are products of one number for each expert and one for
+each input, hence sums of logarithms, and cost next to nothing.
 """
 
 from __future__ import annotations
@@ -15,43 +15,58 @@ import torch
 from torch import Tensor
 
 from globe.quant.scales import PER_OCTAVE
+from globe.quant.trellis import LEAST_WIDTH
 from globe.quant.water_fill import HIGHEST, LOWEST, UNIT, log_costs, widths_at
 
-SCALES_PER_WIDTH = 31
-"""Scales that a row of its own can have, downwards from its expert's base: 31/6 octaves, a factor of 36."""
-HEADROOM = PER_OCTAVE // 2
+LARGEST_SCALE = 255
+"""Steps by which the scale of a row of its own can be below its expert's base: 42 octaves."""
+HEADROOM = 2 * PER_OCTAVE
 """Steps from the largest scale that is expected to the base."""
 
 
 def side_bytes(num_experts: int, num_inputs: int, is_shared: bool) -> int:
     """What `SharedRows` or `OwnRows` of E experts with N inputs take."""
-    return 4 * num_experts + 3 * num_inputs if is_shared else num_experts * (num_inputs + 2)
+    if is_shared:
+        return 4 * num_experts + 3 * num_inputs
+    return num_experts * (num_inputs + (num_inputs + 1) // 2 + 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class OwnRows:
-    """A byte for each row: 0 where it is left out, else 1 + 31·(width − 1) + (base − scale exponent)."""
+    """Four bits for the width of each row, 0 where it is left out, and a byte for its scale."""
 
-    marks: Tensor
-    """(E, N) uint8."""
+    packed_widths: Tensor
+    """(E, ⌈N/2⌉) uint8: of two rows each, the first in the lower half; 0, or the width less LEAST_WIDTH − 1."""
+    scales: Tensor
+    """(E, N) uint8: how far scale exponents are below the expert's; 0 where the width is."""
     bases: Tensor
     """(E,) int16: scale exponents."""
 
+    @classmethod
+    def of(cls, widths: Tensor, exponents: Tensor, bases: Tensor) -> OwnRows:
+        """From widths (E, N) uint8, scale exponents (E, N) int32 within reach of the bases, and these."""
+        steps = torch.where(widths > 0, widths - (LEAST_WIDTH - 1), 0)
+        lower, upper = torch.nn.functional.pad(steps, (0, steps.shape[1] % 2)).unflatten(1, (-1, 2)).unbind(2)
+        scales = torch.where(widths > 0, bases[:, None].int() - exponents, 0).to(torch.uint8)
+        return cls((lower | upper << 4).to(torch.uint8), scales, bases)
+
     def widths(self) -> Tensor:
         """(E, N) uint8."""
-        return (self.marks.int() + SCALES_PER_WIDTH - 1).div(SCALES_PER_WIDTH, rounding_mode="floor").to(torch.uint8)
+        both = torch.stack([self.packed_widths & 15, self.packed_widths >> 4], 2)
+        steps = both.flatten(1)[:, : self.scales.shape[1]]
+        return torch.where(steps > 0, steps + (LEAST_WIDTH - 1), 0)
 
     def exponents(self) -> Tensor:
         """Scale exponents (E, N), int32; of no meaning where the width is 0."""
-        return self.bases[:, None].int() - (self.marks.int() - 1) % SCALES_PER_WIDTH
+        return self.bases[:, None].int() - self.scales.int()
 
     @property
     def num_bytes(self) -> int:
         """Stored."""
-        return side_bytes(*self.marks.shape, is_shared=False)
+        return side_bytes(*self.scales.shape, is_shared=False)
 
     def __getitem__(self, experts: Tensor) -> OwnRows:
-        return OwnRows(self.marks[experts], self.bases[experts])
+        return OwnRows(self.packed_widths[experts], self.scales[experts], self.bases[experts])
 
 
 @dataclasses.dataclass(frozen=True)

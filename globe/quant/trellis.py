@@ -1,12 +1,14 @@
-"""Rows of numbers as paths of a bit-shift trellis: b bits an entry, each entry read off a state of L = 12 bits.
+"""Rows of numbers as paths of a bit-shift trellis: each entry is read off a state of L = 12 bits of a ring.
 
-A row of K entries is a ring of K·b bits, and entry t is the level of the L bits that begin at bit t·b (Tseng et al.
-2024, QTIP, arXiv 2406.11235: bit-shift trellis, closed by tail-biting). Consecutive entries share L − b of their bits,
-which is what makes their levels fill space better than those of a scalar quantiser. The level of a state is computed,
-not stored: a 32-bit multiplication and addition, and the sum of the four bytes of what results (QTIP's 1MAD, its two
-numbers found by search for L = 12). Everything up to the level is integers, so decoding is exact on every machine.
+A row of K entries of w half bits is a ring of K·w / 2 bits, and entry t is the level of the L bits that begin at bit
+⌊t·w / 2⌋ (Tseng et al. 2024, QTIP, arXiv 2406.11235: bit-shift trellis, closed by tail-biting). Neighbours share most of
+their bits, which is what makes their levels fill space better than those of a scalar quantiser; it also makes half bits
+worth what they should be, though entries move on by ⌊w/2⌋ and ⌈w/2⌉ bits in turn. The level of a state is computed, not
+stored: a 32-bit multiplication and addition, and the sum of the four bytes of what results (QTIP's 1MAD, its two numbers
+found by search for L = 12). Everything up to the level is integers, so decoding is exact on every machine.
 
 `L`, the numbers of `levels` and the order of bits are fixed by the format; `DISTORTION` is what the quantiser loses.
+Widths are half bits of an entry, everywhere: 0, or LEAST_WIDTH to MAX_WIDTH.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from globe.quant.threads import run_all
 LOG_STATES = 12
 """L: bits of a state."""
 NUM_STATES = 2**LOG_STATES
-MAX_WIDTH = 8
-"""Bits of an entry, at most."""
+LEAST_WIDTH, MAX_WIDTH = 2, 16
+"""Half bits of an entry; of half a bit an entry, rows lose as much as half of them do of one."""
 MULTIPLIER, ADDEND = 2524809683, 4196459566
 """The level of state s is the sum of the bytes of (MULTIPLIER · s + ADDEND) mod 2³², less MEAN."""
 MEAN = 509
@@ -32,9 +34,15 @@ RMS = 136.688
 """Root mean square of the levels."""
 LARGEST = 469
 """No level is larger, and the least is −475."""
-DISTORTION = (1.0, 0.2736, 0.0725, 0.01895, 0.00487, 0.0013, 0.000351, 0.000117, 0.000046)
+DISTORTION = (
+    *(1.0, 0.6415, 0.2736, 0.143, 0.0725, 0.0374, 0.01895, 0.00964, 0.00487),
+    *(0.0025, 0.0013, 0.00067, 0.000351, 0.000197, 0.000117, 0.00007, 0.000046),
+)
 """Mean squared error of long rows of independent normal entries of variance 1, by width."""
-GAIN = (1.0, 0.87, 1.02, 1.08, 1.11, 1.14, 1.17, 1.18, 1.2)
+GAIN = (
+    *(1.0, 0.8, 0.87, 0.99, 1.02, 1.06, 1.08, 1.09, 1.11),
+    *(1.12, 1.15, 1.17, 1.19, 1.22, 1.23, 1.25, 1.25),
+)
 """Root mean square of the levels over that of a normal row where the error is least, by width."""
 
 _CLIP = 4.5
@@ -53,39 +61,53 @@ def levels(device: torch.device | None = None) -> Tensor:
     return sum(((mixed >> shift) & 0xFF for shift in (0, 8, 16, 24)), -torch.full_like(states, MEAN)).to(torch.int32)
 
 
+def path_length(num_outputs: int) -> int:
+    """Entries of the path of a row of so many: an even number, and as many as it takes to close."""
+    return max(num_outputs + num_outputs % 2, LOG_STATES)
+
+
+def entry_bits(width: int) -> tuple[int, int]:
+    """Bits by which even and odd entries move on."""
+    return width // 2, width - width // 2
+
+
 def fineness(width: int) -> int:
     """Parts into which the search divides the unit of a level: as many as keep its costs within 32 bits."""
-    hops = math.ceil(LOG_STATES / width) + 1  # within so many entries any state reaches any other
     reach = 2 * _CLIP * RMS * 2 ** _spare(width)
-    return max(1, int(math.sqrt(_LIMIT / hops) / reach))
+    return max(1, int(math.sqrt(_LIMIT / (_hops(width) + 1)) / reach))
 
 
 def seam(width: int, length: int) -> int:
-    """Entries on either side of the seam that decide how a path of `length` entries closes.
+    """Entries on either side of the seam that decide how a path of `length` entries closes; an even number.
 
     Four times as many as it takes from any state to any other lose 1 % of the least error at 128 entries, and less
     in longer rows; short rows get twice as many, around the ring more than once if need be.
     """
-    return (4 if length >= 512 else 8) * math.ceil(LOG_STATES / width)
+    return (4 if length >= 512 else 8) * _hops(width)
+
+
+def _hops(width: int) -> int:
+    """Entries within which any state reaches any other."""
+    return math.ceil(2 * LOG_STATES / width)
 
 
 def _spare(width: int) -> int:
-    """Zero bits at the end of what is squared, for its square to end in at least `width` of them."""
-    return (width + 1) // 2
+    """Zero bits at the end of what is squared, for its square to end in as many as an entry moves on by."""
+    return (max(entry_bits(width)) + 1) // 2
 
 
 def encode(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The paths of least squared error of rows x (n, K), in units of a level, K >= LOG_STATES.
+    """The paths of least squared error of rows x (n, K), in units of a level, K even and >= LOG_STATES.
 
-    Returns the symbols (n, K) uint8, of `width` bits each, in which a path is stored, and the states (n, K) int32: the
-    value of entry t is levels()[states[t]]. The error is least given how the path closes, which is decided by the
+    Returns the symbols (n, K) uint8 in which a path is stored, `entry_bits(width)` of them, and the states (n, K) int32:
+    the value of entry t is levels()[states[t]]. The error is least given how the path closes, which is decided by the
     entries next to the seam; `DISTORTION` has the price of that in it. Runs in numba on CPUs that have it, with the
-    same result. Raises `ValueError` for shorter rows and other widths.
+    same result. Raises `ValueError` for other lengths and widths.
     """
-    if not 1 <= width <= MAX_WIDTH:
-        raise ValueError(f"a path has 1 to {MAX_WIDTH} bits an entry: {width}")
-    if x.shape[1] < LOG_STATES:
-        raise ValueError(f"a path has at least {LOG_STATES} entries, for its first state to fit in: {x.shape[1]}")
+    if not LEAST_WIDTH <= width <= MAX_WIDTH:
+        raise ValueError(f"a path has {LEAST_WIDTH} to {MAX_WIDTH} half bits an entry: {width}")
+    if x.shape[1] != path_length(x.shape[1]):
+        raise ValueError(f"a path has at least {LOG_STATES} entries, and an even number of them: {x.shape[1]}")
     parts = fineness(width)
     bound = int(_CLIP * RMS) * parts
     fine = (x.float() * parts).round_().clamp_(-bound, bound).to(torch.int32) << _spare(width)
@@ -102,53 +124,61 @@ def _scaled_levels(width: int, device: torch.device) -> Tensor:
 def _search(x: Tensor, width: int, window: int) -> tuple[Tensor, Tensor]:
     """Viterbi's algorithm (1967) over integers, twice: around the seam to learn where the path closes, then along it.
 
-    x (n, K) int32. State r·2^b + h is followed by those whose lowest L − b bits are r; h is the symbol. A cost carries
-    its predecessor's symbol in its lowest b bits, which squares leave free.
+    x (n, K) int32. After an entry that moves on by b bits, state r·2^b + h is followed by those whose lowest L − b bits
+    are r; h is the symbol. A cost carries its predecessor's symbol in its lowest bits, which squares leave free.
     """
     n, K = x.shape
-    B, R = 2**width, NUM_STATES >> width
+    moves = entry_bits(width)
+    clear = -(1 << max(moves))
     scaled = _scaled_levels(width, x.device)
     states = torch.arange(NUM_STATES, device=x.device)
     rows = torch.arange(n, device=x.device)
 
     def forward(x: Tensor, best: Tensor) -> tuple[Tensor, list[Tensor]]:
         back: list[Tensor] = []
-        for now in x.unbind(1):
-            before = (best & -B) - (best[:, :1] & -B)
-            costs = (before[:, states & (R - 1)] | (states & (B - 1)).int()) + (now[:, None] - scaled).square()
-            best = costs.view(n, R, B).amin(2)
-            back.append((best & (B - 1)).to(torch.uint8))
+        for t, now in enumerate(x.unbind(1)):
+            symbols, groups = 1 << moves[t % 2], NUM_STATES >> moves[(t + 1) % 2]
+            before = (best & clear) - (best[:, :1] & clear)
+            costs = before[:, states & (groups - 1)] | (states & (symbols - 1)).int()
+            best = (costs + (now[:, None] - scaled).square()).view(n, -1, symbols).amin(2)
+            back.append((best & (symbols - 1)).to(torch.uint8))
         return best, back
 
-    around = torch.arange(-window, window, device=x.device) % K
-    best, back = forward(x[:, around], x.new_zeros(n, R))
+    def before(t: int, group: Tensor, symbol: Tensor) -> tuple[Tensor, Tensor]:
+        """The state of entry t, and the group of the one before."""
+        state = (group << moves[t % 2]) | symbol
+        return state, state & ((NUM_STATES >> moves[(t + 1) % 2]) - 1)
+
+    groups = NUM_STATES >> moves[1]
+    best, back = forward(x[:, torch.arange(-window, window, device=x.device) % K], x.new_zeros(n, groups))
     closing = best.argmin(1)
-    for symbol in reversed(back[window:]):
-        closing = ((closing << width) | symbol[rows, closing]) & (R - 1)
-    _, back = forward(x, x.new_full((n, R), _LIMIT).scatter_(1, closing[:, None], 0))
+    for t in reversed(range(window)):
+        _, closing = before(t, closing, back[window + t][rows, closing])
+    _, back = forward(x, x.new_full((n, groups), _LIMIT).scatter_(1, closing[:, None], 0))
     symbols, path, group = torch.empty_like(x, dtype=torch.uint8), torch.empty_like(x), closing
     for t in reversed(range(K)):
         symbols[:, t] = symbol = back[t][rows, group]
-        state = (group << width) | symbol
-        path[:, t] = state
-        group = state & (R - 1)
+        path[:, t], group = before(t, group, symbol)
     return symbols, path
 
 
 @functools.cache
-def _transposed_levels(width: int) -> Any:
-    """The same as numba wants them: by symbol, then by group."""
-    return _scaled_levels(width, torch.device("cpu")).view(-1, 2**width).mT.contiguous().flatten().numpy()
+def _transposed_levels(width: int) -> tuple[Any, Any]:
+    """The same as numba wants them, for even and odd entries: by symbol, then by group."""
+    scaled = _scaled_levels(width, torch.device("cpu"))
+    even, odd = (scaled.view(-1, 1 << bits).mT.contiguous().flatten().numpy() for bits in entry_bits(width))
+    return even, odd
 
 
 def _compiled_search(x: Tensor, width: int, window: int) -> tuple[Tensor, Tensor]:
     kernels = compiled()
     assert kernels is not None
     symbols, states = torch.empty_like(x, dtype=torch.uint8), torch.empty_like(x)
-    rows, entries = kernels.search(LOG_STATES, width, _LIMIT), x.contiguous()
+    rows, entries = kernels.search(*entry_bits(width)), x.contiguous()
 
     def search(part: slice) -> None:
-        rows(entries[part].numpy(), _transposed_levels(width), window, symbols[part].numpy(), states[part].numpy())
+        levels = _transposed_levels(width)
+        rows(entries[part].numpy(), *levels, window, _LIMIT, symbols[part].numpy(), states[part].numpy())
 
     num_parts = min(torch.get_num_threads(), len(x), 1 + x.numel() // _LEAST_PER_THREAD)
     size = -(-len(x) // max(1, num_parts))
@@ -156,12 +186,19 @@ def _compiled_search(x: Tensor, width: int, window: int) -> tuple[Tensor, Tensor
     return symbols, states
 
 
+def pairs(symbols: Tensor, width: int) -> Tensor:
+    """Symbols (..., K), two and two: (..., K / 2) int64 of `width` bits each."""
+    even, odd = symbols.long().unflatten(-1, (-1, 2)).unbind(-1)
+    return even | odd << entry_bits(width)[0]
+
+
 def states(symbols: Tensor, width: int) -> Tensor:
-    """The states (..., K), int32, of paths stored as symbols (..., K) of `width` bits."""
-    found = torch.zeros_like(symbols, dtype=torch.int32)
-    for place in range(math.ceil(LOG_STATES / width)):
-        found |= symbols.roll(-place, dims=-1).int() << (place * width)
-    return found & (NUM_STATES - 1)
+    """The states (..., K), int32, of paths stored as symbols (..., K)."""
+    two, first = pairs(symbols, width), entry_bits(width)[0]
+    bits = torch.zeros_like(two)
+    for place in range(math.ceil((first + LOG_STATES) / width)):
+        bits |= two.roll(-place, dims=-1) << (place * width)
+    return (torch.stack([bits, bits >> first], -1).flatten(-2) & (NUM_STATES - 1)).to(torch.int32)
 
 
 @functools.cache

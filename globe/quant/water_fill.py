@@ -1,10 +1,10 @@
 """How many bits an entry of a row gets: reverse water-filling over rows, by one multiplier for a whole model.
 
-A row that costs c when it is left out costs c·D_b at b bits an entry (`trellis.DISTORTION`), so bit b gains
-c·(D_{b−1} − D_b) for each entry. Rows get all bits whose gain reaches the multiplier θ: with log costs in the unit
-2^(1/UNIT), all of it integers,
+A row that costs c when it is left out costs c·D_w at w half bits an entry (`trellis.DISTORTION`), so the next half bit
+gains c·2(D_w − D_{w+1}) for a bit of each entry. Rows get all bits whose gain reaches the multiplier θ: with log costs
+in the unit 2^(1/UNIT), all of it integers,
 
-    width = #{b : log c − log θ >= τ_b},    τ_b = −log(D_{b−1} − D_b).
+    width = the largest w with log c − log θ >= τ_w,    τ_w = −log 2(D_{w−1} − D_w),   the first bit given as a whole.
 
 At high rates that is the classical b = ½ log₂(c / θ') (Cover and Thomas 2006, section 10.3.3).
 """
@@ -20,12 +20,16 @@ import torch
 from torch import Tensor
 
 from globe.quant.packing import row_bytes
-from globe.quant.trellis import DISTORTION
+from globe.quant.trellis import DISTORTION, LEAST_WIDTH
 
 UNIT = 256
 """Parts of a factor of 2 in costs."""
-THRESHOLDS = tuple(round(-UNIT * math.log2(more - less)) for more, less in itertools.pairwise(DISTORTION))
-"""τ_b of b = 1 to MAX_WIDTH; increasing."""
+_GAINS = (
+    1 - DISTORTION[LEAST_WIDTH],
+    *(2 * (more - less) for more, less in itertools.pairwise(DISTORTION[LEAST_WIDTH:])),
+)
+THRESHOLDS = tuple(round(-UNIT * math.log2(gain)) for gain in _GAINS)
+"""τ_w of w = LEAST_WIDTH to MAX_WIDTH; increasing."""
 LOWEST, HIGHEST = -(2**15), 2**15 - 1
 """Log costs are kept within int16."""
 LEAST_MULTIPLIER = LOWEST + 24 * UNIT
@@ -44,7 +48,8 @@ def log_costs(costs: Tensor) -> Tensor:
 def widths_at(costs: Tensor, multiplier: int) -> Tensor:
     """Widths, uint8, of rows with log costs int32 at log multiplier log θ."""
     thresholds = torch.tensor(THRESHOLDS, dtype=torch.int32, device=costs.device)
-    return torch.bucketize(costs - multiplier, thresholds, out_int32=True, right=True).to(torch.uint8)
+    steps = torch.bucketize(costs - multiplier, thresholds, out_int32=True, right=True)
+    return torch.where(steps > 0, steps + LEAST_WIDTH - 1, 0).to(torch.uint8)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -193,9 +193,13 @@ def _heat(
 
 def _budget(coded: Sequence[CodedReport]) -> list[dict[str, Any]]:
     """Rows of each width: how many, and the share of all that they are."""
-    counts = [sum(part.rows_by_width[width] for part in coded) for width in range(9)]
+    counts = [sum(rows) for rows in zip(*(part.rows_by_width for part in coded), strict=True)]
     total = sum(counts) or 1
-    return [{"width": width, "rows": count, "share": count / total} for width, count in enumerate(counts) if count]
+    return [
+        {"width": f"{width / 2:g}", "rows": count, "share": count / total}
+        for width, count in enumerate(counts)
+        if count
+    ]
 
 
 def _expert_widths(coded: Sequence[CodedReport]) -> list[Chart]:

@@ -25,6 +25,7 @@ from globe.model.loading import load
 from globe.plan.budget import Bits
 from globe.quant.banked import BankedExperts
 from globe.quant.side import side_bytes
+from globe.quant.trellis import MAX_WIDTH
 from globe.quant.water_fill import Rows, water_fill
 from globe.run.job import Job
 from globe.terms import Family
@@ -181,8 +182,8 @@ def code_layer(
             time.monotonic() - began,
             float((missed.sum() / energies.sum()).sqrt()) if energies.sum() > 0 else 0.0,
             torch.where(missed > 0, (missed / energies).sqrt(), 0.0).tolist(),
-            [float(f"{bits:.4g}") for bits in widths.double().mean(1).tolist()],
-            torch.bincount(widths.flatten().int(), minlength=9).tolist(),
+            [float(f"{bits:.4g}") for bits in (widths.double().mean(1) / 2).tolist()],
+            torch.bincount(widths.flatten().int(), minlength=MAX_WIDTH + 1).tolist(),
         )
         yield spec_of(index, family, coded), coded, report
 
