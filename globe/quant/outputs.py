@@ -8,7 +8,7 @@ scales d² = √w / rms(x) has the least cost, (mean √w rms(x))² for mean w �
 are powers of √2, a byte for each output of each expert, stored where they save more bits than they take.
 
 **Rotation** H, orthogonal, the same for all: signs, then Hadamard matrices of the largest power of two that divides the
-outputs, on blocks next to each other. Rows whose entries are sums of many are nearer to normal, for which a trellis is
+outputs, on blocks next to each other, and across the blocks the reflection at their mean, which mixes three well. Rows whose entries are sums of many are nearer to normal, for which a trellis is
 made, than trained ones, which have outliers (QuIP#, Tseng et al. 2024, arXiv 2402.04396). Sums and differences of
 float32 and products in a fixed order: the same bits on every machine.
 """
@@ -91,12 +91,12 @@ def block_length(num_outputs: int) -> int:
 
 def rotate(x: Tensor) -> Tensor:
     """Outputs (..., K), rotated; a new tensor."""
-    return _hadamard(x * _signs(x))
+    return _mix(x * _signs(x))
 
 
 def rotate_back(x: Tensor) -> Tensor:
     """The inverse."""
-    return _hadamard(x).mul_(_signs(x))
+    return _mix(x).mul_(_signs(x))
 
 
 def _signs(x: Tensor) -> Tensor:
@@ -104,12 +104,19 @@ def _signs(x: Tensor) -> Tensor:
     return (1 - 2 * ((places * _HASH >> 31) & 1)).to(x.dtype)
 
 
-def _hadamard(x: Tensor) -> Tensor:
-    """Every block by the symmetric orthogonal Hadamard matrix, in as many passes as its length has bits."""
+def _mix(x: Tensor) -> Tensor:
+    """Every block by the symmetric orthogonal Hadamard matrix, in as many passes as its length has bits, and across the
+    blocks I − 2/r·11ᵀ: symmetric and orthogonal, too."""
     shape, length = x.shape, block_length(x.shape[-1])
     step = 1
     while step < length:
         left, right = x.reshape(-1, shape[-1] // (2 * step), 2, step).unbind(2)
         x = torch.stack([left + right, left - right], 2)
         step *= 2
-    return (x * length**-0.5).view(shape)
+    blocks = (x * length**-0.5).view(*shape[:-1], -1, length)
+    if (count := blocks.shape[-2]) > 1:
+        total = blocks[..., 0, :]
+        for block in range(1, count):  # in this order on every machine
+            total = total + blocks[..., block, :]
+        blocks = blocks - (total * (2 / count))[..., None, :]
+    return blocks.view(shape)

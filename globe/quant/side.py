@@ -46,9 +46,9 @@ class OwnRows:
     def of(cls, widths: Tensor, exponents: Tensor, bases: Tensor) -> OwnRows:
         """From widths (E, N) uint8, scale exponents (E, N) int32 within reach of the bases, and these."""
         steps = torch.where(widths > 0, widths - (LEAST_WIDTH - 1), 0)
-        lower, upper = torch.nn.functional.pad(steps, (0, steps.shape[1] % 2)).unflatten(1, (-1, 2)).unbind(2)
+        both = torch.nn.functional.pad(steps, (0, steps.shape[1] % 2)).view(len(steps), -1, 2)
         scales = torch.where(widths > 0, bases[:, None].int() - exponents, 0).to(torch.uint8)
-        return cls((lower | upper << 4).to(torch.uint8), scales, bases)
+        return cls((both[..., 0] | both[..., 1] << 4).to(torch.uint8), scales, bases)
 
     def widths(self) -> Tensor:
         """(E, N) uint8."""

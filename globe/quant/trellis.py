@@ -4,8 +4,8 @@ A row of K entries of w half bits is a ring of K·w / 2 bits, and entry t is the
 ⌊t·w / 2⌋ (Tseng et al. 2024, QTIP, arXiv 2406.11235: bit-shift trellis, closed by tail-biting). Neighbours share most of
 their bits, which is what makes their levels fill space better than those of a scalar quantiser; it also makes half bits
 worth what they should be, though entries move on by ⌊w/2⌋ and ⌈w/2⌉ bits in turn. The level of a state is computed, not
-stored: a 32-bit multiplication and addition, and the sum of the four bytes of what results (QTIP's 1MAD, its two numbers
-found by search for L = 12). Everything up to the level is integers, so decoding is exact on every machine.
+stored: a 32-bit multiplication and addition, and the sum of the four bytes of what results (QTIP's 1MAD; its numbers
+are found by search for L = 12). Everything up to the level is integers, so decoding is exact on every machine.
 
 `L`, the numbers of `levels` and the order of bits are fixed by the format; `DISTORTION` is what the quantiser loses.
 Widths are half bits of an entry, everywhere: 0, or LEAST_WIDTH to MAX_WIDTH.
@@ -99,8 +99,8 @@ def _spare(width: int) -> int:
 def encode(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The paths of least squared error of rows x (n, K), in units of a level, K even and >= LOG_STATES.
 
-    Returns the symbols (n, K) uint8 in which a path is stored, `entry_bits(width)` of them, and the states (n, K) int32:
-    the value of entry t is levels()[states[t]]. The error is least given how the path closes, which is decided by the
+    Returns the symbols (n, K) uint8 of a path, of `entry_bits(width)` in turn, and its states (n, K) int32: the value of
+    entry t is levels()[states[t]]. The error is least given how the path closes, which is decided by the
     entries next to the seam; `DISTORTION` has the price of that in it. Runs in numba on CPUs that have it, with the
     same result. Raises `ValueError` for other lengths and widths.
     """
@@ -188,8 +188,8 @@ def _compiled_search(x: Tensor, width: int, window: int) -> tuple[Tensor, Tensor
 
 def pairs(symbols: Tensor, width: int) -> Tensor:
     """Symbols (..., K), two and two: (..., K / 2) int64 of `width` bits each."""
-    even, odd = symbols.long().unflatten(-1, (-1, 2)).unbind(-1)
-    return even | odd << entry_bits(width)[0]
+    both = symbols.long().view(*symbols.shape[:-1], -1, 2)
+    return both[..., 0] | both[..., 1] << entry_bits(width)[0]
 
 
 def states(symbols: Tensor, width: int) -> Tensor:
