@@ -66,6 +66,7 @@ class CodedExperts:
             (widths <= trellis.MAX_WIDTH).all()
             and int(packing.row_bytes(widths, self.length).sum()) == self.payload.numel()
             and (exponents[widths > 0].abs() < MAX_EXPONENT).all()
+            and self.outputs.is_sound()
         )
 
     def decode(self, experts: Tensor | None = None) -> Tensor:
