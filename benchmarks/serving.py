@@ -47,6 +47,7 @@ from globe.plan.budget import Keep
 from globe.quant.banked import BankedExperts
 from globe.quant.coded import code_own, rehearse
 from globe.quant.feedback import order_inputs
+from globe.quant.outputs import Outputs
 from globe.report.style import COLOURS, INK, MARKERS, STYLE
 from globe.terms import FAMILIES
 
@@ -160,8 +161,8 @@ def coded(dense: Any, bits: int) -> Any:
         for family, stack in stacks.items():
             X = (stack if family == "down" else stack.mT).contiguous()
             order = order_inputs(torch.eye(X.shape[1])[None])
-            expected = rehearse(X, order, torch.full(X.shape[:2], bits, dtype=torch.uint8))
-            rest, _ = code_own(X, order, torch.full(X.shape[:2], bits, dtype=torch.uint8), expected)
+            outputs, widths = Outputs(), torch.full(X.shape[:2], bits, dtype=torch.uint8)
+            rest, _ = code_own(X, outputs, order, widths, rehearse(outputs.apply(X), order, widths))
             specs.append(spec_of(found.layer, family, BankedExperts(rest)))
             parts |= {coded_parameter(family, name): x for name, x in stored_parts(BankedExperts(rest)).items()}
         factorise(found.module, found.layout, [], specs)
