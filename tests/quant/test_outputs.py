@@ -109,9 +109,9 @@ def test_scales_cost_the_least_that_there_is(seed: int) -> None:
 def test_scales_are_stored_where_they_save_twice_what_they_take() -> None:
     """A byte for an output is 8 / N bits an entry."""
     stored: list[bool] = []
-    for spread in torch.linspace(0, 1.5, 16).tolist():
+    for spread in torch.linspace(0, 1.5, 10).tolist():
         X, weights = uneven(spread=spread, num_outputs=64)
-        always = fit_outputs(X.repeat(1, 10_000, 1), weights).exponents  # for many inputs they cost nothing
+        always = fit_outputs(X.repeat(1, 200, 1), weights).exponents  # for many inputs they cost nothing
         saved = 0.0 if always is None else float((cost(X, weights, None) / cost(X, weights, always)).log2().mean()) / 2
         stored.append(fit_outputs(X, weights).exponents is not None)
         assert stored[-1] == (saved > 2 * 8 / N)
