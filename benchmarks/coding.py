@@ -23,7 +23,6 @@ from benchmarks.record import RESULTS, write_record
 from benchmarks.tables import Column, print_table
 from globe.experts.coding import CodingProblem
 from globe.quant.feedback import order_inputs
-from globe.quant.side import side_bytes
 from globe.quant.water_fill import water_fill
 
 COLUMNS = (
@@ -69,7 +68,7 @@ def problem(shape: tuple[int, int, int], seed: int) -> CodingProblem:
     C = half @ half.mT
     C = C / C.diagonal().mean() + 0.05 * torch.eye(N)
     importance = torch.where(torch.arange(E) % 2 == 0, 1.0, 0.1) / (N * K)
-    return CodingProblem(X, order_inputs(C[None]), importance, C, "own")
+    return CodingProblem(X, order_inputs(C[None]), importance[:, None].expand(E, K), C)
 
 
 def limit(costs: Tensor, bits: float) -> float:
@@ -88,8 +87,7 @@ def row(shape: tuple[int, int, int], bits: float, seed: int) -> dict[str, Any]:
     began = time.perf_counter()
     whole = problem(shape, seed)
     ordered = time.perf_counter()
-    side = side_bytes(E, N, is_shared=False)
-    budget = int(bits * E * N * K / 8) - side
+    budget = int(bits * E * N * K / 8) - whole.side_bytes
     first = water_fill([whole.rows()], budget).multiplier
     rehearsed = whole.rehearsed(first)
     filled = water_fill([rehearsed.rows()], budget)
@@ -99,17 +97,16 @@ def row(shape: tuple[int, int, int], bits: float, seed: int) -> dict[str, Any]:
     decoded = coded.decode()
     ended = time.perf_counter()
     missed = whole.X - decoded
-    loss = float(((whole.second_moment @ missed) * missed).sum((1, 2)) @ whole.importance)
-    none = float(((whole.second_moment @ whole.X) * whole.X).sum((1, 2)) @ whole.importance)
+    loss, none = (float((((whole.second_moment @ x) * x).sum(1) * whole.importance).sum()) for x in (missed, whole.X))
     prices = torch.empty_like(whole.order.prices).scatter_(1, whole.order.inputs, whole.order.prices)
-    costs = (whole.importance[:, None] * prices * whole.X.square().mean(2)).double()
+    costs = (whole.row_importance[:, None] * prices * whole.coded_rows.square().mean(2)).double()
     path_bits = 8 * coded.payload.numel() / whole.X.numel()
     least = limit(costs, path_bits) * K / none
     microseconds = 1e6 * (done - ordered) / whole.X.numel()
     return {
         "shape": f"{E} x {N} x {K}",
         "bits": 8 * coded.num_bytes / whole.X.numel(),
-        "side": 8 * side / whole.X.numel(),
+        "side": 8 * whole.side_bytes / whole.X.numel(),
         "loss": loss / none,
         "limit": least,
         "ratio": loss / none / least,

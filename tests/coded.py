@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from globe import CompressConfig
@@ -17,7 +20,10 @@ ALONE = CompressConfig(bits=3, calibrate="none", allocation="uniform")
 
 
 def write_source(folder: Path, dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
-    """A model of two layers with eight experts of 32 x 64 each, in shards."""
+    """A model of two layers with eight experts of 32 x 64 each, in shards.
+
+    Rows of gate and up suit shared widths and scales, those of down do not; outputs of up have many sizes.
+    """
     settings = {
         "moe_intermediate_size": P,
         "num_experts": E,
@@ -39,12 +45,20 @@ def write_source(folder: Path, dtype: torch.dtype = torch.float32, **changes: ob
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     for found in find_experts(model):  # rows of as many sizes as those of models that were trained
-        for parameter in (found.module.gate_up_proj, found.module.down_proj):
-            sizes = 0.4 * torch.randn(len(parameter), 1, 1) + 0.4 * torch.randn(parameter.shape[2])
-            parameter.data *= sizes.exp()
+        gate_up, down = found.module.gate_up_proj.data, found.module.down_proj.data
+        gate_up *= (0.4 * torch.randn(len(gate_up), 1, 1) + 0.4 * torch.randn(gate_up.shape[2])).exp()
+        gate_up.chunk(2, 1)[1].mul_(torch.randn(len(gate_up), gate_up.shape[1] // 2, 1).exp())
+        down *= (0.6 * torch.randn(len(down), 1, down.shape[2])).exp()
     model.save_pretrained(folder, max_shard_size="100KB")
     (folder / "tokenizer_config.json").write_text('{"model_max_length": 64}')
     return model
+
+
+def rewrite(folder: Path, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Change tensors, by name, of all files."""
+    for path in folder.glob("*.safetensors"):
+        tensors = {name: change(name, tensor) for name, tensor in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
 
 
 def bytes_of_experts(folder: Path) -> int:

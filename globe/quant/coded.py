@@ -78,6 +78,7 @@ class CodedExperts:
         return bool(
             int(packing.row_bytes(widths, self.length).sum()) == self.payload.numel()
             and (exponents[widths > 0].abs() < MAX_EXPONENT).all()
+            and self.outputs.is_sound()
         )
 
     def rows(self, experts: Tensor | None = None) -> PackedRows:

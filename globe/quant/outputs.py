@@ -63,6 +63,10 @@ class Outputs:
             return products
         return products * scales(-STEP * self.exponents[experts].int())
 
+    def is_sound(self) -> bool:
+        """Whether no scale is out of its range."""
+        return self.exponents is None or bool((self.exponents.int().abs() <= MOST_STEPS).all())
+
     def scales(self) -> Tensor:
         """d (E, K), float32."""
         assert self.exponents is not None
@@ -71,15 +75,15 @@ class Outputs:
 
 def fit_outputs(X: Tensor, weights: Tensor) -> Outputs:
     """The scales that suit X (E, N, K) whose errors cost weights (E, K), or none where they do not pay."""
-    mean_squares = X.square().mean(1)
+    mean_squares, weights = X.square().mean(1).double(), weights.double()  # their ratios can be beyond float32
     known = (mean_squares > 0) & (weights > 0)
-    wanted = torch.where(known, 0.5 * (weights / mean_squares.square()).log2(), 0.0)  # log₂ d²
+    wanted = torch.where(known, 0.5 * (weights.log2() - mean_squares.log2()), 0.0)  # log₂ d²
     wanted = wanted - (wanted.sum(1) / known.sum(1).clamp_min(1))[:, None]
     exponents = torch.where(known, wanted.round().clamp(-MOST_STEPS, MOST_STEPS), 0.0)
     squares = exponents.exp2()
     without = weights.mean(1) * mean_squares.mean(1)
     with_ = (weights / squares).mean(1) * (squares * mean_squares).mean(1)
-    saved = 0.5 * torch.where(without > 0, without / with_.clamp_min(torch.finfo(with_.dtype).tiny), 1.0).log2().mean()
+    saved = 0.5 * torch.where(without > 0, without / with_, 1.0).log2().mean()
     pays = float(saved) > WORTH * 8 / X.shape[1]
     return Outputs(exponents.to(torch.int8) if pays else None)
 

@@ -356,7 +356,12 @@ def enormous(tensors: dict[str, Tensor]) -> None:
     tensors[f"{X}.globe_down_expert_scales"][0] = 32000
 
 
-@pytest.mark.parametrize("change", [wider, left_out, beyond, dearer, flipped, enormous])
+def stretched(tensors: dict[str, Tensor]) -> None:
+    """A scale of an output that is beyond what is written."""
+    tensors[f"{X}.globe_up_output_scales"][3, 1] = -128
+
+
+@pytest.mark.parametrize("change", [wider, left_out, beyond, dearer, flipped, enormous, stretched])
 def test_rows_and_paths_that_do_not_fit_are_refused(
     folder: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], object]
 ) -> None:

@@ -23,6 +23,7 @@ CODED: dict[str, Any] = {
     "family": "down",
     "payload": 4096,
     "shared": False,
+    "scaled": True,
     "num_bases": 0,
     "bases_payload": 0,
 }
@@ -46,7 +47,10 @@ def test_parses_the_section_of_config_json() -> None:
     )
     assert [bank.shared for bank in config.banks] == [False, True]
     assert [bank.name for bank in config.banks] == ["gate_up_down", "layers_1_5_gate_up"]
-    assert config.coded == (CodedSpec(3, "down", 4096, shared=False), CodedSpec(3, "gate", 4096, shared=True))
+    assert config.coded == (
+        CodedSpec(3, "down", 4096, shared=False, scaled=True),
+        CodedSpec(3, "gate", 4096, shared=True, scaled=True),
+    )
     assert config.coded_of(3) == list(config.coded)
     assert config.coded_of(0) == []
     assert [bank.name for bank in config.banks_of(2)] == ["layers_1_5_gate_up"]
@@ -73,7 +77,7 @@ def test_a_spec_is_a_value() -> None:
     spec = BankSpec((0,), ("up",), rank=2, num_bases=3)
     assert {spec, dataclasses.replace(spec)} == {spec}
     assert BankSpec.from_dict(spec.to_dict()) == spec
-    coded = CodedSpec(1, "up", 10, shared=True)
+    coded = CodedSpec(1, "up", 10, shared=True, scaled=False)
     assert {coded, dataclasses.replace(coded)} == {coded}
     assert CodedSpec.from_dict(coded.to_dict()) == coded
 
@@ -136,6 +140,7 @@ def test_refuses_a_bank_with_a_field_missing(missing: str) -> None:
         ({"payload": 2**60}, "payload must be from 0 to"),
         ({"payload": 1.5}, "payload is 1.5; it must be a whole number"),
         ({"shared": 1}, "shared is 1; it must be true or false"),
+        ({"scaled": None}, "scaled is None; it must be true or false"),
     ],
 )
 def test_refuses_a_coded_family_it_cannot_read(change: dict[str, Any], message: str) -> None:

@@ -7,11 +7,13 @@ from torch import Tensor
 from globe.quant import trellis
 from globe.quant.coded import CodedExperts, Form, code_experts, rehearse, row_costs, shared_or_not
 from globe.quant.feedback import Order, order_inputs
+from globe.quant.outputs import Outputs, fit_outputs
 from globe.quant.side import OwnRows, SharedCosts, side_bytes
 from globe.quant.water_fill import Rows, water_fill, widths_at
 
 E, N, K = 4, 32, 64
 FORMS: list[Form] = ["own", "shared"]
+ROTATED = Outputs()
 
 
 def make(seed: int = 0, num_outputs: int = K) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,16 +28,18 @@ def total(costs: Tensor | SharedCosts) -> Tensor:
     return costs.total() if isinstance(costs, SharedCosts) else costs
 
 
-def coded(X: Tensor, order: Order, importance: Tensor, bits: float, form: Form) -> tuple[CodedExperts, Tensor, int]:
-    length = max(X.shape[2], trellis.LOG_STATES)
-    budget = int(X.numel() * bits / 8) - side_bytes(E, N, form == "shared")
-    mean_squares = X.square().mean(2)
+def coded(
+    X: Tensor, order: Order, importance: Tensor, bits: float, form: Form, outputs: Outputs = ROTATED
+) -> tuple[CodedExperts, Tensor, int]:
+    rows, length = outputs.apply(X), max(X.shape[2], trellis.LOG_STATES)
+    budget = int(X.numel() * bits / 8) - side_bytes(E, N, form == "shared") - outputs.num_bytes
+    mean_squares = rows.square().mean(2)
     for _ in range(2):
         costs = shared_or_not(row_costs(mean_squares, importance, order), form)
         multiplier = water_fill([Rows(total(costs), length)], budget).multiplier
-        expected = rehearse(X, order, widths_at(total(costs), multiplier))
+        expected = rehearse(rows, order, widths_at(total(costs), multiplier))
         mean_squares = expected.mean_squares
-    return *code_experts(X, order, costs, multiplier, expected), budget
+    return *code_experts(X, outputs, order, costs, multiplier, expected), budget
 
 
 def loss(X: Tensor, Y: Tensor, C: Tensor, importance: Tensor) -> float:
@@ -46,13 +50,18 @@ def loss(X: Tensor, Y: Tensor, C: Tensor, importance: Tensor) -> float:
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("is_scaled", [False, True])
 @pytest.mark.parametrize("num_outputs", [5, 12, 37, K])
-def test_what_is_stored_decodes_to_what_was_chosen(form: Form, num_outputs: int) -> None:
+def test_what_is_stored_decodes_to_what_was_chosen(form: Form, is_scaled: bool, num_outputs: int) -> None:
     X, C, importance = make(num_outputs=num_outputs)
-    found, decoded, budget = coded(X, order_inputs(C), importance, 5.0, form)
+    steps = torch.randint(-4, 5, (E, num_outputs), generator=torch.Generator().manual_seed(2)).to(torch.int8)
+    outputs = Outputs(steps if is_scaled else None)
+    found, decoded, budget = coded(X, order_inputs(C), importance, 5.0, form, outputs)
     assert found.payload.dtype == torch.uint8
     assert len(found.payload) <= budget
-    assert found.num_bytes == len(found.payload) + side_bytes(E, N, form == "shared")
+    assert found.is_sound()
+    assert found.num_bytes == len(found.payload) + side_bytes(E, N, form == "shared") + outputs.num_bytes
+    torch.testing.assert_close(outputs.apply(decoded), found.decode_rows(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.decode(), decoded, rtol=0, atol=0)
     some = torch.tensor([2, 0, 2])
     torch.testing.assert_close(found.decode(some), decoded[some], rtol=0, atol=0)
@@ -80,10 +89,10 @@ def test_every_ingredient_pays(form: Form) -> None:
     even = order_inputs(torch.diag_embed(C.diagonal(dim1=1, dim2=2)))
     _, decoded, _ = coded(X, even, importance, 3.0, form)
     assert found < 0.8 * loss(X, decoded, C, importance)  # no feedback
-    expected = rehearse(X, order, torch.full((E, N), 3, dtype=torch.uint8))
+    expected = rehearse(ROTATED.apply(X), order, torch.full((E, N), 3, dtype=torch.uint8))
     alike = torch.full((E, N), -2300, dtype=torch.int32)
     assert widths_at(alike, -3800).unique().tolist() == [3]
-    _, decoded = code_experts(X, order, alike, -3800, expected)
+    _, decoded = code_experts(X, ROTATED, order, alike, -3800, expected)
     assert found < 0.5 * loss(X, decoded, C, importance)  # no water-filling
 
 
@@ -92,10 +101,11 @@ def test_the_rehearsal_says_what_comes() -> None:
     X, C, importance = make(num_outputs=512)
     X = X + 3 * X[:, :1]  # rows that share a part
     order = order_inputs(C)
-    widths = widths_at(row_costs(X.square().mean(2), importance, order), -900)
+    costs = row_costs(X.square().mean(2), importance, order)  # the rotation leaves mean squares as they are
+    widths = widths_at(costs, -900)
     assert 0.2 < float((widths == 0).float().mean()) < 0.9
-    expected = rehearse(X, order, widths)
-    side = code_experts(X, order, row_costs(X.square().mean(2), importance, order), -900, expected)[0].side
+    expected = rehearse(ROTATED.apply(X), order, widths)
+    side = code_experts(X, ROTATED, order, costs, -900, expected)[0].side
     assert isinstance(side, OwnRows)
     off = (side.exponents() - expected.exponents)[widths > 0].float()
     assert float(off.abs().mean()) < 0.3
@@ -109,3 +119,34 @@ def test_zero_experts_take_no_bytes_and_decode_to_zero() -> None:
     assert int(found.side.widths()[1].sum()) == 0
     assert bool((decoded[1] == 0).all())
     assert bool(decoded.isfinite().all())
+
+
+def test_rows_with_outliers_lose_as_little_as_normal_ones() -> None:
+    X, _, _ = make(num_outputs=256)
+    X[torch.rand(X.shape, generator=torch.Generator().manual_seed(1)) < 0.004] *= 30
+    order = order_inputs(torch.diag_embed(torch.linspace(1, 2, N))[None])
+    expected = rehearse(ROTATED.apply(X), order, torch.full((E, N), 3, dtype=torch.uint8))
+    _, decoded = code_experts(X, ROTATED, order, torch.full((E, N), -2300, dtype=torch.int32), -3800, expected)
+    missed = float((decoded - X).square().sum() / X.square().sum())
+    assert missed == pytest.approx(trellis.DISTORTION[3], rel=0.1)
+
+
+def test_scales_lower_the_loss_by_what_theory_says() -> None:
+    """Where outputs are of many sizes and worths, at equal widths."""
+    X, _, _ = make(num_outputs=256)
+    generator = torch.Generator().manual_seed(3)
+    X = X * torch.randn(E, 1, 256, generator=generator).exp()
+    weights = torch.randn(E, 256, generator=generator).exp()
+    order = order_inputs(torch.eye(N)[None])
+    scaled = fit_outputs(X, weights)
+    assert scaled.exponents is not None
+    losses: list[float] = []
+    for outputs in (ROTATED, scaled):
+        expected = rehearse(outputs.apply(X), order, torch.full((E, N), 3, dtype=torch.uint8))
+        _, decoded = code_experts(X, outputs, order, torch.full((E, N), -2300, dtype=torch.int32), -3800, expected)
+        losses.append(float(((decoded - X).double().square().sum(1) * weights).sum()))
+    mean_squares, squares = X.double().square().mean(1), scaled.scales().double().square()
+    without = (weights.mean(1) * mean_squares.mean(1)).sum()
+    theory = ((weights / squares).mean(1) * (squares * mean_squares).mean(1)).sum() / without
+    assert float(theory) < 0.5
+    assert losses[1] / losses[0] == pytest.approx(float(theory), rel=0.1)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 
-from globe.quant.side import SCALES_PER_WIDTH, OwnRows, fit_sum, share_costs, share_rows, side_bytes
+from globe.quant.side import SCALES_PER_WIDTH, OwnRows, fit_sum, misfit, share_costs, share_rows, side_bytes
 from globe.quant.trellis import MAX_WIDTH
-from globe.quant.water_fill import UNIT, widths_at
+from globe.quant.water_fill import UNIT, log_costs, widths_at
 from tests.random_experts import normal
 
 
@@ -58,3 +61,27 @@ def test_chosen_experts_keep_their_rows() -> None:
     for rows in (shared, own):
         torch.testing.assert_close(rows[some].widths(), rows.widths()[some], rtol=0, atol=0)
         torch.testing.assert_close(rows[some].exponents(), rows.exponents()[some], rtol=0, atol=0)
+
+
+def test_rows_lose_what_the_distance_from_sums_costs() -> None:
+    """Against a loop: of a table, what is nearest to sums is row's mean + column's mean − mean of all."""
+    costs, mean_squares = normal(5, 9).exp(), normal(5, 9, seed=1).exp()
+    expected = 0.0
+    for table, price in ((costs, math.log(4) / 2), (mean_squares, 1.6)):
+        halves = [[math.log2(x) / 2 for x in row] for row in table.tolist()]  # of energies: octaves of amplitude
+        rows = [sum(row) / 9 for row in halves]
+        columns = [sum(row[i] for row in halves) / 5 for i in range(9)]
+        mean = sum(rows) / 5
+        off = [halves[e][i] - rows[e] - columns[i] + mean for e in range(5) for i in range(9)]
+        expected += price * sum(x * x for x in off) / 45
+    assert misfit(log_costs(costs), mean_squares.float()) == pytest.approx(expected, rel=1e-2)
+
+
+def test_products_lose_nothing_by_sharing() -> None:
+    mean_squares = normal(5, 1).exp() * normal(9, seed=1).exp()
+    assert misfit(log_costs(3 * mean_squares), mean_squares) < 1e-4
+    assert misfit(log_costs(torch.zeros(5, 9)), torch.zeros(5, 9)) == 0
+    one = mean_squares.clone()
+    one[2, 3] *= 4
+    off = 1 - 1 / 5 - 1 / 9 + 1 / 45  # of what is added to one entry, the share that no sum takes up, on average of all
+    assert misfit(log_costs(one), one) == pytest.approx((math.log(4) / 2 + 1.6) * off / 45, rel=2e-2)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -26,9 +26,10 @@ from globe.run import prepare as prepare_module
 from globe.run import scope as scope_module
 from globe.run.observer import Observer
 from globe.terms import FAMILIES
-from tests.coded import ALONE, LAYERS, D, E, P, bytes_of_experts, write_source
+from tests.coded import ALONE, LAYERS, D, E, P, bytes_of_experts, rewrite, write_source
 from tests.model.compressed import logits
 from tests.rounding import assert_equal_but_for_rounding
+from tests.tiny_sources import write_tokenizer
 
 WEIGHTS = LAYERS * 3 * E * P * D
 
@@ -45,6 +46,12 @@ def coded(source: Path) -> Path:
     """A compression with everything that is measured."""
     compress(source, source.with_name("coded"), CompressConfig(bits=3))
     return source.with_name("coded")
+
+
+@pytest.fixture(scope="module")
+def alone(source: Path) -> Path:
+    compress(source, source.with_name("alone"), ALONE)
+    return source.with_name("alone")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +111,7 @@ def test_families_left_out_stay_and_the_others_have_the_budget(
 
 
 def test_experts_too_small_for_their_widths_and_scales_are_refused_before_any_work(tmp_path: Path) -> None:
-    write_source(tmp_path / "source", num_experts=2, moe_intermediate_size=4)
+    write_source(tmp_path / "source", num_experts=2, moe_intermediate_size=2)
     with pytest.raises(SettingsError, match=r"bits 1\.5 is out of reach: widths and scales .* take \d\.\d\d bits"):
         compress(tmp_path / "source", tmp_path / "out", CompressConfig(bits=1.5))
 
@@ -135,8 +142,7 @@ def test_without_settings_a_model_is_run_and_coded_in_four_bits(source: Path, tm
     assert (report.uncalibrated_because, report.uniform_because) == (None, None)
 
 
-def test_what_is_measured_lowers_the_divergence(source: Path, tmp_path: Path, coded: Path) -> None:
-    compress(source, tmp_path / "out", ALONE)
+def test_what_is_measured_lowers_the_divergence(source: Path, coded: Path, alone: Path) -> None:
     load = AutoModelForCausalLM.from_pretrained
     ids = samples.sample_windows(load(source), seed=5)
 
@@ -145,22 +151,20 @@ def test_what_is_measured_lowers_the_divergence(source: Path, tmp_path: Path, co
         return load(folder)(input_ids=ids).logits.double().log_softmax(-1)
 
     p = log_p(source)
-    measured, alone = ((p.exp() * (p - log_p(folder))).sum(-1).mean() for folder in (coded, tmp_path / "out"))
-    assert 0 < float(measured) < float(alone)
+    measured, unmeasured = ((p.exp() * (p - log_p(folder))).sum(-1).mean() for folder in (coded, alone))
+    assert 0 < float(measured) < float(unmeasured)
 
 
 def test_a_model_too_large_to_be_run_is_coded_from_its_weights_and_says_so(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runnable, "MEMORY_SHARE", 0.0)
     report = compress(source, tmp_path / "out", CompressConfig(bits=3))
     assert report.calibration is None
     assert "the model takes" in str(report.uncalibrated_because)
     assert "the model takes" in str(report.uniform_because)
-    monkeypatch.undo()
-    compress(source, tmp_path / "alone", ALONE)
-    assert contents(tmp_path / "alone").keys() == contents(tmp_path / "out").keys()
-    for name, tensor in contents(tmp_path / "alone").items():
+    assert contents(alone).keys() == contents(tmp_path / "out").keys()
+    for name, tensor in contents(alone).items():
         assert torch.equal(tensor, contents(tmp_path / "out")[name])
 
 
@@ -224,12 +228,6 @@ def test_zeros_stay_zeros_however_many_bits_there_are(source: Path, tmp_path: Pa
     assert_equal_but_for_rounding(logits(load(tmp_path / "out")), logits(load(tmp_path / "dense")))
 
 
-def rewrite(folder: Path, change: Callable[[str, Tensor], Tensor]) -> None:
-    for path in folder.glob("*.safetensors"):
-        tensors = {name: change(name, tensor) for name, tensor in load_file(path).items()}
-        save_file(tensors, path, metadata={"format": "pt"})
-
-
 def test_experts_that_no_token_reaches_are_coded_too(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,14 +239,30 @@ def test_experts_that_no_token_reaches_are_coded_too(
     assert all(0 < error < 1 for part in report.coded for error in part.expert_errors)
 
 
+@pytest.mark.parametrize("octaves", [-50, 40])
+def test_the_units_of_a_family_do_not_matter(source: Path, tmp_path: Path, alone: Path, octaves: int) -> None:
+    own = shutil.copytree(source, tmp_path / "source")
+    rewrite(own, lambda name, tensor: tensor * 2.0**octaves if "layers.1" in name and "up_proj" in name else tensor)
+    compress(own, tmp_path / "out", ALONE)
+    found = contents(tmp_path / "out")
+    for name, tensor in contents(alone).items():
+        if name.endswith("layers.1.mlp.experts.globe_up_expert_scales"):
+            assert torch.equal(found[name], tensor + 6 * octaves)
+        elif "globe_" in name:
+            assert torch.equal(found[name], tensor)
+
+
 @pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e12])
-def test_the_units_of_an_expert_do_not_matter(source: Path, tmp_path: Path, scale: float) -> None:
+def test_experts_of_any_size_are_coded(source: Path, tmp_path: Path, scale: float) -> None:
+    """By what an error of theirs is worth where it is not measured: as much as another of the same size."""
     own = shutil.copytree(source, tmp_path / "source")
     rewrite(own, lambda name, tensor: tensor * scale if ".experts.1." in name else tensor)
     report = compress(own, tmp_path / "out", ALONE)
     for part in report.coded:
         others = [error for expert, error in enumerate(part.expert_errors) if expert != 1]
-        assert part.expert_errors[1] < 1.2 * max(others)
+        worth, less = ([part.expert_errors[1]], others) if scale > 1 else (others, [part.expert_errors[1]])
+        assert max(worth) < 0.2
+        assert 2 * max(worth) < min(less) <= 1 + 1e-6
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -406,20 +420,43 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert_same_files(tmp_path / "out", coded)
 
 
-def test_a_run_killed_planning_takes_up_its_calibration(
-    source: Path, coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("calibrate", ["samples", "none", "text"])
+def test_a_run_killed_planning_takes_up_what_was_measured(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibrate: str
 ) -> None:
     def die(*_: object) -> None:
         raise Killed
 
+    own = shutil.copytree(source, tmp_path / "source")
+    if calibrate == "text":
+        letters = "".join(map(chr, range(ord("A"), ord("A") + 48)))
+        write_tokenizer(own, letters)
+        calibrate = str(tmp_path / "text.txt")
+        Path(calibrate).write_text(letters[::3] * 100)
+    config = CompressConfig(bits=3, calibrate=calibrate)
+    compress(own, tmp_path / "expected", config)
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module, "plan_coding", die)
         with pytest.raises(Killed):
-            compress(source, tmp_path / "out", CompressConfig(bits=3))
+            compress(own, tmp_path / "out", config)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "calibrate", None)
-        patch.setattr(prepare_module, "sample_windows", None)
-        compress(source, tmp_path / "out", CompressConfig(bits=3))
+        for name in ("calibrate", "sample_windows", "measured_sensitivities"):
+            patch.setattr(prepare_module, name, None)
+        report = compress(own, tmp_path / "out", config)
+    assert report.uniform_because is None
+    assert_same_files(tmp_path / "out", tmp_path / "expected")
+
+
+def test_damaged_sensitivities_are_measured_again(
+    source: Path, coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        kill_after(patch, 0)
+        with pytest.raises(Killed):
+            compress(source, tmp_path / "out", CompressConfig(bits=3))
+    (file,) = (tmp_path / "out.partial").rglob("sensitivities.safetensors")
+    file.write_bytes(file.read_bytes()[:-3] + b"abc")
+    compress(source, tmp_path / "out", CompressConfig(bits=3))
     assert_same_files(tmp_path / "out", coded)
 
 

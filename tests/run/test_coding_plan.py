@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zlib
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from globe.run.coding import (
 )
 from globe.run.job import Job, make_job
 from globe.run.records import as_json
-from tests.coded import ALONE, LAYERS, D, E, P, write_source
+from tests.coded import ALONE, LAYERS, D, E, P, rewrite, write_source
 from tests.random_experts import normal
 
 WEIGHTS = LAYERS * 3 * E * P * D
@@ -41,33 +42,34 @@ def job(source: Path) -> Job:
 
 
 def test_a_record_of_a_plan_is_the_plan_exactly(job: Job) -> None:
-    sensitivities = {key: normal(E, seed=7).exp().float() for key in measured_sensitivities(job, None)[0]}
+    equal = measured_sensitivities(job, None)[0]
+    sensitivities = {key: normal(*each.shape, seed=7).exp().float() for key, each in equal.items()}
     plan = plan_coding(job, None, sensitivities)
     record = json.loads(json.dumps(as_json(plan_to_json(plan)), allow_nan=False))
-    again = plan_from_json(record)
-    assert plan_to_json(again) == plan_to_json(plan)
-    assert again.importance.keys() == plan.importance.keys()
-    for key, each in plan.importance.items():
-        assert again.importance[key].dtype == each.dtype == torch.float32
-        assert torch.equal(again.importance[key], each)
-    without = [dataclasses.replace(each, importance={}) for each in (plan, again)]
-    assert without[0] == without[1]
+    assert plan_from_json(record) == plan
 
 
 @pytest.mark.parametrize("bits", [1.7, 3, 5.5])
 def test_what_is_planned_is_what_is_stored(source: Path, bits: float) -> None:
     job = make_job(source, dataclasses.replace(ALONE, bits=bits))
-    plan = plan_coding(job, None, measured_sensitivities(job, None)[0])
-    stored = [coded.num_bytes for layer in range(LAYERS) for _, coded, _ in code_layer(job, plan, None, layer)]
-    assert sum(stored) == plan.num_bytes
+    sensitivities = measured_sensitivities(job, None)[0]
+    plan = plan_coding(job, None, sensitivities)
+    coded = [each for layer in range(LAYERS) for each in code_layer(job, plan, None, sensitivities, layer)]
+    assert sum(each.num_bytes for _, each, _ in coded) == plan.num_bytes
     assert 0.995 * bits <= 8 * plan.num_bytes / WEIGHTS <= bits
+    assert {(spec.family, spec.shared, spec.scaled) for spec, _, _ in coded} == {
+        ("gate", True, False),
+        ("up", True, True),
+        ("down", False, False),
+    }
 
 
 def test_equal_sensitivities_where_that_is_asked_for(job: Job) -> None:
     found, because = measured_sensitivities(job, None)
     assert because == "that is asked for"
     assert found.keys() == {(layer, family) for layer in range(LAYERS) for family in ("gate", "up", "down")}
-    assert all(torch.equal(each, torch.ones(E)) for each in found.values())
+    for (_, family), each in found.items():
+        assert torch.equal(each, torch.ones(E, D if family == "down" else P))
 
 
 def test_sensitivities_are_measured_for_what_is_coded_alone(source: Path) -> None:
@@ -87,10 +89,10 @@ def test_more_sensitive_experts_get_more_bits(job: Job) -> None:
     gained = {}
     for name, sensitivities in (("equal", equal), ("weighted", weighted)):
         plan = plan_coding(job, None, sensitivities)
-        (down,) = (report for _, _, report in code_layer(job, plan, None, 1) if report.family == "down")
+        (down,) = (report for _, _, report in code_layer(job, plan, None, sensitivities, 1) if report.family == "down")
         gained[name] = torch.tensor(down.expert_widths)
     more = gained["weighted"] - gained["equal"]
-    ratio = float(importance[1, "down"][3] / importance[1, "down"][0])
+    ratio = float(importance[1, "down"][3].sum() / importance[1, "down"][0].sum())
     expected = 0.5 * torch.tensor(ratio).log2()
     others = [expert for expert in range(E) if expert != 3]
     assert float(more[3] - more[others].mean()) == pytest.approx(float(expected), abs=0.25)
@@ -98,15 +100,34 @@ def test_more_sensitive_experts_get_more_bits(job: Job) -> None:
 
 
 def test_a_layer_is_coded_from_the_record_as_from_the_plan(job: Job) -> None:
-    plan = plan_coding(job, None, measured_sensitivities(job, None)[0])
+    sensitivities = measured_sensitivities(job, None)[0]
+    plan = plan_coding(job, None, sensitivities)
     again = plan_from_json(json.loads(json.dumps(plan_to_json(plan))))
-    for (_, one, _), (_, two, _) in zip(*(code_layer(job, each, None, 1) for each in (plan, again)), strict=True):
+    layers = (code_layer(job, each, None, sensitivities, 1) for each in (plan, again))
+    for (_, one, _), (_, two, _) in zip(*layers, strict=True):
         assert torch.equal(one.rest.payload, two.rest.payload)
 
 
 def test_bits_below_widths_and_scales_are_out_of_reach(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job(source, dataclasses.replace(ALONE, bits=2))
     check_reach(job)
-    monkeypatch.setattr(coding_module, "_side_bytes", lambda *_: E * P * D // 4 + 1)  # two bits a weight, and more
+    more = E * P * D // 4 + 1  # than two bits a weight
+    monkeypatch.setattr(coding_module, "_least_side_bytes", lambda *_: more)
     with pytest.raises(SettingsError, match=r"bits 2 is out of reach: .* take 2\.00 bits a weight"):
         check_reach(job)
+
+
+def test_what_lies_beside_the_paths_can_take_more_than_the_least(tmp_path: Path) -> None:
+    """Rows that are no products, which have widths and scales of their own."""
+
+    def uneven(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        sizes = normal(tensor.shape[-1], seed=zlib.crc32(name.encode())).exp()
+        return tensor * sizes.to(tensor) if ".experts." in name else tensor
+
+    write_source(tmp_path / "source", moe_intermediate_size=2)
+    rewrite(tmp_path / "source", uneven)
+    job = make_job(tmp_path / "source", dataclasses.replace(ALONE, bits=1.5))
+    check_reach(job)
+    own = (2 * (D + 2) + 2 + 2) / (3 * 2 * D)  # bytes a weight
+    with pytest.raises(SettingsError, match=rf"bits 1\.5 is out of reach: .* take {8 * own:.2f} bits a weight"):
+        plan_coding(job, None, measured_sensitivities(job, None)[0])
