@@ -38,7 +38,7 @@ class _BFloat(ir.Type):
 
 
 _I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_BYTES, _WORDS, _FLOATS = ir.VectorType(_I8, READ), ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
+_WORDS, _FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
 
 
 def _splat(value: int) -> ir.Constant:
@@ -55,11 +55,12 @@ def decode_groups(typing_context, payload, place, count, width, step, out, at): 
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         payload, place, count, width, step, out, at = arguments
-        write = _writer(context, builder, signature.args[0], payload, signature.args[5], out, step)
+        source = builder.gep(context.make_array(signature.args[0])(context, builder, payload).data, [place])
+        write = _writer(context, builder, signature.args[5], out, step)
         for b in _each_width(builder, width):
             with cgutils.for_range(builder, count) as loop:
-                here = builder.add(place, builder.mul(loop.index, _I64(2 * b)))
-                write(b, here, None, builder.add(at, builder.mul(loop.index, _I64(LANES))))
+                here = builder.gep(source, [builder.mul(loop.index, _I64(2 * b))])
+                write(b, here, builder.add(at, builder.mul(loop.index, _I64(LANES))))
         return context.get_dummy_value()
 
     return signature, generate
@@ -72,12 +73,25 @@ def decode_last(typing_context, payload, place, begin, width, step, out, at):  #
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         payload, place, begin, width, step, out, at = arguments
-        write = _writer(context, builder, signature.args[0], payload, signature.args[5], out, step)
+        source = context.make_array(signature.args[0])(context, builder, payload).data
+        write = _writer(context, builder, signature.args[5], out, step)
+        ring = cgutils.alloca_once(builder, _I8, READ)
+        _store(builder, _load(builder, builder.gep(source, [place]), ir.VectorType(_I8, READ)), ring)
+        head = _load(builder, builder.gep(source, [begin]), _I32)
         for b in _each_width(builder, width):
-            write(b, place, begin, at)
+            _store(builder, head, builder.gep(ring, [_I64(2 * b)]))
+            write(b, ring, at)
         return context.get_dummy_value()
 
     return signature, generate
+
+
+def _load(builder: Any, pointer: Any, kind: Any) -> Any:
+    return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=1)
+
+
+def _store(builder: Any, value: Any, pointer: Any, align: int = 1) -> None:
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=align)
 
 
 def _each_width(builder: Any, width: Any) -> Any:
@@ -93,39 +107,50 @@ def _each_width(builder: Any, width: Any) -> Any:
     builder.position_at_end(end)
 
 
-def _writer(context: Any, builder: Any, source_type: Any, payload: Any, target_type: Any, out: Any, step: Any) -> Any:
-    source = context.make_array(source_type)(context, builder, payload).data
+def _writer(context: Any, builder: Any, target_type: Any, out: Any, step: Any) -> Any:
     target = context.make_array(target_type)(context, builder, out).data
     undefined = ir.Constant(_FLOATS, ir.Undefined)
     steps = builder.shuffle_vector(builder.insert_element(undefined, step, _I32(0)), undefined, _splat(0))
 
-    def read(place: Any) -> Any:
-        return builder.load(builder.bitcast(builder.gep(source, [place]), _BYTES.as_pointer()), align=1)
-
-    def write(b: int, place: Any, following: Any, at: Any) -> None:
-        """Sixteen entries of b bits, whose bytes are at a place, or the first 2·b of them if others follow."""
-        needed = [byte for lane in range(LANES) for byte in range(lane * b // 8, lane * b // 8 + 4)]
-        here, there = read(place), ir.Constant(_BYTES, ir.Undefined)
-        if following is not None:
-            there = read(following)
-            needed = [byte if byte < 2 * b else READ + byte - 2 * b for byte in needed]
-        order = ir.Constant(ir.VectorType(_I32, len(needed)), needed)
-        words = builder.bitcast(builder.shuffle_vector(here, there, order), _WORDS)
+    def write(b: int, source: Any, at: Any) -> None:
+        """Sixteen entries of b bits that begin at a byte."""
         shifts = ir.Constant(_WORDS, [lane * b % 8 for lane in range(LANES)])
+        words = _words(context, builder, b, source)
         states = builder.and_(builder.lshr(words, shifts), _splat(NUM_STATES - 1))
         mixed = builder.add(builder.mul(states, _splat(MULTIPLIER)), _splat(ADDEND))
         values = builder.fmul(builder.sitofp(_levels(context, builder, mixed), _FLOATS), steps)
         if target_type.dtype == types.uint16:
-            values = builder.fptrunc(values, ir.VectorType(_BFloat(), LANES))
-        where = builder.bitcast(builder.gep(target, [at]), values.type.as_pointer())
-        builder.store(values, where, align=target_type.dtype.bitwidth // 8)
+            values = _to_bfloat16(context, builder, values)
+        _store(builder, values, builder.gep(target, [at]), target_type.dtype.bitwidth // 8)
 
     return write
 
 
+def _words(context: Any, builder: Any, b: int, source: Any) -> Any:
+    """The four bytes from the first on in which each of sixteen entries of b bits lies."""
+    begins = [lane * b // 8 for lane in range(LANES)]
+    size = LANES if _has(context, "avx512vbmi") else 4  # lanes that one permutation can fill: of 64 bytes, or of 16
+    parts: list[Any] = []
+    for lane in range(0, LANES, size):
+        block = ir.VectorType(_I8, READ if size == LANES else 4 * size)
+        order = [begin - begins[lane] + byte for begin in begins[lane : lane + size] for byte in range(4)]
+        found = _load(builder, builder.gep(source, [_I64(begins[lane])]), block)
+        undefined, places = ir.Constant(block, ir.Undefined), ir.Constant(ir.VectorType(_I32, 4 * size), order)
+        parts.append(builder.bitcast(builder.shuffle_vector(found, undefined, places), ir.VectorType(_I32, size)))
+    while len(parts) > 1:
+        places = ir.Constant(ir.VectorType(_I32, 2 * parts[0].type.count), list(range(2 * parts[0].type.count)))
+        parts = [builder.shuffle_vector(*pair, places) for pair in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def _has(context: Any, feature: str) -> bool:
+    """Whether the CPU that is compiled for has an instruction."""
+    return f"+{feature}" in context.codegen().magic_tuple()[2].split(",")
+
+
 def _levels(context: Any, builder: Any, mixed: Any) -> Any:
     """Sums of the four bytes of each lane, less MEAN."""
-    if "+avx512vnni" in context.codegen().magic_tuple()[2]:  # the CPU's features; LLVM does not find this by itself
+    if _has(context, "avx512vnni"):  # LLVM does not find this by itself
         kind = ir.FunctionType(_WORDS, [_WORDS] * 3)
         dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
         return builder.call(dot, [_splat(-MEAN), mixed, _splat(0x01010101)])
@@ -133,3 +158,13 @@ def _levels(context: Any, builder: Any, mixed: Any) -> Any:
     pairs = builder.add(builder.and_(mixed, _splat(0x00FF00FF)), odd)
     sums = builder.lshr(builder.mul(pairs, _splat(0x00010001)), _splat(16))
     return builder.sub(sums, _splat(MEAN))
+
+
+def _to_bfloat16(context: Any, builder: Any, values: Any) -> Any:
+    """To the nearest, of two the even one."""
+    if _has(context, "avx512bf16"):  # without, LLVM calls a function that is not there
+        return builder.fptrunc(values, ir.VectorType(_BFloat(), LANES))
+    bits = builder.bitcast(values, _WORDS)
+    is_odd = builder.and_(builder.lshr(bits, _splat(16)), _splat(1))
+    rounded = builder.add(builder.add(bits, _splat(0x7FFF)), is_odd)
+    return builder.trunc(builder.lshr(rounded, _splat(16)), ir.VectorType(ir.IntType(16), LANES))

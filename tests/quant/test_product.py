@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -90,6 +94,15 @@ def test_every_width(width: int, K: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x, ends = tokens(dtype)
         assert_close(multiply(x, ends, BankedExperts(coded)), expected(x, coded.decode()), dtype)
+
+
+def test_every_width_on_a_cpu_without_extensions() -> None:
+    if trellis.compiled() is None:
+        pytest.skip("numba is not installed")
+    settings = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "test_every_width and numba", "-p", "no:cacheprovider"]
+    result = subprocess.run(command, env=settings, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.usefixtures("way")
