@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -90,6 +95,30 @@ def test_every_width(width: int, K: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x, ends = tokens(dtype)
         assert_close(multiply(x, ends, BankedExperts(coded)), expected(x, coded.decode()), dtype)
+
+
+ON_ANY_CPU = """
+import torch
+from globe.quant import trellis
+from globe.quant.banked import BankedExperts
+from globe.quant.product import multiply
+from tests.quant.test_product import N, random_experts
+
+coded = random_experts(272)
+decoded = coded.decode()
+ones = torch.eye(N, dtype=torch.bfloat16)
+products = multiply(ones, torch.tensor([0] * 3 + [N] * 4), BankedExperts(coded))
+trellis.compiled = lambda: None
+assert torch.equal(decoded, coded.decode())
+assert torch.equal(products, decoded[3].bfloat16())
+"""
+
+
+def test_the_same_bits_on_a_cpu_without_extensions() -> None:
+    if trellis.compiled() is None:
+        pytest.skip("numba is not installed")
+    settings = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    subprocess.run([sys.executable, "-c", ON_ANY_CPU], env=settings, cwd=Path(__file__).parents[2], check=True)
 
 
 @pytest.mark.usefixtures("way")
