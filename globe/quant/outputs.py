@@ -8,9 +8,10 @@ scales d² = √w / rms(x) has the least cost, (mean √w rms(x))² for mean w �
 are powers of √2, a byte for each output of each expert, stored where they save more bits than they take.
 
 **Rotation** H, orthogonal, the same for all: signs, then Hadamard matrices of the largest power of two that divides the
-outputs, on blocks next to each other, and across the blocks the reflection at their mean, which mixes three well. Rows whose entries are sums of many are nearer to normal, for which a trellis is
-made, than trained ones, which have outliers (QuIP#, Tseng et al. 2024, arXiv 2402.04396). Sums and differences of
-float32 and products in a fixed order: the same bits on every machine.
+outputs, on blocks next to each other, and across the blocks the reflection at their mean, which mixes three well. Rows
+whose entries are sums of many are nearer to normal, for which a trellis is made, than trained ones, which have outliers
+(QuIP#, Tseng et al. 2024, arXiv 2402.04396). Sums, differences and products of float32 in a fixed order: the same bits
+on every machine.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Rows of numbers as paths of a bit-shift trellis: each entry is read off a state of L = 12 bits of a ring.
 
 A row of K entries of w half bits is a ring of K·w / 2 bits, and entry t is the level of the L bits that begin at bit
-⌊t·w / 2⌋ (Tseng et al. 2024, QTIP, arXiv 2406.11235: bit-shift trellis, closed by tail-biting). Neighbours share most of
-their bits, which is what makes their levels fill space better than those of a scalar quantiser; it also makes half bits
-worth what they should be, though entries move on by ⌊w/2⌋ and ⌈w/2⌉ bits in turn. The level of a state is computed, not
-stored: a 32-bit multiplication and addition, and the sum of the four bytes of what results (QTIP's 1MAD; its numbers
-are found by search for L = 12). Everything up to the level is integers, so decoding is exact on every machine.
+⌊t·w / 2⌋ (Tseng et al. 2024, QTIP, arXiv 2406.11235: bit-shift trellis, closed by tail-biting). Neighbours share most
+of their bits, which is what makes their levels fill space better than those of a scalar quantiser; it also makes half
+bits worth what they should be, though entries move on by ⌊w/2⌋ and ⌈w/2⌉ bits in turn. The level of a state is
+computed, not stored: a 32-bit multiplication and addition, and the sum of the four bytes of what results (QTIP's 1MAD;
+its numbers are found by search for L = 12). Everything up to the level is integers, so decoding is exact on every
+machine.
 
 `L`, the numbers of `levels` and the order of bits are fixed by the format; `DISTORTION` is what the quantiser loses.
 Widths are half bits of an entry, everywhere: 0, or LEAST_WIDTH to MAX_WIDTH.
@@ -99,8 +100,8 @@ def _spare(width: int) -> int:
 def encode(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The paths of least squared error of rows x (n, K), in units of a level, K even and >= LOG_STATES.
 
-    Returns the symbols (n, K) uint8 of a path, of `entry_bits(width)` in turn, and its states (n, K) int32: the value of
-    entry t is levels()[states[t]]. The error is least given how the path closes, which is decided by the
+    Returns the symbols (n, K) uint8 of a path, of `entry_bits(width)` in turn, and its states (n, K) int32: the value
+    of entry t is levels()[states[t]]. The error is least given how the path closes, which is decided by the
     entries next to the seam; `DISTORTION` has the price of that in it. Runs in numba on CPUs that have it, with the
     same result. Raises `ValueError` for other lengths and widths.
     """
