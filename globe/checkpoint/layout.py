@@ -207,6 +207,8 @@ def _count_unused(prefix: str, projections: tuple[str, str, str], tensors: Mappi
 
 def _count_experts(prefix: str, tensors: Mapping[str, TensorInfo]) -> int:
     numbers = {int(number) for name in tensors if (number := name[len(prefix) + 1 :].split(".")[0]).isdecimal()}
+    if not numbers:
+        raise CheckpointError(f"{prefix} holds no numbered experts: download the checkpoint again")
     if gaps := sorted(set(range(len(numbers))) - numbers):
         raise CheckpointError(
             f"{prefix}: expert {gaps[0]} is missing; there are {len(numbers)} experts numbered up to {max(numbers)}. "

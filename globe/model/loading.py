@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -50,7 +51,7 @@ _ROUTED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", 
 """Numbers of experts that a token is routed to."""
 _RAISED = (
     OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError, AssertionError,
-    ImportError, StrictDataclassError,
+    ImportError, StrictDataclassError, SafetensorError,
 )  # fmt: skip
 """What transformers has been seen to raise on configurations and files that do not fit it."""
 _FLOAT = "__float__"
