@@ -25,6 +25,9 @@ from globe.model.experts import usual_gate
 from globe.model.loading import OUT_OF_MEMORY
 from globe.terms import FAMILIES, Family
 
+MOST_ENERGY = 16.0
+"""Of a token within an expert, over the median one's, to the second moment."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ExpertRun:
@@ -110,7 +113,7 @@ class _Sums:
             self._rows["up"][expert] += energy * (router_weights.square() @ inner.by_up.square())
             self._rows["down"][expert] += router_weights.square() @ inner.activations.square()
             if self._inner is not None:
-                weighted = router_weights[:, None] * inner.activations
+                weighted = _capped(router_weights[:, None] * inner.activations)
                 self._inner[expert].addmm_(weighted.mT, weighted)
 
     def statistics(self) -> LayerStatistics:
@@ -118,6 +121,17 @@ class _Sums:
         inputs = self._inputs / self._num_tokens
         inner = None if self._inner is None else self._inner.cpu()
         return LayerStatistics(self._num_tokens, inputs.cpu(), self._counts.cpu(), rows, inner)
+
+
+def _capped(tokens: Tensor) -> Tensor:
+    """Tokens (T, N), none with more than `MOST_ENERGY` times the energy of the median one.
+
+    Where a model has massive activations, those of the first token are a thousand times all others, and that token
+    hardly minds errors; a second moment of which it is nearly all says nothing of the others.
+    """
+    energies = tokens.square().sum(1, keepdim=True)
+    most = MOST_ENERGY * energies.median()
+    return torch.where(energies > most, tokens * (most / energies).sqrt(), tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ on every machine.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -58,8 +59,8 @@ class Outputs:
         return rows.mul_(inverse[:, None])
 
     def undo_products(self, products: Tensor, experts: Tensor | None = None) -> Tensor:
-        """The inverse for products of tokens with rows, (n, K); experts (n,): whose they are."""
-        products = rotate_back(products)
+        """The inverse for products of tokens with rows, (n, K); experts (n,): whose they are. To rounding, and fast."""
+        products = _multiplied_back(products)
         if self.exponents is None or experts is None:
             return products
         return products * scales(-STEP * self.exponents[experts].int())
@@ -102,6 +103,29 @@ def rotate(x: Tensor) -> Tensor:
 def rotate_back(x: Tensor) -> Tensor:
     """The inverse."""
     return _mix(x).mul_(_signs(x))
+
+
+def _multiplied_back(x: Tensor) -> Tensor:
+    """`rotate_back` of (n, K) by few matrix products: a Hadamard matrix is the Kronecker product of two smaller ones."""
+    K = x.shape[1]
+    outer, inner = _hadamard_factors(block_length(K), x.device)
+    blocks = x.view(len(x), -1, len(outer), len(inner))
+    blocks = outer.to(x) @ (blocks @ inner.to(x))
+    if blocks.shape[1] > 1:
+        blocks = blocks - blocks.sum(1, keepdim=True) * (2 / blocks.shape[1])
+    return blocks.view(len(x), K) * _signs(x)
+
+
+@functools.cache
+def _hadamard_factors(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two orthogonal matrices whose Kronecker product is that of this length, float32."""
+    whole = torch.ones(1, 1, device=device)
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=device) * 0.5**0.5
+    factors = [whole]
+    while len(factors[-1]) < length:
+        factors.append(torch.kron(factors[-1], two))
+    half = len(factors) // 2
+    return factors[half], factors[len(factors) - 1 - half]
 
 
 def _signs(x: Tensor) -> Tensor:
