@@ -322,7 +322,8 @@ def _ignored(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
         elif match := _LAYER.fullmatch(key):
             layers[match["stem"], int(match["layer"])][match["rest"]] = key
     dropped = [tensors for (stem, _), tensors in sorted(layers.items()) if tensors.keys() <= own[stem]]
-    num_heads = getattr(text_config(model.config), "num_nextn_predict_layers", None) or 0
+    said = getattr(text_config(model.config), "num_nextn_predict_layers", None)
+    num_heads = max(0, said) if isinstance(said, int) else 0
     return of_modules + [key for tensors in dropped[num_heads:] for key in tensors.values()]
 
 
