@@ -106,7 +106,7 @@ def rotate_back(x: Tensor) -> Tensor:
 
 
 def _multiplied_back(x: Tensor) -> Tensor:
-    """`rotate_back` of (n, K) by few matrix products: a Hadamard matrix is the Kronecker product of two smaller ones."""
+    """`rotate_back` of (n, K) by few products: a Hadamard matrix is the Kronecker product of two smaller ones."""
     K = x.shape[1]
     outer, inner = _hadamard_factors(block_length(K), x.device)
     blocks = x.view(len(x), -1, len(outer), len(inner))
