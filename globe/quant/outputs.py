@@ -109,7 +109,7 @@ def _multiplied_back(x: Tensor) -> Tensor:
     """`rotate_back` of (n, K) by few products: a Hadamard matrix is the Kronecker product of two smaller ones."""
     K = x.shape[1]
     outer, inner = _hadamard_factors(block_length(K), x.device)
-    blocks = x.view(len(x), -1, len(outer), len(inner))
+    blocks = x.reshape(len(x), K // block_length(K), len(outer), len(inner))
     blocks = outer.to(x) @ (blocks @ inner.to(x))
     if blocks.shape[1] > 1:
         blocks = blocks - blocks.sum(1, keepdim=True) * (2 / blocks.shape[1])
