@@ -115,10 +115,10 @@ def _mix(x: Tensor) -> Tensor:
     shape, length = x.shape, block_length(x.shape[-1])
     step = 1
     while step < length:
-        left, right = x.reshape(-1, shape[-1] // (2 * step), 2, step).unbind(2)
-        x = torch.stack([left + right, left - right], 2)
+        left, right = x.reshape(*shape[:-1], shape[-1] // (2 * step), 2, step).unbind(-2)
+        x = torch.stack([left + right, left - right], -2)
         step *= 2
-    blocks = (x * length**-0.5).view(*shape[:-1], -1, length)
+    blocks = (x * length**-0.5).view(*shape[:-1], shape[-1] // length, length)
     if (count := blocks.shape[-2]) > 1:
         total = blocks[..., 0, :]
         for block in range(1, count):  # in this order on every machine
