@@ -303,8 +303,8 @@ def test_the_report_holds_the_errors_of_the_weights_as_stored(source: Path, code
         assert part.original_parameters == E * P * D
         num_inputs = P if part.family == "down" else D
         assert sum(part.rows_by_width) == E * num_inputs
-        widths = sum(width * count for width, count in enumerate(part.rows_by_width))
-        assert sum(part.expert_widths) * num_inputs == pytest.approx(widths, rel=1e-3)
+        bits = sum(width * count for width, count in enumerate(part.rows_by_width)) / 2
+        assert sum(part.expert_widths) * num_inputs == pytest.approx(bits, rel=1e-3)
     assert sum(part.stored_bytes for part in report.coded) == bytes_of_experts(coded)
     assert report.bits == 8 * bytes_of_experts(coded) / WEIGHTS
     assert 16 * report.kept == pytest.approx(report.bits)
