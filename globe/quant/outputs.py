@@ -118,10 +118,9 @@ def _multiplied_back(x: Tensor) -> Tensor:
 
 @functools.cache
 def _hadamard_factors(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two orthogonal matrices whose Kronecker product is that of this length, float32."""
-    whole = torch.ones(1, 1, device=device)
-    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=device) * 0.5**0.5
-    factors = [whole]
+    """Two orthogonal matrices whose Kronecker product is that of this length, float64."""
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device=device) * 0.5**0.5
+    factors = [torch.ones_like(two[:1, :1])]
     while len(factors[-1]) < length:
         factors.append(torch.kron(factors[-1], two))
     half = len(factors) // 2
@@ -139,10 +138,10 @@ def _mix(x: Tensor) -> Tensor:
     shape, length = x.shape, block_length(x.shape[-1])
     step = 1
     while step < length:
-        left, right = x.reshape(-1, shape[-1] // (2 * step), 2, step).unbind(2)
-        x = torch.stack([left + right, left - right], 2)
+        left, right = x.reshape(*shape[:-1], shape[-1] // (2 * step), 2, step).unbind(-2)
+        x = torch.stack([left + right, left - right], -2)
         step *= 2
-    blocks = (x * length**-0.5).view(*shape[:-1], -1, length)
+    blocks = (x * length**-0.5).view(*shape[:-1], shape[-1] // length, length)
     if (count := blocks.shape[-2]) > 1:
         total = blocks[..., 0, :]
         for block in range(1, count):  # in this order on every machine

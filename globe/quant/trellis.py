@@ -8,8 +8,9 @@ computed, not stored: a 32-bit multiplication and addition, and the sum of the f
 its numbers are found by search for L = 12). Everything up to the level is integers, so decoding is exact on every
 machine.
 
-`L`, the numbers of `levels` and the order of bits are fixed by the format; `DISTORTION` is what the quantiser loses.
-Widths are half bits of an entry, everywhere: 0, or LEAST_WIDTH to MAX_WIDTH.
+`L`, the numbers of `levels` and the order of bits are fixed by the format, and so are `DISTORTION`, from which widths
+of shared rows follow, and `GAIN`, from which steps do. Widths are half bits of an entry, everywhere: 0, or LEAST_WIDTH
+to MAX_WIDTH.
 """
 
 from __future__ import annotations

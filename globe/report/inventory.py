@@ -43,7 +43,7 @@ _FACTORS = (
     ("_codes", "codes"),
     (".bases", "bases"),
     ("_payload", "coded experts"),
-    ("_marks", "widths and scales"),
+    ("_widths", "widths and scales"),
     ("_costs", "widths and scales"),
     ("_scales", "widths and scales"),
 )

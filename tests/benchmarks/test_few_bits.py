@@ -88,7 +88,8 @@ def test_rotation_is_orthogonal(size: int) -> None:
 
 @pytest.mark.parametrize("bits", [1.5, 2, 2.37, 3, 8])
 def test_widths_are_spread_within_the_budget(bits: float) -> None:
-    widths = spread_widths(200, bits).double()
+    widths = spread_widths(200, bits).double() / 2  # of half bits
+    assert bool((widths == widths.round()).all())
     assert widths.max() - widths.min() <= 1
     assert bits - 1 / 200 < widths.mean() <= bits
     assert abs(widths[:100].sum() - widths[100:].sum()) <= 1

@@ -241,6 +241,7 @@ def test_short_rows_are_planned_at_the_length_that_closes() -> None:
     costs = torch.zeros(2, 3, dtype=torch.int32)
     assert coding._rows(costs, 5).length == LOG_STATES
     assert coding._rows(costs, 40).length == 40
+    assert coding._rows(costs, 41).length == 42
     shared = SharedCosts(torch.tensor([1, 2]), torch.tensor([10, 20, 30]))
     assert coding._rows(shared, 40).costs.tolist() == [[11, 21, 31], [12, 22, 32]]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from globe.quant import trellis
+from globe.quant import packing, trellis
 from globe.quant.coded import CodedExperts, Form, code_experts, rehearse, row_costs, shared_or_not
 from globe.quant.feedback import Order, order_inputs
 from globe.quant.outputs import Outputs, fit_outputs
@@ -31,7 +31,7 @@ def total(costs: Tensor | SharedCosts) -> Tensor:
 def coded(
     X: Tensor, order: Order, importance: Tensor, bits: float, form: Form, outputs: Outputs = ROTATED
 ) -> tuple[CodedExperts, Tensor, int]:
-    rows, length = outputs.apply(X), max(X.shape[2], trellis.LOG_STATES)
+    rows, length = outputs.apply(X), trellis.path_length(X.shape[2])
     budget = int(X.numel() * bits / 8) - side_bytes(E, N, form == "shared") - outputs.num_bytes
     mean_squares = rows.square().mean(2)
     for _ in range(2):
@@ -40,6 +40,12 @@ def coded(
         expected = rehearse(rows, order, widths_at(total(costs), multiplier))
         mean_squares = expected.mean_squares
     return *code_experts(X, outputs, order, costs, multiplier, expected), budget
+
+
+def decode_rows(found: CodedExperts) -> Tensor:
+    rows = found.rows()
+    each = (x.flatten() for x in (rows.offsets, rows.widths, rows.steps))
+    return packing.decode(found.payload, *each, found.length).view(E, N, -1)[..., : found.num_outputs]
 
 
 def loss(X: Tensor, Y: Tensor, C: Tensor, importance: Tensor) -> float:
@@ -61,7 +67,7 @@ def test_what_is_stored_decodes_to_what_was_chosen(form: Form, is_scaled: bool, 
     assert len(found.payload) <= budget
     assert found.is_sound()
     assert found.num_bytes == len(found.payload) + side_bytes(E, N, form == "shared") + outputs.num_bytes
-    torch.testing.assert_close(outputs.apply(decoded), found.decode_rows(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs.apply(decoded), decode_rows(found), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.decode(), decoded, rtol=0, atol=0)
     some = torch.tensor([2, 0, 2])
     torch.testing.assert_close(found.decode(some), decoded[some], rtol=0, atol=0)
@@ -89,10 +95,10 @@ def test_every_ingredient_pays(form: Form) -> None:
     even = order_inputs(torch.diag_embed(C.diagonal(dim1=1, dim2=2)))
     _, decoded, _ = coded(X, even, importance, 3.0, form)
     assert found < 0.8 * loss(X, decoded, C, importance)  # no feedback
-    expected = rehearse(ROTATED.apply(X), order, torch.full((E, N), 3, dtype=torch.uint8))
+    expected = rehearse(ROTATED.apply(X), order, torch.full((E, N), 6, dtype=torch.uint8))
     alike = torch.full((E, N), -2300, dtype=torch.int32)
-    assert widths_at(alike, -3800).unique().tolist() == [3]
-    _, decoded = code_experts(X, ROTATED, order, alike, -3800, expected)
+    assert widths_at(alike, -3600).unique().tolist() == [6]
+    _, decoded = code_experts(X, ROTATED, order, alike, -3600, expected)
     assert found < 0.5 * loss(X, decoded, C, importance)  # no water-filling
 
 
@@ -125,10 +131,10 @@ def test_rows_with_outliers_lose_as_little_as_normal_ones() -> None:
     X, _, _ = make(num_outputs=256)
     X[torch.rand(X.shape, generator=torch.Generator().manual_seed(1)) < 0.004] *= 30
     order = order_inputs(torch.diag_embed(torch.linspace(1, 2, N))[None])
-    expected = rehearse(ROTATED.apply(X), order, torch.full((E, N), 3, dtype=torch.uint8))
-    _, decoded = code_experts(X, ROTATED, order, torch.full((E, N), -2300, dtype=torch.int32), -3800, expected)
+    expected = rehearse(ROTATED.apply(X), order, torch.full((E, N), 6, dtype=torch.uint8))
+    _, decoded = code_experts(X, ROTATED, order, torch.full((E, N), -2300, dtype=torch.int32), -3600, expected)
     missed = float((decoded - X).square().sum() / X.square().sum())
-    assert missed == pytest.approx(trellis.DISTORTION[3], rel=0.1)
+    assert missed == pytest.approx(trellis.DISTORTION[6], rel=0.1)
 
 
 def test_scales_lower_the_loss_by_what_theory_says() -> None:
@@ -142,8 +148,8 @@ def test_scales_lower_the_loss_by_what_theory_says() -> None:
     assert scaled.exponents is not None
     losses: list[float] = []
     for outputs in (ROTATED, scaled):
-        expected = rehearse(outputs.apply(X), order, torch.full((E, N), 3, dtype=torch.uint8))
-        _, decoded = code_experts(X, outputs, order, torch.full((E, N), -2300, dtype=torch.int32), -3800, expected)
+        expected = rehearse(outputs.apply(X), order, torch.full((E, N), 6, dtype=torch.uint8))
+        _, decoded = code_experts(X, outputs, order, torch.full((E, N), -2300, dtype=torch.int32), -3600, expected)
         losses.append(float(((decoded - X).double().square().sum(1) * weights).sum()))
     mean_squares, squares = X.double().square().mean(1), scaled.scales().double().square()
     without = (weights.mean(1) * mean_squares.mean(1)).sum()

@@ -15,14 +15,17 @@ E, N, K = 3, 40, 12
 
 
 def rotation(num_outputs: int) -> Tensor:
-    """The matrix entry by entry: a sign of the row's, and (−1)^(bits that both places in a block have)."""
+    """The matrix entry by entry: a sign of the row's, (−1)^(bits that both places in a block have), and the reflection
+    of the blocks at their mean."""
     length = math.gcd(num_outputs, 2**20)
+    count = num_outputs // length
     found = torch.zeros(num_outputs, num_outputs, dtype=F64)
     for k in range(num_outputs):
         sign = -1 if (k + 1) * 2654435761 % 2**32 >= 2**31 else 1
-        start = k - k % length
-        for j in range(length):
-            found[k, start + j] = sign * (-1) ** (k % length & j).bit_count() / math.sqrt(length)
+        for j in range(num_outputs):
+            within = (-1) ** (k % length & j % length).bit_count() / math.sqrt(length)
+            across = (k // length == j // length) - (2 / count if count > 1 else 0)
+            found[k, j] = sign * within * across
     return found
 
 
@@ -47,16 +50,19 @@ def test_the_rotation_is_its_matrix_and_orthogonal(num_outputs: int) -> None:
     torch.testing.assert_close(rotate(x), x @ matrix)
     torch.testing.assert_close(rotate_back(x), x @ matrix.T)
     torch.testing.assert_close(rotate_back(rotate(x.float())), x.float())
+    assert rotate(x[:0]).shape == (0, 5, num_outputs)
 
 
-def test_every_entry_is_spread_over_its_block() -> None:
+def test_every_entry_is_spread_over_its_block_and_the_others() -> None:
     assert [block_length(each) for each in (1, 7, 48, 64)] == [1, 1, 16, 64]
-    matrix = rotate(torch.eye(48))
-    for start in range(0, 48, 16):
-        block = matrix[start : start + 16, start : start + 16]
-        torch.testing.assert_close(block.abs(), torch.full((16, 16), 0.25), rtol=0, atol=0)
-    assert int((matrix != 0).sum()) == 3 * 16 * 16
-    assert 0 < float((matrix[:16, 0] > 0).float().mean()) < 1
+    assert bool((rotate(torch.eye(64)).abs() == 1 / 8).all())
+    blocks = rotate(torch.eye(48)).view(3, 16, 3, 16).abs()
+    for start in range(3):
+        for end in range(3):
+            wanted = torch.full((16, 16), 0.25 * (1 if start == end else 2) / 3)
+            torch.testing.assert_close(blocks[start, :, end], wanted)
+    first = rotate(torch.eye(48))[:16, 0]
+    assert 0 < float((first > 0).float().mean()) < 1
 
 
 @pytest.mark.parametrize("is_scaled", [False, True])

@@ -14,6 +14,7 @@ from torch import Tensor
 from globe.quant import packing, product, trellis
 from globe.quant.banked import BankedExperts, CodedBank
 from globe.quant.coded import CodedExperts
+from globe.quant.outputs import Outputs
 from globe.quant.product import FEW, coded_product, coded_product_transposed, multiply
 from globe.quant.side import OwnRows, SharedRows, parts_of_side
 
@@ -23,7 +24,9 @@ COUNTS = [1, 0, FEW + 3, 2, FEW, 40, 0]
 N = 21
 
 
-def random_experts(K: int, width: int | None = None, *, shared: bool = False, E: int = len(COUNTS)) -> CodedExperts:
+def random_experts(
+    K: int, width: int | None = None, *, shared: bool = False, scaled: bool = False, E: int = len(COUNTS)
+) -> CodedExperts:
     """Experts with N inputs, of any bits whatever, all widths unless one is given."""
     generator = torch.Generator().manual_seed(0)
 
@@ -36,11 +39,14 @@ def random_experts(K: int, width: int | None = None, *, shared: bool = False, E:
             costs[0].to(torch.int16), costs[1].to(torch.int16), scales[0].to(torch.int16), scales[1].to(torch.int8)
         )
     else:
-        widths = draw(0, 9, E, N) if width is None else torch.full((E, N), width)
-        marks = torch.where(widths > 0, 1 + 31 * (widths - 1) + draw(0, 31, E, N), 0)
-        side = OwnRows(marks.to(torch.uint8), draw(-50, -40, E).to(torch.int16))
-    size = int(packing.row_bytes(side.widths(), max(K, trellis.LOG_STATES)).sum())
-    return CodedExperts(draw(0, 256, size).to(torch.uint8), side, K)
+        widths = draw(1, 17, E, N) if width is None else torch.full((E, N), width)
+        widths[widths < trellis.LEAST_WIDTH] = 0
+        bases = draw(-50, -40, E)
+        exponents = bases[:, None] - draw(0, 31, E, N)
+        side = OwnRows.of(widths.to(torch.uint8), exponents.to(torch.int32), bases.to(torch.int16))
+    size = int(packing.row_bytes(side.widths(), trellis.path_length(K)).sum())
+    outputs = Outputs(draw(-4, 5, E, K).to(torch.int8) if scaled else None)
+    return CodedExperts(draw(0, 256, size).to(torch.uint8), side, K, outputs)
 
 
 def tokens(dtype: torch.dtype = torch.float32, rows: int = sum(COUNTS) + 2, length: int = N) -> tuple[Tensor, Tensor]:
@@ -49,10 +55,18 @@ def tokens(dtype: torch.dtype = torch.float32, rows: int = sum(COUNTS) + 2, leng
     return x.to(dtype), torch.tensor(COUNTS).cumsum(0)
 
 
+def decoded(coded: CodedExperts) -> Tensor:
+    """Experts (E, N, K), undone in float64."""
+    rows = coded.rows()
+    each = (x.flatten() for x in (rows.offsets, rows.widths, rows.steps))
+    found = packing.decode(coded.payload, *each, coded.length).view(*rows.widths.shape, -1)
+    return coded.outputs.undo(found[..., : coded.num_outputs].double())
+
+
 def expected(x: Tensor, experts: Tensor) -> Tensor:
-    """x (n, N) by experts (E, N, K), in float64."""
+    """x (n, N) by experts (E, N, K) float64."""
     out, start = torch.zeros(len(x), experts.shape[2], dtype=torch.float64), 0
-    for count, X in zip(COUNTS, experts.double(), strict=True):
+    for count, X in zip(COUNTS, experts, strict=True):
         out[start : start + count] = x[start : start + count].double() @ X
         start += count
     return out
@@ -74,43 +88,45 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("shared", "scaled"), [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("K", [5, 12, 13, 29, 48, 131, 272])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_it_is_what_decoded_experts_give(dtype: torch.dtype, K: int, shared: bool) -> None:
-    coded = random_experts(K, shared=shared)
+def test_it_is_what_decoded_experts_give(dtype: torch.dtype, K: int, shared: bool, scaled: bool) -> None:
+    coded = random_experts(K, shared=shared, scaled=scaled)
     assert coded.is_sound()
-    assert len(coded.side.widths().unique()) >= 8
+    assert len(coded.side.widths().unique()) >= 15
     x, ends = tokens(dtype)
     found = multiply(x, ends, BankedExperts(coded))
-    assert_close(found, expected(x, coded.decode()), dtype)
+    assert_close(found, expected(x, decoded(coded)), dtype)
     assert bool((found[ends[-1] :] == 0).all())
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("width", range(9))
+@pytest.mark.parametrize("width", [0, *range(trellis.LEAST_WIDTH, trellis.MAX_WIDTH + 1)])
 @pytest.mark.parametrize("K", [12, 200, 2048])
 def test_every_width(width: int, K: int) -> None:
     coded = random_experts(K, width)
     for dtype in (torch.float32, torch.bfloat16):
         x, ends = tokens(dtype)
-        assert_close(multiply(x, ends, BankedExperts(coded)), expected(x, coded.decode()), dtype)
+        assert_close(multiply(x, ends, BankedExperts(coded)), expected(x, decoded(coded)), dtype)
 
 
 ON_ANY_CPU = """
 import torch
-from globe.quant import trellis
-from globe.quant.banked import BankedExperts
-from globe.quant.product import multiply
+from globe.quant import packing, trellis
+from globe.quant.product import coded_product
+from globe.quant.side import parts_of_side
 from tests.quant.test_product import N, random_experts
 
 coded = random_experts(272)
 decoded = coded.decode()
 ones = torch.eye(N, dtype=torch.bfloat16)
-products = multiply(ones, torch.tensor([0] * 3 + [N] * 4), BankedExperts(coded))
+products = coded_product(ones, torch.tensor([0] * 3 + [N] * 4), coded.payload, parts_of_side(coded.side), 272)
 trellis.compiled = lambda: None
 assert torch.equal(decoded, coded.decode())
-assert torch.equal(products, decoded[3].bfloat16())
+rows = coded.rows()
+wanted = packing.decode(coded.payload, rows.offsets[3], rows.widths[3], rows.steps[3], 272)
+assert torch.equal(products, wanted.bfloat16())
 """
 
 
@@ -125,8 +141,8 @@ def test_the_same_bits_on_a_cpu_without_extensions() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_what_experts_share_is_added(dtype: torch.dtype) -> None:
     codes = torch.randint(-9000, 9000, (len(COUNTS), 3), generator=torch.Generator().manual_seed(2)).to(torch.int16)
-    rest, bases = random_experts(29), random_experts(29, E=3)
-    whole = rest.decode().double() + torch.einsum("em,mnk->enk", codes.double() / 2**12, bases.decode().double())
+    rest, bases = random_experts(29, scaled=True), random_experts(29, E=3)
+    whole = decoded(rest) + torch.einsum("em,mnk->enk", codes.double() / 2**12, decoded(bases))
     x, ends = tokens(dtype)
     x.requires_grad_()
     found, (sent, _) = multiply(x, ends, BankedExperts(rest, CodedBank(bases, codes))), tokens(dtype, length=29)
@@ -148,7 +164,7 @@ def test_large_experts_are_decoded_in_blocks(dtype: torch.dtype, monkeypatch: py
     coded = random_experts(272)
     x, ends = tokens(dtype)
     monkeypatch.setattr(product, "BLOCK_BYTES", 1)
-    assert_close(multiply(x, ends, BankedExperts(coded)), expected(x, coded.decode()), dtype)
+    assert_close(multiply(x, ends, BankedExperts(coded)), expected(x, decoded(coded)), dtype)
 
 
 def test_threads_do_not_matter() -> None:
@@ -166,13 +182,13 @@ def test_threads_do_not_matter() -> None:
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_gradients_are_those_of_the_decoded_experts(dtype: torch.dtype) -> None:
-    coded = random_experts(29)
+    coded = random_experts(29, scaled=True)
     x, ends = tokens(dtype)
     sent, _ = tokens(dtype, length=29)
     x.requires_grad_()
     multiply(x, ends, BankedExperts(coded)).backward(sent)
     assert x.grad is not None
-    assert_close(x.grad, expected(sent, coded.decode().mT), dtype)
+    assert_close(x.grad, expected(sent, decoded(coded).mT), dtype)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -195,7 +211,7 @@ def test_compiled_without_a_break() -> None:
     found = torch.compile(doubled, fullgraph=True, backend="aot_eager")(x, ends)
     torch.testing.assert_close(found, 4 * multiply(x, ends, BankedExperts(coded)))
     (gradient,) = torch.autograd.grad(found.sum(), x)
-    assert_close(gradient, 4 * expected(torch.ones(len(x), 29), coded.decode().mT), torch.float32)
+    assert_close(gradient, 4 * expected(torch.ones(len(x), 29), decoded(coded).mT), torch.float32)
 
 
 def test_without_numba_it_says_once_that_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:

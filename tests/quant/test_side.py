@@ -4,21 +4,39 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
-from globe.quant.side import SCALES_PER_WIDTH, OwnRows, fit_sum, misfit, share_costs, share_rows, side_bytes
-from globe.quant.trellis import MAX_WIDTH
+from globe.quant.side import LARGEST_SCALE, OwnRows, fit_sum, misfit, parts_of_side, share_costs, share_rows, side_bytes
+from globe.quant.trellis import LEAST_WIDTH, MAX_WIDTH
 from globe.quant.water_fill import UNIT, log_costs, widths_at
 from tests.random_experts import normal
 
 
-def test_marks_hold_every_width_and_scale() -> None:
-    marks = torch.arange(1 + MAX_WIDTH * SCALES_PER_WIDTH).to(torch.uint8)[None]
-    rows = OwnRows(marks, torch.tensor([7], dtype=torch.int16))
-    assert marks.numel() <= 256
-    assert int(rows.widths()[0, 0]) == 0
-    found = list(zip(rows.widths()[0, 1:].tolist(), rows.exponents()[0, 1:].tolist(), strict=True))
-    assert found == [(width, 7 - k) for width in range(1, MAX_WIDTH + 1) for k in range(SCALES_PER_WIDTH)]
-    assert rows.num_bytes == side_bytes(1, marks.numel(), is_shared=False) == marks.numel() + 2
+def some_own_rows(E: int, N: int) -> tuple[OwnRows, Tensor, Tensor]:
+    """With widths and scale exponents (E, N): all of both, where there are inputs enough."""
+    widths = torch.tensor([0, *range(LEAST_WIDTH, MAX_WIDTH + 1)]).repeat(E, -(-N // MAX_WIDTH))[:, :N]
+    bases = torch.arange(E) * 300 - 7
+    exponents = bases[:, None] - torch.arange(N) % (LARGEST_SCALE + 1)
+    rows = OwnRows.of(widths.to(torch.uint8), exponents.to(torch.int32), bases.to(torch.int16))
+    return rows, widths, exponents
+
+
+@pytest.mark.parametrize("N", [1, 2, 17, 16 * 256 + 1])
+def test_own_rows_hold_every_width_and_scale(N: int) -> None:
+    rows, widths, exponents = some_own_rows(3, N)
+    assert rows.widths().dtype == torch.uint8
+    assert rows.widths().tolist() == widths.tolist()
+    has_bits = widths > 0
+    assert rows.exponents()[has_bits].tolist() == exponents[has_bits].tolist()
+    assert not bool(rows.scales[~has_bits].any())
+    assert rows.num_bytes == side_bytes(3, N, is_shared=False) == sum(part.nbytes for part in parts_of_side(rows))
+
+
+def test_two_widths_are_in_a_byte_and_the_first_is_lower() -> None:
+    widths = torch.tensor([[0, 2, 16, 3, 5]], dtype=torch.uint8)
+    rows = OwnRows.of(widths, torch.full((1, 5), 4, dtype=torch.int32), torch.tensor([9], dtype=torch.int16))
+    assert rows.packed_widths.tolist() == [[0 + 16 * 1, 15 + 16 * 2, 4]]
+    assert rows.scales.tolist() == [[0, 5, 5, 5, 5]]
 
 
 def test_sums_are_fitted_exactly_where_they_are_sums() -> None:
@@ -56,7 +74,7 @@ def test_shared_rows_have_the_widths_of_their_sums() -> None:
 def test_chosen_experts_keep_their_rows() -> None:
     costs = share_costs((normal(5, 9) * 3 * UNIT).round().int())
     shared = share_rows(costs, 0, torch.zeros(5, 9, dtype=torch.int32))
-    own = OwnRows(torch.arange(45).view(5, 9).to(torch.uint8), torch.arange(5).to(torch.int16))
+    own, _, _ = some_own_rows(5, 9)
     some = torch.tensor([4, 0, 4])
     for rows in (shared, own):
         torch.testing.assert_close(rows[some].widths(), rows.widths()[some], rtol=0, atol=0)

@@ -21,6 +21,7 @@ from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.report import REPORT, CodedReport, Report
 from globe.measure import runnable, samples
 from globe.plan.scopes import Scope
+from globe.report.inventory import ROUTED, bytes_by_kind
 from globe.report.page import render
 from globe.run import prepare as prepare_module
 from globe.run import scope as scope_module
@@ -303,8 +304,8 @@ def test_the_report_holds_the_errors_of_the_weights_as_stored(source: Path, code
         assert part.original_parameters == E * P * D
         num_inputs = P if part.family == "down" else D
         assert sum(part.rows_by_width) == E * num_inputs
-        widths = sum(width * count for width, count in enumerate(part.rows_by_width))
-        assert sum(part.expert_widths) * num_inputs == pytest.approx(widths, rel=1e-3)
+        bits = sum(width * count for width, count in enumerate(part.rows_by_width)) / 2
+        assert sum(part.expert_widths) * num_inputs == pytest.approx(bits, rel=1e-3)
     assert sum(part.stored_bytes for part in report.coded) == bytes_of_experts(coded)
     assert report.bits == 8 * bytes_of_experts(coded) / WEIGHTS
     assert 16 * report.kept == pytest.approx(report.bits)
@@ -368,6 +369,12 @@ def test_the_page_shows_bits_and_errors(coded: Path) -> None:
     assert "coded experts" in page
     assert "widths and scales" in page
     assert "could show" not in page
+
+
+def test_all_that_is_stored_of_experts_is_told_apart(coded: Path) -> None:
+    after = {entry.kind: entry.after for entry in bytes_by_kind(open_checkpoint(coded))}
+    assert after["coded experts"] + after["widths and scales"] == bytes_of_experts(coded)
+    assert after[ROUTED] == 4  # the tripwire
 
 
 # runs that were killed

@@ -128,6 +128,6 @@ def test_what_lies_beside_the_paths_can_take_more_than_the_least(tmp_path: Path)
     rewrite(tmp_path / "source", uneven)
     job = make_job(tmp_path / "source", dataclasses.replace(ALONE, bits=1.5))
     check_reach(job)
-    own = (2 * (D + 2) + 2 + 2) / (3 * 2 * D)  # bytes a weight
+    own = (2 * (D + D // 2 + 2) + 2 + 1 + 2) / (3 * 2 * D)  # bytes a weight
     with pytest.raises(SettingsError, match=rf"bits 1\.5 is out of reach: .* take {8 * own:.2f} bits a weight"):
         plan_coding(job, None, measured_sensitivities(job, None)[0])
