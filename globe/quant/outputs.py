@@ -116,9 +116,14 @@ def _multiplied_back(x: Tensor) -> Tensor:
     return blocks.view(len(x), K) * _signs(x)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # pyright: ignore[reportUnknownMemberType]
 def _hadamard_factors(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Two orthogonal matrices whose Kronecker product is that of this length, float64."""
+    return _cached_factors(length, device)
+
+
+@functools.cache
+def _cached_factors(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device=device) * 0.5**0.5
     factors = [torch.ones_like(two[:1, :1])]
     while len(factors[-1]) < length:
