@@ -49,6 +49,7 @@ from globe.quant.coded import CodedExperts
 from globe.quant.outputs import Outputs
 from globe.quant.packing import row_bytes
 from globe.quant.side import OwnRows
+from globe.quant.trellis import path_length
 from globe.report.style import COLOURS, INK, MARKERS, STYLE
 from globe.terms import FAMILIES
 
@@ -180,7 +181,7 @@ def coded(dense: Any, bits: int) -> Any:
             bases = torch.full((E,), round(6 * math.log2(0.02)), dtype=torch.int16)
             exponents = bases[:, None] - torch.randint(31, (E, N), generator=generator)
             side = OwnRows.of(widths, exponents.int(), bases)
-            size = int(row_bytes(side.widths(), K).sum())
+            size = int(row_bytes(side.widths(), path_length(K)).sum())
             payload = torch.randint(256, (size,), generator=generator, dtype=torch.uint8)
             experts = BankedExperts(CodedExperts(payload, side, K, Outputs()))
             specs.append(spec_of(found.layer, family, experts))
