@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from globe.experts.metric import LayerStatistics
-from globe.measure.calibrate import calibrate, load_statistics, routed_tokens, run_expert, save_statistics
+from globe.measure.calibrate import MOST_ENERGY, calibrate, load_statistics, routed_tokens, run_expert, save_statistics
 from globe.model.expert_modules import find_experts
 from tests.conformance.families import SETTINGS
 from tests.conformance.tiny import IDS
@@ -68,10 +68,11 @@ def test_statistics_are_the_sums_over_tokens(model_type: str) -> None:
     hook.remove()
     tokens, chosen, router_weights = (torch.cat(parts) for parts in zip(*caught, strict=True))
 
-    counts, moments = torch.zeros(E), torch.zeros(E, P, P, dtype=torch.float64)
+    counts, of_batches = torch.zeros(E), dict[tuple[int, int], list[Tensor]]()
     rows = {family: torch.zeros(E, P, dtype=torch.float64) for family in ("gate", "up", "down")}
     step = 1e-6
-    for x, experts, weights in zip(tokens.double(), chosen.tolist(), router_weights.tolist(), strict=True):
+    routed = zip(tokens.double(), chosen.tolist(), router_weights.tolist(), strict=True)
+    for place, (x, experts, weights) in enumerate(routed):
         for expert, weight in zip(experts, weights, strict=True):
             gate, up, down, gate_bias, up_bias = matrices(module, expert)
             a, u = gate @ x + gate_bias, up @ x + up_bias
@@ -79,12 +80,17 @@ def test_statistics_are_the_sums_over_tokens(model_type: str) -> None:
             by_gate = (inner(module, a + step, u) - inner(module, a - step, u)) / (2 * step)
             by_up = (inner(module, a, u + step) - inner(module, a, u - step)) / (2 * step)
             counts[expert] += 1
-            moments[expert] += weight**2 * torch.outer(h, h)
+            of_batches.setdefault((place // (2 * windows().shape[1]), expert), []).append(weight * h)
             energy = down.square().sum(1)
             rows["gate"][expert] += weight**2 * by_gate**2 * energy
             rows["up"][expert] += weight**2 * by_up**2 * energy
             rows["down"][expert] += weight**2 * h**2
 
+    moments = torch.zeros(E, P, P, dtype=torch.float64)
+    for (_, expert), found in of_batches.items():  # no token counts for more than so many of the median one
+        most = MOST_ENERGY * sorted(float(h @ h) for h in found)[(len(found) - 1) // 2]
+        for h in found:
+            moments[expert] += min(1.0, most / float(h @ h)) * torch.outer(h, h)
     found = calibrate(model, windows(), [LAYER], batch=2, inner=True)
     assert list(found) == [LAYER]
     assert calibrate(model, windows(), [LAYER], batch=2)[LAYER].inner is None
