@@ -207,8 +207,6 @@ def _count_unused(prefix: str, projections: tuple[str, str, str], tensors: Mappi
 
 def _count_experts(prefix: str, tensors: Mapping[str, TensorInfo]) -> int:
     numbers = {int(number) for name in tensors if (number := name[len(prefix) + 1 :].split(".")[0]).isdecimal()}
-    if not numbers:
-        raise CheckpointError(f"{prefix} holds no numbered experts: download the checkpoint again")
     if gaps := sorted(set(range(len(numbers))) - numbers):
         raise CheckpointError(
             f"{prefix}: expert {gaps[0]} is missing; there are {len(numbers)} experts numbered up to {max(numbers)}. "
@@ -226,7 +224,8 @@ def _check_names(prefix: str, tensors: Mapping[str, TensorInfo], families: Mappi
         )
     for family, names in families.items():
         if tensors.keys().isdisjoint(names):
-            raise UnsupportedModelError(f"{prefix} has no {family} projections: {names[0]} and the like are not there")
+            example = names[0] if names else f"{prefix}.0.{family}_proj.weight"
+            raise UnsupportedModelError(f"{prefix} has no {family} projections: {example} and the like are not there")
     if missing := sorted(expected - tensors.keys()):
         raise CheckpointError(f"{len(missing)} expert tensors are missing: {', '.join(missing[:4])}; download it again")
 

@@ -39,6 +39,9 @@ POWER = 0.7
 """Of the experts' sensitivities: second-order theory overstates the largest; measured, see docs/log.md."""
 SHARE_OF_MEAN = 0.1
 """Of the mean, added to each: no expert, and no output of one, is worth nothing."""
+LONG_ROW = 64
+"""Outputs from which rows have widths and scales of their own: a row that feedback makes four times what its expert and
+its input suggest would be cut off, and one in a thousand is enough to lose more than sharing saves; see docs/log.md."""
 LARGEST_WEIGHT = 1e15
 """Beyond it, sums of squares would leave the range of float32."""
 
@@ -75,8 +78,10 @@ class CodingProblem:
 
     @functools.cached_property
     def form(self) -> Form:
-        """Whether rows have widths and scales of their own, or share them: what takes fewer bits in the end."""
+        """Whether rows have widths and scales of their own, or share them: short ones do where it takes fewer bits."""
         E, N, K = self.X.shape
+        if K >= LONG_ROW:
+            return "own"
         mean_squares = self.coded_rows.square().mean(2)
         lost = misfit(row_costs(mean_squares, self.row_importance, self.order), mean_squares)
         saved = 8 * (side_bytes(E, N, is_shared=False) - side_bytes(E, N, is_shared=True)) / (E * N * K)

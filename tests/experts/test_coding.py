@@ -259,12 +259,12 @@ def stack(num_experts: int, num_inputs: int, num_outputs: int, spread: float) ->
 @pytest.mark.parametrize(
     ("sizes", "spread", "form"),
     [
-        ((8, 64, 256), 0.0, "shared"),
-        ((8, 64, 256), 0.03, "shared"),
-        ((8, 64, 256), 0.3, "own"),
-        ((8, 64, 32), 0.1, "shared"),  # a byte is more of a short row
+        ((8, 64, 256), 0.0, "own"),  # long rows: a few that are cut off would lose more than sharing saves
+        ((8, 64, 48), 0.0, "shared"),
+        ((8, 64, 48), 0.03, "shared"),
+        ((8, 64, 32), 0.1, "shared"),
         ((8, 64, 32), 1.0, "own"),
-        ((2, 64, 256), 0.0, "own"),  # what two experts share takes more than they have
+        ((2, 64, 48), 0.0, "own"),  # what two experts share takes more than they have
     ],
 )
 def test_rows_that_are_no_products_have_widths_and_scales_of_their_own(
@@ -305,8 +305,11 @@ def test_where_nothing_is_sensitive_all_matters_the_same() -> None:
 
 
 @torch.no_grad()
-def test_statistics_of_the_model_itself_predict_the_error_of_its_down_matrices(tmp_path: Path) -> None:
+def test_statistics_of_the_model_itself_predict_the_error_of_its_down_matrices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """tr(ΔᵀCΔ) with C before it is shrunk is the squared change of what the experts add, summed over the tokens."""
+    monkeypatch.setattr("globe.measure.calibrate.MOST_ENERGY", math.inf)
     model = write_source(tmp_path / "source")
     ids = token_ids(batch=3, length=20)
     found = calibrate(model, ids, [INDEX], inner=True)[INDEX]
