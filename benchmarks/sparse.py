@@ -31,8 +31,8 @@ from globe.init.warm_start import warm_start
 from globe.model.loading import expert_layers
 from globe.plan.scopes import make_plan
 from globe.terms import CodeMap
-from globe.train.fit_banks import step_length
 from globe.train.parts import ExpertParts
+from globe.train.schedule import step_length
 from globe.train.varpro import VariableProjection
 
 COLUMNS = (

@@ -20,9 +20,10 @@ from globe.init.streamed_alignment import align_pass, sketch
 from globe.init.warm_start import START_DEVIATION, deviation
 from globe.machine.device import usable_device
 from globe.train.config import FitConfig
-from globe.train.fit_banks import Best, Progress, Projected, first_schedule, lift_faint, run, stats_of
+from globe.train.fit_banks import Best, Progress, Projected, lift_faint, run, stats_of
 from globe.train.parts import ExpertParts
 from globe.train.result import FitResult, StepRecord
+from globe.train.schedule import first_schedule
 
 State = dict[str, Tensor]
 """All that the next pass depends on."""

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from globe.train.config import FitConfig
-from globe.train.fit_banks import first_schedule, next_schedule, step_length
+from globe.train.schedule import first_schedule, next_schedule, step_length
 
 
 def configure(**settings: Any) -> FitConfig:

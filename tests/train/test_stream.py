@@ -10,9 +10,10 @@ from globe.bank.factors import mix
 from globe.bank.objective import Problem, project
 from globe.errors import GlobeError, SettingsError
 from globe.train.config import FitConfig
-from globe.train.fit_banks import fit_bank, step_length
+from globe.train.fit_banks import fit_bank
 from globe.train.parts import ExpertParts
 from globe.train.result import StepRecord
+from globe.train.schedule import step_length
 from globe.train.stream import State, fit_parts
 from globe.train.varpro import VariableProjection
 from tests.plain_alternation import plain_alternation
