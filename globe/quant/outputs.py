@@ -59,10 +59,14 @@ class Outputs:
         return rows.mul_(inverse[:, None])
 
     def undo_products(self, products: Tensor, experts: Tensor | None = None) -> Tensor:
-        """The inverse for products of tokens with rows, (n, K); experts (n,): whose they are. To rounding, and fast."""
+        """The inverse for products of tokens with rows, (n, K), to rounding, and fast.
+
+        experts (n,): whose they are, to be told where outputs are scaled.
+        """
         products = _multiplied_back(products)
-        if self.exponents is None or experts is None:
+        if self.exponents is None:
             return products
+        assert experts is not None
         return products * scales(-STEP * self.exponents[experts].int())
 
     def is_sound(self) -> bool:
