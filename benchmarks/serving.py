@@ -36,6 +36,7 @@ from transformers.utils import logging
 from benchmarks.record import RESULTS, Claim, write_record
 from benchmarks.tables import Column, print_claims, print_table
 from globe import CompressConfig, compress, set_compose_cache
+from globe.bank_shape import sides
 from globe.checkpoint.shipped import resolve_model
 from globe.model import ComposeCache, find_experts
 from globe.model.bank_module import Bank, BankUse
@@ -176,7 +177,7 @@ def coded(dense: Any, bits: int) -> Any:
         parts, specs = dict[str, Tensor](), list[CodedSpec]()
         E, device = found.layout.num_experts, next(found.module.parameters()).device
         for family in FAMILIES:
-            N, K = found.layout.sides(family)
+            N, K = sides(found.layout, family)
             widths = torch.full((E, N), 2 * bits, dtype=torch.uint8)
             bases = torch.full((E,), round(6 * math.log2(0.02)), dtype=torch.int16)
             exponents = bases[:, None] - torch.randint(31, (E, N), generator=generator)

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Protocol
 
+from globe.terms import Family
+
 
 class ExpertSizes(Protocol):
     """Of the experts of a layer."""
@@ -16,6 +18,12 @@ class ExpertSizes(Protocol):
     def intermediate_size(self) -> int: ...
     @property
     def hidden_size(self) -> int: ...
+
+
+def sides(sizes: ExpertSizes, family: Family) -> tuple[int, int]:
+    """Inputs and outputs of a matrix of the family."""
+    P, D = sizes.intermediate_size, sizes.hidden_size
+    return (P, D) if family == "down" else (D, P)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from globe.quant.banked import BankedExperts, CodedBank
 from globe.quant.coded import CodedExperts
 from globe.quant.outputs import Outputs
 from globe.quant.side import OwnRows, SharedRows
-from globe.terms import FAMILIES
+from globe.terms import FAMILIES, Family
 from globe.typed import parsed, shown
 
 _LARGEST = 1 << 48
@@ -30,7 +30,7 @@ class CodedSpec:
 
     layer: int
     """Number of the decoder layer."""
-    family: str
+    family: Family
     payload: int
     """Bytes of the paths of all rows."""
     shared: bool
@@ -129,7 +129,7 @@ class _Entry:
     bases_payload: int
 
 
-def spec_of(layer: int, family: str, coded: BankedExperts) -> CodedSpec:
+def spec_of(layer: int, family: Family, coded: BankedExperts) -> CodedSpec:
     """What config.json will say of coded experts."""
     rest, bank = coded.rest, coded.bank
     of_bank = (0, 0) if bank is None else (bank.codes.shape[1], bank.bases.payload.numel())

@@ -33,11 +33,6 @@ class ExpertsLayout:
     num_identity: int = 0
     """Experts behind the E that return their input; gate_up_proj has unused rows for them."""
 
-    def sides(self, family: str) -> tuple[int, int]:
-        """Inputs and outputs of a matrix of the family."""
-        P, D = self.intermediate_size, self.hidden_size
-        return (P, D) if family == "down" else (D, P)
-
     @property
     def dense_parameters(self) -> dict[str, tuple[int, int, int]]:
         """Shapes of the dense parameters, by name."""

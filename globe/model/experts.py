@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from globe.bank_shape import BankShape
+from globe.bank_shape import BankShape, sides
 from globe.checkpoint.gate_up import fuse_gate_up
 from globe.errors import UnsupportedModelError
 from globe.model import bank_module
@@ -313,7 +313,7 @@ class GlobeExperts(nn.Module):
         return any(part.is_meta for part in parts) or self._globe_coded_experts(spec, parameters).is_sound()
 
     def _globe_coded_experts(self, spec: CodedSpec, parameters: Mapping[str, Tensor]) -> BankedExperts:
-        num_inputs, num_outputs = self.globe_layout.sides(spec.family)
+        num_inputs, num_outputs = sides(self.globe_layout, spec.family)
         names = spec.shapes((self.globe_layout.num_experts, num_inputs, num_outputs))
         return spec.experts({part: parameters[coded_parameter(spec.family, part)] for part in names}, num_outputs)
 
@@ -357,7 +357,7 @@ def factorise(
             factors[adapters_parameter(family)] = bank.adapters, like.dtype
             factors[codes_parameter(family)] = bank.codes, like.dtype
     for spec in coded:
-        for part, (shape, dtype) in spec.shapes((E, *layout.sides(spec.family))).items():
+        for part, (shape, dtype) in spec.shapes((E, *sides(layout, spec.family))).items():
             factors[coded_parameter(spec.family, part)] = shape, dtype
     compressed = {family for use in uses for family in use.families} | {spec.family for spec in coded}
     for half in dense_halves(compressed):

@@ -12,10 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from globe.bank_shape import sides
 from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.report import CodedReport
 from globe.errors import SettingsError
-from globe.experts.coding import CodingProblem, coding_problem, damped
+from globe.experts.coding import LONG_ROW, CodingProblem, coding_problem, damped
 from globe.experts.metric import LayerStatistics
 from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.measure.runnable import find_place
@@ -72,8 +73,8 @@ def measured_sensitivities(job: Job, windows: Tensor | None) -> tuple[Sensitivit
     the model cannot be run."""
     layers = {index for scope in job.scopes for index in scope.layers}
     equal: Sensitivities = {
-        (index, family): torch.ones(layer.num_experts, _sides(layer, family)[1])
-        for index, layer in ((index, job.layers[index]) for index in layers)
+        (index, family): torch.ones(job.layers[index].num_experts, sides(job.layers[index], family)[1])
+        for index in layers
         for family in job.config.families
     }
     if job.config.allocation == "uniform":
@@ -144,14 +145,9 @@ def _out_of_reach(budget: Bits, least: float) -> SettingsError:
 
 
 def _least_side_bytes(layer: ExpertLayer, family: Family) -> int:
-    num_inputs, _ = _sides(layer, family)
-    return min(side_bytes(layer.num_experts, num_inputs, is_shared) for is_shared in (False, True))
-
-
-def _sides(layer: ExpertLayer, family: Family) -> tuple[int, int]:
-    """Inputs and outputs of a matrix of the family."""
-    P, D = layer.intermediate_size, layer.hidden_size
-    return (P, D) if family == "down" else (D, P)
+    num_inputs, num_outputs = sides(layer, family)
+    forms = (False,) if num_outputs >= LONG_ROW else (False, True)
+    return min(side_bytes(layer.num_experts, num_inputs, is_shared) for is_shared in forms)
 
 
 def code_layer(

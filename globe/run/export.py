@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from globe.bank_shape import sides
 from globe.checkpoint.header import TORCH_DTYPES
-from globe.checkpoint.layout import source_names
+from globe.checkpoint.layout import ExpertLayer, source_names
 from globe.checkpoint.manifest import MANIFEST, verify_model
 from globe.checkpoint.reader import INDEX, SINGLE, Checkpoint, open_checkpoint
 from globe.checkpoint.report import REPORT
@@ -116,7 +117,7 @@ class DenseView:
         bank, layer, names = self._banks.get((index, family)), self._layers[index], self._names
         E, P, D = layer.num_experts, layer.intermediate_size, layer.hidden_size
         if spec := self._coded.get((index, family)):
-            return self._decode(spec, names, E, P, D).to(TORCH_DTYPES[layer.dtype])
+            return self._decode(spec, names, layer).to(TORCH_DTYPES[layer.dtype])
         if bank is None:
             return self._factor(names.dense(index, family), (E, P, D))
         shape = bank.shape(layer)
@@ -127,11 +128,11 @@ class DenseView:
             stack = restore(adapters, codes, bases, self._config.activation)
         return stack.to(TORCH_DTYPES[layer.dtype])
 
-    def _decode(self, spec: CodedSpec, names: FactorNames, E: int, P: int, D: int) -> Tensor:
+    def _decode(self, spec: CodedSpec, names: FactorNames, layer: ExpertLayer) -> Tensor:
         """Coded experts (E, P, D); `CheckpointError` unless what is stored is what config.json says and fits itself."""
-        num_inputs, num_outputs = (P, D) if spec.family == "down" else (D, P)
+        num_inputs, num_outputs = sides(layer, spec.family)
         parts: dict[str, Tensor] = {}
-        for part, (shape, dtype) in spec.shapes((E, num_inputs, num_outputs)).items():
+        for part, (shape, dtype) in spec.shapes((layer.num_experts, num_inputs, num_outputs)).items():
             name = names.coded(spec.layer, spec.family, part)
             parts[part] = held = self.compressed.read(name)
             if held.shape != shape or held.dtype != dtype:
