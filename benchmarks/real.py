@@ -14,6 +14,7 @@ what). Bits are stored bits per weight of the experts, everything counted; those
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, Literal, get_args
+from unittest import mock
 
 import torch
 import tyro
@@ -55,9 +57,13 @@ CALIBRATION = "calibration"
 PROSE = "topics"
 ROUNDED = "rounded.json"
 """What another package says of a model that it rounded: method, bits, shape, seconds."""
-Method = Literal["GloBE", "GloBE, samples", "GPTQ", "QTIP", "WaterSIC", "BitsMoE", "BitsMoE, free basis"]
+Method = Literal[
+    "GloBE", "GloBE, no bank", "GloBE, samples", "GPTQ", "QTIP", "WaterSIC", "BitsMoE", "BitsMoE, free basis"
+]
 METHODS: tuple[Method, ...] = get_args(Method)
-GLOBE: dict[str, str] = {"GloBE": CALIBRATION, "GloBE, samples": "samples"}
+BANKLESS = "GloBE, no bank"
+"""The same budget, all of it for what experts do not share; not run where GloBE finds no bank worth its bytes."""
+GLOBE: dict[str, str] = {"GloBE": CALIBRATION, BANKLESS: CALIBRATION, "GloBE, samples": "samples"}
 """What GloBE is calibrated on."""
 AT_EQUAL_BITS: dict[str, Callable[[Stacks, float, Calibration], Approximation]] = {
     "QTIP": qtip,
@@ -70,6 +76,8 @@ CLAIMED_OF_EQUAL = {4.0: 0.9, 3.0: 0.85, 2.5: 0.85, 2.0: 0.8}
 """KL of GloBE over the best rival's at equal bits, at most."""
 CLAIMED_OF_GPTQ = {4.0: 0.45, 3.0: 0.6, 2.5: 0.5, 2.0: 0.5}
 """KL of GloBE over that of the best GPTQ of no fewer bits, but for REACH, at most."""
+CLAIMED_OF_BANKLESS = {4.0: 0.8, 3.0: 0.75, 2.5: 0.7, 2.0: 0.7}
+"""KL of GloBE over its own without a bank, at most, where experts began as copies."""
 REACH = 0.5
 """Bits that GPTQ may have more than GloBE where they are compared."""
 
@@ -193,14 +201,17 @@ def globe_row(config: RealConfig, model: str | Path, judge: Judge, method: str, 
         layers=config.layers,
         seed=config.seed,
     )
+    without = mock.patch("globe.experts.coding.share_bank", return_value=None)
     with tempfile.TemporaryDirectory() as folder:
-        report = compress(model, Path(folder) / "compressed", settings)
+        with without if method == BANKLESS else contextlib.nullcontext():
+            report = compress(model, Path(folder) / "compressed", settings)
         quality = judge(_load(Path(folder) / "compressed"))
     return {
         "method": method,
         "asked": bits,
         "bits": report.bits,
         "shape": "",
+        "bank_share": sum(part.bank_bytes for part in report.coded) / sum(part.stored_bytes for part in report.coded),
         "error": report.error,
         **report.family_errors(),
         **quality,
@@ -254,20 +265,22 @@ def judge_claims(rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[C
     """GloBE against the best rival at equal bits, against GPTQ at hardly more, and never worse than GPTQ."""
     claims: list[Claim] = []
     by_gptq = [row for row in rows if row["method"] == "GPTQ"]
-    for text, method in ((text, method) for text in texts for method in GLOBE):
+    for text, method in ((text, method) for text in texts for method in GLOBE if method != BANKLESS):
         key, worst = f"kl_{text}", list[tuple[float, str]]()
         for globe in (row for row in rows if row["method"] == method):
             asked = globe["asked"]
             equal = [row for row in rows if row["method"] in AT_EQUAL_BITS and row["asked"] == asked]
             more = [row for row in by_gptq if asked <= row["bits"] <= asked + REACH]
+            bankless = [row for row in rows if row["method"] == BANKLESS and row["asked"] == asked]
             for name, rivals, claimed in (
-                ("QTIP, WaterSIC and BitsMoE", equal, CLAIMED_OF_EQUAL),
-                (f"GPTQ with up to {asked + REACH:g} bits", more, CLAIMED_OF_GPTQ),
+                ("the best of QTIP, WaterSIC and BitsMoE", equal, CLAIMED_OF_EQUAL),
+                (f"the best GPTQ with up to {asked + REACH:g} bits", more, CLAIMED_OF_GPTQ),
+                ("itself without a bank", bankless if method == "GloBE" else [], CLAIMED_OF_BANKLESS),
             ):
                 if rivals:
                     ratio, measured = _compare(globe, rivals, key)
                     most = claimed.get(asked, 1.0)
-                    statement = f"{text}, {method}, {asked:g} bits: KL at most {most:g} of the best of {name}"
+                    statement = f"{text}, {method}, {asked:g} bits: KL at most {most:g} of {name}"
                     claims.append(Claim(statement, measured, ratio <= most))
             worst += [_compare(globe, [row], key) for row in more]
         if worst:
@@ -333,6 +346,8 @@ def main(config: RealConfig) -> None:
         add(rounded_row(folder, judge, read_stacks(model, config.layers)[0]))
     for method in (method for method in config.methods if method in GLOBE):
         for bits in (*config.bits, *(config.more_bits if method == "GloBE" else ())):
+            if method == BANKLESS and not any(row.get("bank_share") for row in rows if row.get("asked") == bits):
+                continue
             add(globe_row(config, model, judge, method, bits))
     rows[1:] = sorted(rows[1:], key=lambda row: (-row["bits"], row["method"]))
     claims = judge_claims(rows, config.texts)

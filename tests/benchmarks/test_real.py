@@ -63,6 +63,7 @@ def test_claims() -> None:
         row("original", 16, 0),
         row("GloBE", 3.99, 0.4, asked=4),
         row("GloBE", 2.99, 0.9, asked=3),
+        row("GloBE, no bank", 2.99, 1.0, asked=3),
         row("GPTQ", 4, 1.0),
         row("GPTQ", 4.25, 0.5),
         row("GPTQ", 3.25, 2.0),
@@ -77,6 +78,7 @@ def test_claims() -> None:
         (False, "0.800"),  # of GPTQ with 4.25 bits
         (False, "0.900"),  # at 3 bits, of QTIP
         (True, "0.450"),  # of GPTQ with 3.25 bits
+        (False, "0.900"),  # of itself without a bank
         (True, "0.800"),  # nowhere worse than GPTQ
     ]
     assert "QTIP 0.5 with 4.000 bits" in found[0].measured
