@@ -50,6 +50,8 @@ from globe.checkpoint.shipped import resolve_model
 from globe.errors import SettingsError
 from globe.measure.evaluate import token_windows
 from globe.measure.texts import read_text
+from globe.run import prepare
+from globe.run.job import Job
 
 NAMED = {"smollm2": Path("runs/smollm2-moe"), "upcycled": Path("runs/upcycled-moe")}
 CALIBRATION = "calibration"
@@ -192,6 +194,28 @@ def _load(model: str | Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32).eval()
 
 
+_CALIBRATIONS: dict[str, prepare.Calibration] = {}
+"""By what GloBE was calibrated on: it is the same for all budgets."""
+
+
+@contextlib.contextmanager
+def calibrated_once() -> Iterator[None]:
+    """Within it, GloBE takes up the calibration of an earlier budget, and the seconds that it took."""
+    measured = prepare.run_calibration, prepare.with_sensitivities
+
+    def run(job: Job) -> prepare.Calibration:
+        name = job.config.calibrate
+        if name not in _CALIBRATIONS:
+            _CALIBRATIONS[name] = measured[1](job, measured[0](job))
+        return _CALIBRATIONS[name]
+
+    with (
+        mock.patch.object(prepare, "run_calibration", run),
+        mock.patch.object(prepare, "with_sensitivities", lambda _, calibration: calibration),
+    ):
+        yield
+
+
 def globe_row(config: RealConfig, model: str | Path, judge: Judge, method: str, bits: float) -> dict[str, Any]:
     """GloBE within a budget: compressed to a directory, loaded from it and judged."""
     settings = CompressConfig(
@@ -203,7 +227,7 @@ def globe_row(config: RealConfig, model: str | Path, judge: Judge, method: str, 
     )
     without = mock.patch("globe.experts.coding.share_bank", return_value=None)
     with tempfile.TemporaryDirectory() as folder:
-        with without if method == BANKLESS else contextlib.nullcontext():
+        with calibrated_once(), without if method == BANKLESS else contextlib.nullcontext():
             report = compress(model, Path(folder) / "compressed", settings)
         quality = judge(_load(Path(folder) / "compressed"))
     return {
