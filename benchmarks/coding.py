@@ -68,7 +68,7 @@ def problem(shape: tuple[int, int, int], seed: int) -> CodingProblem:
     C = half @ half.mT
     C = C / C.diagonal().mean() + 0.05 * torch.eye(N)
     importance = torch.where(torch.arange(E) % 2 == 0, 1.0, 0.1) / (N * K)
-    return CodingProblem(X, order_inputs(C[None]), importance[:, None].expand(E, K), C)
+    return CodingProblem(X, order_inputs(C[None]), importance[:, None].expand(E, K), C, 1.0)
 
 
 def limit(costs: Tensor, bits: float) -> float:

@@ -120,6 +120,8 @@ class Report:
     """Why; None where it was calibrated."""
     uniform_because: str | None = None
     """Why every bank keeps the same share; None where the budget was allocated."""
+    predicted_kl: float | None = None
+    """Of coded experts: the divergence from the original to second order, in nats per token of the calibration text."""
     notes: list[str] = dataclasses.field(default_factory=list)
     """What was left out, or done in another way than the settings say, and why."""
 

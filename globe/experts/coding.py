@@ -58,6 +58,8 @@ class CodingProblem:
     """(E, K): what a unit of the squared error Δᵀ C Δ of an output costs."""
     second_moment: Tensor
     """C (N, N) of all experts' inputs together."""
+    noise: float
+    """The squared error of an output that the sensitivities are of."""
 
     @functools.cached_property
     def outputs(self) -> Outputs:
@@ -72,9 +74,11 @@ class CodingProblem:
     @functools.cached_property
     def row_importance(self) -> Tensor:
         """(E,): what a unit of squared error in a row as it is coded costs, spread over its outputs."""
-        if self.outputs.exponents is None:
-            return self.importance.mean(1)
-        return (self.importance / self.outputs.scales().square()).mean(1)
+        return self.of_rows(self.importance)
+
+    def of_rows(self, of_outputs: Tensor) -> Tensor:
+        """What is said of outputs (E, K), of the rows that are coded (E,)."""
+        return (of_outputs if self.outputs.exponents is None else of_outputs / self.outputs.scales().square()).mean(1)
 
     @functools.cached_property
     def form(self) -> Form:
@@ -125,6 +129,12 @@ class Rehearsed:
         """What water-filling sees in the end."""
         return _rows(self.problem.costs(self.expected.mean_squares), self.problem.X.shape[2])
 
+    def stakes(self, sensitivities: Tensor) -> Tensor:
+        """(E, N): the divergence that leaving out a row costs to second order, by the sensitivities (E, K)."""
+        problem = self.problem
+        of_rows = problem.X.shape[2] * problem.of_rows(sensitivities)[:, None] / problem.noise
+        return of_rows * problem.order.unsort(problem.order.prices) * self.expected.mean_squares
+
     def code(self, multiplier: int) -> tuple[CodedExperts, Tensor]:
         """What is stored, and what it decodes to (E, N, K)."""
         problem = self.problem
@@ -155,9 +165,9 @@ def coding_problem(
         )
     X = weights if family == "down" else weights.mT.contiguous()
     C = _second_moments(statistics, family, X.shape[1])
-    noise = X.shape[1] * X.square().mean()  # the energy in an output of what sensitivities are of
+    noise = X.shape[1] * float(X.square().mean())
     importance = sensitivities / noise if noise > 0 else torch.zeros_like(sensitivities)
-    return CodingProblem(X, order_inputs(C), importance, C.mean(0))
+    return CodingProblem(X, order_inputs(C), importance, C.mean(0), noise or 1.0)
 
 
 def _second_moments(statistics: LayerStatistics | None, family: Family, num_inputs: int) -> Tensor:

@@ -65,6 +65,11 @@ class Rows:
         """Bytes of all rows' payload at a log multiplier."""
         return int(row_bytes(widths_at(self.costs, multiplier), self.length).sum())
 
+    def loss(self, stakes: Tensor, multiplier: int) -> float:
+        """What is lost at a log multiplier of rows that are worth the stakes, of the costs' shape."""
+        widths = widths_at(self.costs, multiplier).long()
+        return float((stakes.double() * torch.tensor(DISTORTION, dtype=torch.float64)[widths]).sum())
+
 
 @dataclasses.dataclass(frozen=True)
 class Filled:

@@ -204,6 +204,10 @@ def _show_coding(console: Terminal, job: Job, plan: CodingPlan | None) -> None:
     bits = 8 * plan.num_bytes / job.original_parameters()
     shared = sum(count > 0 for count in plan.num_bases.values())
     console.print(f"experts     in {bits:.3f} bits a weight, everything counted")
+    if plan.predicted_kl is not None:
+        console.print(
+            f"loss        about {plan.predicted_kl:.2g} nats a token by second-order theory; up to twice that"
+        )
     if shared:
         console.print(f"banks       pay for {shared} of {len(plan.num_bases)} stacks of experts")
 

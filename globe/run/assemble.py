@@ -70,6 +70,7 @@ def assemble(job: Job, preparation: Preparation, folder: RunFolder) -> None:
         calibration.report,
         calibration.uncalibrated_because,
         preparation.uniform_because,
+        preparation.coding and preparation.coding.predicted_kl,
         list(job.notes),
     )
     files |= copy_side_files(job.checkpoint, folder.path, leave_out=(MANIFEST,))

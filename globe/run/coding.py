@@ -46,6 +46,8 @@ class CodingPlan:
     """Bases of the bank of each layer and family; 0: none pays."""
     num_bytes: int
     """Of all that is stored of coded families."""
+    predicted_kl: float | None
+    """The divergence from the original to second order, in nats per token; None where sensitivities are unknown."""
 
 
 def plan_to_json(plan: CodingPlan) -> dict[str, Any]:
@@ -54,6 +56,7 @@ def plan_to_json(plan: CodingPlan) -> dict[str, Any]:
         "multipliers": plan.multipliers,
         "num_bases": {f"{layer} {family}": count for (layer, family), count in plan.num_bases.items()},
         "num_bytes": plan.num_bytes,
+        "predicted_kl": plan.predicted_kl,
     }
 
 
@@ -65,7 +68,7 @@ def plan_from_json(record: Mapping[str, Any]) -> CodingPlan:
         layer, family = key.split()
         num_bases[int(layer), cast(Family, family)] = count
     first, second, third = record["multipliers"]
-    return CodingPlan((first, second, third), num_bases, record["num_bytes"])
+    return CodingPlan((first, second, third), num_bases, record["num_bytes"], record["predicted_kl"])
 
 
 def measured_sensitivities(job: Job, windows: Tensor | None) -> tuple[Sensitivities, str | None]:
@@ -89,8 +92,12 @@ def measured_sensitivities(job: Job, windows: Tensor | None) -> tuple[Sensitivit
     return {key: found[key] for key in equal}, None
 
 
-def plan_coding(job: Job, statistics: Mapping[int, LayerStatistics] | None, sensitivities: Sensitivities) -> CodingPlan:
+def plan_coding(
+    job: Job, statistics: Mapping[int, LayerStatistics] | None, sensitivities: Sensitivities, measured: bool = True
+) -> CodingPlan:
     """The least multiplier at which everything that is stored of the coded families fits the budget of bits.
+
+    Without `measured` the sensitivities are made up, and predict nothing.
 
     Raises `SettingsError` where widths and scales alone do not.
     """
@@ -114,9 +121,15 @@ def plan_coding(job: Job, statistics: Mapping[int, LayerStatistics] | None, sens
         if in_banks := sum(bank.num_bytes for bank in banks.values() if bank is not None):
             left, side = _rows_and_side(problem().without(banks[key]) for key, problem in problems.items())
             second = water_fill(left, payload(side + in_banks)).multiplier
-        rests = (problem().without(banks[key]) for key, problem in problems.items())
-        filled = water_fill([rest.rehearsed(second).rows() for rest in rests], payload(side + in_banks))
-    return CodingPlan((first, second, filled.multiplier), num_bases, filled.num_bytes + side + in_banks)
+        rows, stakes = list[Rows](), list[Tensor]()
+        for key, problem in problems.items():
+            rehearsed = problem().without(banks[key]).rehearsed(second)
+            rows.append(rehearsed.rows())
+            stakes.append(rehearsed.stakes(sensitivities[key]))
+        filled = water_fill(rows, payload(side + in_banks))
+    lost = sum(each.loss(stake, filled.multiplier) for each, stake in zip(rows, stakes, strict=True))
+    multipliers, num_bytes = (first, second, filled.multiplier), filled.num_bytes + side + in_banks
+    return CodingPlan(multipliers, num_bases, num_bytes, lost if measured else None)
 
 
 def _rows_and_side(problems: Iterable[CodingProblem]) -> tuple[list[Rows], int]:

@@ -180,7 +180,9 @@ def share_budget(job: Job, calibration: Calibration) -> dict[str, Any]:
     scopes, coding = job.scopes, None
     if calibration.sensitivities is not None:
         because = calibration.equal_because
-        coding = plan_to_json(plan_coding(job, calibration.statistics, calibration.sensitivities))
+        coding = plan_to_json(
+            plan_coding(job, calibration.statistics, calibration.sensitivities, measured=because is None)
+        )
     elif (because := allocation.obstacle(job.checkpoint, job.config, len(job.specs(job.scopes)))) is None:
         scopes = allocation.allocated(job.checkpoint, job.layers, job.scopes, job.config, windows)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -253,7 +254,7 @@ def stack(num_experts: int, num_inputs: int, num_outputs: int, spread: float) ->
     X = normal(num_experts, num_inputs, num_outputs) * sizes.exp2()
     C = second_moment(num_inputs).float()
     importance = torch.ones(num_experts, num_outputs)
-    return CodingProblem(X.float(), order_inputs(C[None]), importance, C)
+    return CodingProblem(X.float(), order_inputs(C[None]), importance, C, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -328,3 +329,19 @@ def test_statistics_of_the_model_itself_predict_the_error_of_its_down_matrices(
         assert found.inner is not None
         predicted = (change.double() @ found.inner[expert].double() * change).sum()
         assert float(predicted) == pytest.approx(float(moved), rel=1e-2, abs=1e-9)
+
+
+@pytest.mark.parametrize(("form", "num_outputs"), [("own", 256), ("shared", 48)])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_loss_that_is_predicted_is_that_of_what_is_stored(form: str, num_outputs: int, bits: int) -> None:
+    problem = stack(8, 96, num_outputs, 0.0)
+    sensitivities = normal(*problem.importance.shape, seed=5).exp().float()
+    problem = dataclasses.replace(problem, importance=sensitivities / 7, noise=7.0)
+    assert problem.form == form
+    multiplier = int(problem.rows().costs.double().mean()) - 2 * bits * UNIT
+    rehearsed = problem.rehearsed(multiplier)
+    _, decoded = rehearsed.code(multiplier)
+    missed = (decoded - problem.X).double()
+    C = second_moment(96)
+    true = torch.einsum("enk,nm,emk,ek->", missed, C, missed, sensitivities.double()) / 7
+    assert rehearsed.rows().loss(rehearsed.stakes(sensitivities), multiplier) == pytest.approx(float(true), rel=0.1)

@@ -186,7 +186,7 @@ def test_statistics_and_sensitivities_are_each_left_out_alone(
 ) -> None:
     report = compress(source, tmp_path / "out", CompressConfig(bits=2.5, **settings))
     assert (report.calibration is not None) == calibrated
-    assert (report.uniform_because is None) == measured
+    assert (report.uniform_because is None) == (report.predicted_kl is not None) == measured
     assert calibrated or report.uncalibrated_because == "that is asked for"
     assert measured or report.uniform_because == "that is asked for"
     assert report.bits is not None
@@ -432,7 +432,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 def test_a_run_killed_planning_takes_up_what_was_measured(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibrate: str
 ) -> None:
-    def die(*_: object) -> None:
+    def die(*_: object, **__: object) -> None:
         raise Killed
 
     own = shutil.copytree(source, tmp_path / "source")
