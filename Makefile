@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -15,16 +16,17 @@ demo: .venv/ready  ## compress the shipped model, load it, compare it with the o
 
 test: export OMP_NUM_THREADS ?= 1  # tiny products: a second thread only waits
 test: .venv/ready  ## the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 # torch's line of constraints.txt holds: its builds, of which there is one for each processor or GPU, are chosen by hand
+test-latest: export OMP_NUM_THREADS ?= 1
 test-latest:  ## the test suite with the newest releases of everything but torch
 	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
 	grep '^torch==' constraints.txt > .venv-latest/torch.txt
 	.venv-latest/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
 		-c .venv-latest/torch.txt -e '.[dev]'
 	.venv-latest/bin/pip freeze --exclude-editable
-	.venv-latest/bin/python -m pytest
+	.venv-latest/bin/python $(PYTEST)
 
 .venv-servers/ready: tests/servers/requirements.txt  # what is uninstalled is built for another torch than this one
 	$(PYTHON) -m venv .venv-servers
