@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from globe import CompressConfig, EvaluateConfig, GlobeError, compress, evaluate, export_dense
 from globe.checkpoint.report import REPORT
 from globe.model.names import is_factor
+from globe.plan.recipe import RECIPE
 from tests.rounding import assert_equal_but_for_rounding
 
 LITTLE = EvaluateConfig("calibration", max_tokens=1024, length=64)
@@ -46,7 +47,7 @@ def test_healing_moves_the_factors_alone_and_lowers_the_divergence(
     assert divergence[0] is not None
     assert divergence[1] < 0.97 * divergence[0]
     assert not (healed / REPORT).exists()
-    assert {path.name for path in small.iterdir()} - {path.name for path in healed.iterdir()} == {REPORT}
+    assert {path.name for path in small.iterdir()} - {path.name for path in healed.iterdir()} == {REPORT, RECIPE}
     dense = AutoModelForCausalLM.from_pretrained(export_dense(healed, tmp_path / "dense"))
     ids = torch.arange(64)[None]
     assert_equal_but_for_rounding(dense(ids).logits, AutoModelForCausalLM.from_pretrained(healed)(ids).logits)

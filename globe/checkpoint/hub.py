@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 
 from globe.checkpoint.side_files import SMALL_FILES, missing_code
-from globe.errors import CheckpointError
+from globe.errors import CheckpointError, OutputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,22 @@ def open_repo(repo_id: str, revision: str | None) -> tuple[HubRepo, Path]:
             snapshot_download(repo_id, revision=folder.name, allow_patterns=missing)
             absent = missing
     return HubRepo(repo_id, folder.name), folder
+
+
+@contextlib.contextmanager
+def explained_upload(repo_id: str) -> Iterator[None]:
+    """Turn what the client says against an upload into an `OutputError` that says what to do."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise OutputError(f"{repo_id!r} is no Hub id, which would be owner/name: {error}") from error
+    except (OSError, HTTPError, RuntimeError, ValueError) as error:
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        raise OutputError(
+            f"{repo_id} cannot be written on the Hub ({reason}): `hf auth login` with a token that may write there, or "
+            "check the network, and push again; what arrived is not sent twice"
+        ) from error
 
 
 @contextlib.contextmanager

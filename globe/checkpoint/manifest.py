@@ -10,12 +10,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from globe.checkpoint.digest import file_sha256
-from globe.checkpoint.writer import TEMPORARY, write_json
+from globe.checkpoint.writer import TEMPORARY, write_file, write_json
 from globe.errors import CheckpointError
 
 MANIFEST = "globe_manifest.json"
 VERSION = 1
-DOCUMENTS = (".md", ".html", ".csv", ".png")
+DOCUMENTS = (".md", ".html", ".csv", ".png", ".yaml")
 """Endings of files for people, whose change does not change the model."""
 _NAMED = 6
 
@@ -52,10 +52,35 @@ def write_manifest(folder: Path, manifest: Manifest) -> str:
     return write_json(folder / MANIFEST, manifest.to_json())
 
 
-def add_to_manifest(folder: Path, name: str, sha256: str) -> None:
-    """List a file that was written into a finished folder later; nothing is done where there is no manifest."""
-    if (manifest := read_manifest(folder)) is not None:
-        write_manifest(folder, Manifest(manifest.run, {**manifest.files, name: sha256}))
+def write_listed(folder: Path, name: str, content: bytes) -> None:
+    """Write a file into a finished folder and list it in its manifest, if it has one.
+
+    In between the file is not listed, so that a kill leaves a folder that verifies.
+    """
+    if (manifest := read_manifest(folder)) is None:
+        write_file(folder / name, content)
+        return
+    others = {other: sha256 for other, sha256 in manifest.files.items() if other != name}
+    if name in manifest.files:
+        write_manifest(folder, Manifest(manifest.run, others))
+    sha256 = write_file(folder / name, content)
+    write_manifest(folder, Manifest(manifest.run, {**others, name: sha256}))
+
+
+def list_documents(folder: Path) -> None:
+    """List the documents that the manifest knows as they are now: those that people edited, and not those they
+    removed."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return
+    files = dict(manifest.files)
+    for name in [name for name in files if name.endswith(DOCUMENTS)]:
+        if (folder / name).is_file():
+            files[name] = file_sha256(folder / name)
+        else:
+            del files[name]
+    if files != manifest.files:
+        write_manifest(folder, Manifest(manifest.run, files))
 
 
 def read_manifest(folder: Path) -> Manifest | None:

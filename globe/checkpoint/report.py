@@ -122,8 +122,15 @@ class Report:
     """Why every bank keeps the same share; None where the budget was allocated."""
     predicted_kl: float | None = None
     """Of coded experts: the divergence from the original to second order, in nats per token of the calibration text."""
+    commit: str | None = None
+    """Of a source on the Hub."""
     notes: list[str] = dataclasses.field(default_factory=list)
     """What was left out, or done in another way than the settings say, and why."""
+
+    @property
+    def layers(self) -> list[int]:
+        """Those with experts that were compressed."""
+        return sorted({layer for bank in self.banks for layer in bank.layers} | {part.layer for part in self.coded})
 
     @property
     def kept(self) -> float:

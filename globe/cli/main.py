@@ -1,4 +1,4 @@
-"""The command line: compress, sweep, evaluate, lm-eval, export, verify, inspect, report, env."""
+"""The command line: compress, sweep, evaluate, lm-eval, export, verify, push, inspect, report, env."""
 
 from __future__ import annotations
 
@@ -153,6 +153,29 @@ class Verify:
 
 
 @dataclasses.dataclass(frozen=True)
+class Push:
+    """Upload a folder that compress or export wrote to the Hugging Face Hub, after it was verified."""
+
+    folder: Folder
+    """Folder of a compressed model or a dense export."""
+    repo: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REPO")]
+    """Hub id, owner/name; the repository is made if it is not there."""
+    private: bool = False
+    """Let nobody else see a repository that is made."""
+    revision: str | None = None
+    """Branch, made if it is not there; by default the main one."""
+    go_on: ClassVar[str] = "the same command goes on; what arrived is not sent twice"
+
+    def run(self, console: Terminal) -> None:
+        from globe.checkpoint.push import push
+
+        address, *unlisted = push(self.folder, self.repo, private=self.private, revision=self.revision)
+        if unlisted:
+            console.print(f"not of the run, and not pushed: {', '.join(unlisted)}", style="yellow", soft_wrap=True)
+        console.print(address, soft_wrap=True)
+
+
+@dataclasses.dataclass(frozen=True)
 class Inspect:
     """Show a model's experts, and what a compression would keep; nothing is written."""
 
@@ -233,6 +256,7 @@ def _parse(arguments: Sequence[str]) -> Any:
         | Annotated[LmEval, tyro.conf.subcommand("lm-eval")]
         | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Verify, tyro.conf.subcommand("verify")]
+        | Annotated[Push, tyro.conf.subcommand("push")]
         | Annotated[Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[ReportPage, tyro.conf.subcommand("report")]
         | Annotated[Env, tyro.conf.subcommand("env")],

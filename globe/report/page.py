@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from globe.checkpoint.manifest import add_to_manifest
+from globe.checkpoint.manifest import write_listed
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.report import BankReport, CodedReport, Report, root_mean_square
 from globe.checkpoint.writer import write_file
@@ -47,9 +47,11 @@ def write_page(folder: str | Path, output: str | Path | None = None) -> Path:
     """
     folder = Path(folder)
     path = folder / PAGE if output is None else Path(output)
-    sha256 = write_file(path, render(folder).encode())
+    page = render(folder).encode()
     if path.parent.resolve() == folder.resolve():
-        add_to_manifest(folder, path.name, sha256)
+        write_listed(folder, path.name, page)
+    else:
+        write_file(path, page)
     return path
 
 
@@ -94,7 +96,7 @@ def _content(report: Report, sizes: list[Bytes], spectra: list[Spectra], notes: 
         "num_fits": len(banks),
         "num_matrices": sum(bank.shape.num_matrices for bank in banks),
         "num_stacks": len(coded),
-        "layers": sorted({layer for bank in banks for layer in bank.layers} | {part.layer for part in coded}),
+        "layers": report.layers,
         "sizes": sizes,
         "largest": max((max(entry.before, entry.after) for entry in sizes), default=1) or 1,
         "heat": _heat(_errors(report), "{:.4f}", _mean_error),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from globe.checkpoint.card import CARD, read_source_card, write_native_card
 from globe.checkpoint.manifest import MANIFEST
 from globe.checkpoint.reader import INDEX, open_checkpoint
 from globe.checkpoint.report import REPORT, BankReport, CodedReport, Report
@@ -13,6 +14,7 @@ from globe.checkpoint.source_layout import SOURCE_LAYOUT, write_source_layout
 from globe.checkpoint.writer import (
     copy_side_files,
     copy_tensors,
+    write_file,
     write_index,
     write_json,
 )
@@ -23,6 +25,7 @@ from globe.model.loading import (
     in_json,
 )
 from globe.model.quantization_config import GlobeQuantizationConfig
+from globe.plan.recipe import RECIPE, recipe_text
 from globe.run.folder import RunFolder
 from globe.run.job import Job
 from globe.run.prepare import Preparation
@@ -71,9 +74,14 @@ def assemble(job: Job, preparation: Preparation, folder: RunFolder) -> None:
         calibration.uncalibrated_because,
         preparation.uniform_because,
         preparation.coding and preparation.coding.predicted_kl,
+        None if job.checkpoint.repo is None else job.checkpoint.repo.commit,
         list(job.notes),
     )
-    files |= copy_side_files(job.checkpoint, folder.path, leave_out=(MANIFEST,))
+    files |= copy_side_files(job.checkpoint, folder.path, leave_out=(MANIFEST, CARD))
+    recipe = recipe_text(report.source, report.commit, report.config, report.versions["globe"])
+    files[RECIPE] = write_file(folder.path / RECIPE, recipe.encode())
+    card = write_native_card(report, read_source_card(job.checkpoint), recipe)
+    files[CARD] = write_file(folder.path / CARD, card)
     files[SOURCE_LAYOUT] = write_source_layout(folder.path, job.checkpoint)
     files[INDEX] = write_index(folder.path, weight_map, compressed_bytes)
     files[REPORT] = write_json(folder.path / REPORT, report.to_json())

@@ -9,16 +9,25 @@ import torch
 from torch import Tensor
 
 from globe.bank_shape import sides
+from globe.checkpoint.card import CARD, EXPORT, carried_card, describe_export, export_metadata, write_dense_card
 from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.layout import ExpertLayer, source_names
 from globe.checkpoint.manifest import MANIFEST, verify_model
 from globe.checkpoint.reader import INDEX, SINGLE, Checkpoint, open_checkpoint
-from globe.checkpoint.report import REPORT
+from globe.checkpoint.report import REPORT, Report
 from globe.checkpoint.shipped import resolve_model
 from globe.checkpoint.side_files import CONFIG
 from globe.checkpoint.source_layout import SOURCE_LAYOUT, read_source_layout
 from globe.checkpoint.stacks import check_finite, dense_tensor
-from globe.checkpoint.writer import copy_side_files, make_folder, require_space, save_tensors, write_index, write_json
+from globe.checkpoint.writer import (
+    copy_side_files,
+    make_folder,
+    require_space,
+    save_tensors,
+    write_file,
+    write_index,
+    write_json,
+)
 from globe.errors import CheckpointError
 from globe.experts.storage import restore
 from globe.model.coded_spec import CodedSpec
@@ -27,6 +36,7 @@ from globe.model.factor_check import check_run
 from globe.model.loading import expert_layers, in_json
 from globe.model.names import FactorNames
 from globe.model.quantization_config import read_section
+from globe.plan.recipe import recipe_text
 from globe.run.folder import RunFolder, open_run
 from globe.terms import FAMILIES, Family
 
@@ -35,7 +45,8 @@ def export_dense(model: str | Path, output: str | Path, *, overwrite: bool = Fal
     """Compose the experts of a compressed model and write them as the source had them; returns `output`.
 
     Names, dtypes, shapes and shards are the source's, untouched tensors bit for bit, and `quantization_config` is gone:
-    the result needs no GloBE. Its experts are composed in float32 and rounded once to the source's dtype, as the
+    the result needs no GloBE. That it is lossy, and of what, is said in its card, its config.json and the metadata of
+    its shards. Its experts are composed in float32 and rounded once to the source's dtype, as the
     compressed model composes them when it is loaded in that dtype. One shard is in memory at a time. The model's files
     are verified first, where they have a manifest, unless `verify` is off; an export that was interrupted starts over.
     With `overwrite`, an output that GloBE wrote earlier is replaced when the new one is whole.
@@ -60,16 +71,21 @@ def _write(dense: DenseView, folder: RunFolder) -> None:
     source, compressed, path = dense.source, dense.compressed, folder.path
     num_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
     require_space(path, num_bytes)
+    report = Report.read(compressed.folder) if (compressed.folder / REPORT).is_file() else None
+    description = describe_export(report, dense.run)
     files: dict[str, str] = {}
     for shard in source.shards:
         make_folder((path / shard).parent)
         tensors = {tensor.name: dense.tensor(tensor.name) for tensor in source.shard_tensors(shard)}
-        files[shard] = save_tensors(path / shard, tensors)
+        files[shard] = save_tensors(path / shard, tensors, export_metadata(description))
     if source.shards != (SINGLE,):
         weight_map = {tensor.name: tensor.shard for tensor in source.tensors.values()}
         files[INDEX] = write_index(path, weight_map, num_bytes)
     files |= copy_side_files(compressed, path, leave_out=(REPORT, SOURCE_LAYOUT, MANIFEST))
-    files[CONFIG] = write_json(path / CONFIG, in_json(source.config))
+    files[CONFIG] = write_json(path / CONFIG, {**in_json(source.config), EXPORT: description})
+    if report is not None:
+        recipe = recipe_text(report.source, report.commit, report.config, report.versions.get("globe", ""))
+        files[CARD] = write_file(path / CARD, write_dense_card(report, carried_card(compressed), recipe))
     open_checkpoint(path)
     folder.complete(files)
 
@@ -80,6 +96,7 @@ class DenseView:
     def __init__(self, compressed: Checkpoint) -> None:
         self._config = read_section(compressed)
         self.compressed = compressed
+        self.run = self._config.run
         self.source = read_source_layout(compressed)
         check_run([compressed.folder / shard for shard in compressed.shards], self._config.run)
         self._names = model_names(self.source)

@@ -16,8 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from globe.checkpoint.manifest import add_to_manifest
-from globe.checkpoint.writer import write_file
+from globe.checkpoint.manifest import write_listed
 from globe.report.style import MARKERS, STYLE
 from globe.sweeps.settings import AXES, Setting
 from globe.sweeps.sweep import PointRecord, SweepResult
@@ -30,10 +29,10 @@ TABLE, PICTURE = "sweep.csv", "sweep.png"
 def show_sweep(console: Terminal, result: SweepResult, output: Path) -> None:
     """Print the table, and write table and picture into the sweep's folder."""
     console.print(sweep_table(result))
-    add_to_manifest(output, TABLE, write_table(result, output / TABLE))
+    write_listed(output, TABLE, table_csv(result))
     failed = sum(point.failure is not None for point in result.points)
     if failed < len(result.points):
-        add_to_manifest(output, PICTURE, draw_sweep(result, output / PICTURE))
+        write_listed(output, PICTURE, draw_sweep(result))
         console.print(f"the same with all figures in {output / TABLE}, drawn in {output / PICTURE}", soft_wrap=True)
     if failed:
         console.print(f"{failed} of {len(result.points)} points failed", style="yellow")
@@ -80,8 +79,8 @@ def _cells(point: PointRecord) -> list[str | Text]:
     ]
 
 
-def write_table(result: SweepResult, path: Path) -> str:
-    """All settings and figures of every point as CSV, the original first; returns the file's SHA-256."""
+def table_csv(result: SweepResult) -> bytes:
+    """All settings and figures of every point as CSV, the original first."""
     rows = [_row({}, result.original_bytes, result.original)]
     rows += [
         {
@@ -99,7 +98,7 @@ def write_table(result: SweepResult, path: Path) -> str:
     writer = csv.DictWriter(text, fieldnames=list(names))
     writer.writeheader()
     writer.writerows(rows)
-    return write_file(path, text.getvalue().encode())
+    return text.getvalue().encode()
 
 
 def _row(settings: Mapping[str, Setting], nbytes: int | None, evaluation: Any) -> dict[str, Any]:
@@ -111,15 +110,15 @@ def _row(settings: Mapping[str, Setting], nbytes: int | None, evaluation: Any) -
     }
 
 
-def draw_sweep(result: SweepResult, path: Path) -> str:
+def draw_sweep(result: SweepResult) -> bytes:
     """KL to the original and relative error of every finished point: against the bytes where keep varies, a curve for
-    each choice of the other axes; side by side where it does not. Returns the SHA-256 of the PNG file."""
+    each choice of the other axes; side by side where it does not. As a PNG file."""
     points = [point for point in result.points if point.failure is None]
     with mpl.rc_context(STYLE):
         draw = _draw_curves if "keep" in result.config.varying() else _draw_rows
         picture = io.BytesIO()
         draw(points, result).savefig(picture, format="png")
-    return write_file(path, picture.getvalue())
+    return picture.getvalue()
 
 
 def _draw_curves(points: Sequence[PointRecord], result: SweepResult) -> Figure:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
@@ -15,98 +12,19 @@ import torch
 
 from globe.checkpoint.reader import open_checkpoint
 from globe.errors import CheckpointError
+from tests.hub import FakeHub, running_hub
 
-COMMIT = "c0ffee" + "0" * 34
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 TENSORS = {FIRST: {"a": torch.arange(6.0), "b": torch.ones(2, 2)}, SECOND: {"c": torch.zeros(60_000)}}
 
 
-class FakeHub(ThreadingHTTPServer):
-    """Serves the files of `folder` as the model owner/name; `log` holds what was asked: GET or HEAD, file, range."""
-
-    folder: Path
-    log: list[tuple[str, str, str | None]]
-
-    def downloads(self) -> list[str]:
-        """Files fetched in full."""
-        return [name for method, name, span in self.log if method == "GET" and span is None]
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: FakeHub
-
-    def do_GET(self) -> None:
-        kind, *rest = self.path.split("?")[0].strip("/").split("/")
-        if kind == "api" and rest[1:3] == ["owner", "name"]:
-            self._describe(rest[3:])
-        elif [kind, *rest[:2]] == ["owner", "name", "resolve"]:
-            self._send_file("/".join(rest[3:]))
-        elif "gated" in self.path:
-            self._refuse(403, "GatedRepo")
-        else:
-            self._refuse(404, "RepoNotFound")
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def _describe(self, asked: list[str]) -> None:
-        if len(asked) > 1 and asked[1] not in ("main", COMMIT):
-            self._refuse(404, "RevisionNotFound")
-        elif asked[:1] == ["tree"]:
-            files = [path for path in self.server.folder.iterdir() if path.is_file()]
-            entries = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40} for p in files]
-            self._send(200, json.dumps(entries).encode())
-        else:
-            self._send(200, json.dumps({"id": "owner/name", "sha": COMMIT, "siblings": []}).encode())
-
-    def _send_file(self, name: str) -> None:
-        span = self.headers.get("range")
-        self.server.log.append((self.command, name, span))
-        path = self.server.folder / name
-        if not path.is_file():
-            self._refuse(404, "EntryNotFound")
-            return
-        content = path.read_bytes()
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
-        if span is None:
-            self._send(200, content, headers)
-        else:
-            start, end = (int(byte) for byte in span.removeprefix("bytes=").split("-"))
-            self._send(206, content[start : end + 1], headers)
-
-    def _refuse(self, status: int, code: str) -> None:
-        self._send(status, b"", {"X-Error-Code": code})
-
-    def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        """Keep the test's output quiet."""
-
-
 @pytest.fixture
 def hub(write_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    server = FakeHub(("127.0.0.1", 0), Handler)
-    server.folder, server.log = write_checkpoint(TENSORS, {"model_type": "m"}), []
+    folder = write_checkpoint(TENSORS, {"model_type": "m"})
     for name in ("tokenizer.json", "LICENSE", "modeling_x.py", "pytorch_model.bin"):
-        (server.folder / name).write_text(f"of {name}")
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-    files = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+        (folder / name).write_text(f"of {name}")
+    with running_hub(folder, tmp_path / "cache", monkeypatch) as server:
+        yield server
 
 
 def test_planning_downloads_no_shard_and_reading_only_the_one_it_needs(hub: FakeHub) -> None:

@@ -8,14 +8,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from globe.checkpoint import manifest as manifest_module
+from globe.checkpoint import writer as writer_module
 from globe.checkpoint.digest import file_sha256
 from globe.checkpoint.manifest import (
     MANIFEST,
     Manifest,
-    add_to_manifest,
+    list_documents,
     read_manifest,
     verify_files,
     verify_model,
+    write_listed,
     write_manifest,
 )
 from globe.errors import CheckpointError
@@ -88,14 +91,50 @@ def test_a_folder_without_a_manifest_proves_nothing(tmp_path: Path) -> None:
     assert not verify_model(tmp_path)
     with pytest.raises(CheckpointError, match=MANIFEST):
         verify_files(tmp_path)
-    add_to_manifest(tmp_path, "report.html", "0")
-    assert list(tmp_path.iterdir()) == []
+    write_listed(tmp_path, "report.html", b"page")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_a_file_that_comes_later_is_listed(folder: Path) -> None:
-    (folder / "report.html").write_text("page")
-    add_to_manifest(folder, "report.html", file_sha256(folder / "report.html"))
-    assert verify_files(folder).num_files == 5
+    for page in (b"page", b"another"):
+        write_listed(folder, "report.html", page)
+        assert (folder / "report.html").read_bytes() == page
+        assert verify_files(folder).num_files == 5
+
+
+def test_a_kill_at_any_write_of_a_listed_file_leaves_what_verifies(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls, last = manifest_module.write_file, 0, 0
+
+    def write_or_die(path: Path, content: bytes) -> str:
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            raise KeyboardInterrupt
+        return real(path, content)
+
+    monkeypatch.setattr(writer_module, "write_file", write_or_die)
+    monkeypatch.setattr(manifest_module, "write_file", write_or_die)
+    for kill in (1, 2, 3):
+        last = 0
+        write_listed(folder, "report.html", b"page")
+        calls, last = 0, kill
+        with pytest.raises(KeyboardInterrupt):
+            write_listed(folder, "report.html", b"another")
+        assert verify_files(folder).unlisted in ((), ("report.html",))
+
+
+def test_edited_documents_are_listed_as_they_are_and_removed_ones_no_more(folder: Path) -> None:
+    write_listed(folder, "report.html", b"page")
+    (folder / "README.md").write_text("# Mine")
+    (folder / "report.html").unlink()
+    list_documents(folder)
+    assert verify_files(folder).num_files == 4
+    (folder / "config.json").write_text("{}")
+    list_documents(folder)
+    with pytest.raises(CheckpointError, match=r"changed since it was written: config\.json"):
+        verify_files(folder)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a\\b", "", 7])

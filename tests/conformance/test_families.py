@@ -204,7 +204,7 @@ def test_the_language_model_of_a_composite_loads_alone(tmp_path: Path, family: s
 @KINDS
 def test_the_dense_export_is_laid_out_as_the_source(built: Built, kind: str) -> None:
     dense: Checkpoint = getattr(built, kind).dense
-    assert dense.config == built.source.config
+    assert {key: value for key, value in dense.config.items() if key != "globe_export"} == built.source.config
     assert dense.shards == built.source.shards
     assert len(built.source.shards) > 1 or built.case.layout == "fused"
     for shard in built.source.shards:

@@ -73,7 +73,7 @@ def test_the_compressed_model_has_the_logits_of_its_dense_export(tmp_path: Path,
     torch.testing.assert_close(logits(tmp_path / "out"), logits(tmp_path / "dense"), rtol=0, atol=1e-5)
 
     before, after = open_checkpoint(tmp_path / "source"), open_checkpoint(tmp_path / "dense")
-    assert after.config == before.config
+    assert {key: value for key, value in after.config.items() if key != "globe_export"} == before.config
     assert after.shards == before.shards
     for shard in before.shards:
         described = {(t.name, t.dtype, t.shape) for t in before.shard_tensors(shard)}

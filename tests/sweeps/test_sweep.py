@@ -16,7 +16,7 @@ from globe.cli.main import main
 from globe.plan.scopes import compact
 from globe.sweeps import sweep as sweep_module
 from globe.sweeps.settings import parse_layers
-from globe.sweeps.view import draw_sweep, sweep_table, write_table
+from globe.sweeps.view import draw_sweep, sweep_table, table_csv
 from tests.tiny_sources import write_source, write_tokenizer
 
 QUICK = EvaluateConfig(max_tokens=256, length=64)
@@ -161,11 +161,9 @@ def test_layers_are_read_as_they_are_written(indices: set[int]) -> None:
     assert parse_layers(compact(sorted(indices)).replace(" ", "")) == tuple(sorted(indices))
 
 
-def test_the_table_holds_every_point(source: Path, folder: Path, tmp_path: Path) -> None:
+def test_the_table_holds_every_point(source: Path, folder: Path) -> None:
     result = sweep(source, folder, GRID)
-    write_table(result, tmp_path / "sweep.csv")
-    with (tmp_path / "sweep.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(table_csv(result).decode().splitlines()))
     assert [row["keep"] for row in rows] == ["original", "0.7", "0.7", "1e-05", "1e-05"]
     for row, point in zip(rows[1:], result.points, strict=True):
         assert row["failure"] == (point.failure or "")
@@ -179,13 +177,12 @@ def test_the_table_holds_every_point(source: Path, folder: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("change", [{}, {"keep": (0.7,)}, {"layers": ("0",)}, {"keep": (0.7,), "layers": ("0",)}])
-def test_every_shape_of_grid_is_drawn(source: Path, folder: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+def test_every_shape_of_grid_is_drawn(source: Path, folder: Path, change: dict[str, Any]) -> None:
     result = sweep(source, folder, GRID)
     config = dataclasses.replace(GRID, **change)
     points = [p for p in result.points if p.settings in config.points()]
     shown = dataclasses.replace(result, config=config, points=points, source="$a_{ [/x]\x1b[2J\u202e")  # no mathematics
-    draw_sweep(shown, tmp_path / "sweep.png")
-    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert draw_sweep(shown).startswith(b"\x89PNG")
 
 
 def test_the_command_prints_the_table_and_writes_the_picture(

@@ -1,0 +1,139 @@
+"""The model card of an output: what it was made of and how, what it loses, how to load it; the source's card below."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from globe.checkpoint.reader import Checkpoint
+from globe.checkpoint.report import Report
+from globe.checkpoint.shipped import resolve_model
+from globe.units import byte_size
+
+CARD = "README.md"
+EXPORT = "globe_export"
+"""In config.json and the metadata of the shards of a dense export: that it is lossy, and of what."""
+
+_TEMPLATE = Path(__file__).with_name("card.md.j2")
+_KEPT = ("language", "license", "license_name", "license_link", "pipeline_tag", "datasets")
+"""Of the source's metadata, beside its tags."""
+_TAGS, _NATIVE, _DENSE = ("globe", "mixture-of-experts"), "compressed", "lossy-dense-export"
+_SOURCE = "<!-- what follows is the source's card, as it was -->"
+_LARGEST = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceCard:
+    """The card of a source, which may be whatever someone wrote."""
+
+    metadata: Mapping[str, str | list[str]]
+    """What of it holds for an output, too; empty where it cannot be read."""
+    text: str
+    """Markdown."""
+
+
+def read_source_card(checkpoint: Checkpoint) -> SourceCard | None:
+    """The card among a checkpoint's side files, if it has one."""
+    path = next((path for path in checkpoint.side_files().kept if path.name == CARD), None)
+    if path is None or path.stat().st_size > _LARGEST:
+        return None
+    content = path.read_text(encoding="utf-8-sig", errors="replace")
+    if not content.lstrip().startswith("---"):
+        return SourceCard({}, content)
+    try:
+        card = ModelCard(content, ignore_metadata_errors=True)
+    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+        return SourceCard({}, content)
+    found = {key: card.data.get(key) for key in (*_KEPT, "tags")}
+    return SourceCard({key: value for key, value in found.items() if _is_text(value)}, card.text)
+
+
+def carried_card(compressed: Checkpoint) -> SourceCard | None:
+    """The source's card as the card of a compressed model carries it."""
+    card = read_source_card(compressed)
+    if card is None or _SOURCE not in card.text:
+        return None
+    tags = [tag for tag in card.metadata.get("tags", []) if tag not in (*_TAGS, _NATIVE)]
+    return SourceCard({**card.metadata, "tags": tags}, card.text.partition(_SOURCE)[2])
+
+
+def write_native_card(report: Report, source: SourceCard | None, recipe: str) -> bytes:
+    """The card of a compressed model; `recipe` repeats the run."""
+    return _render(report, source, recipe, is_dense=False)
+
+
+def write_dense_card(report: Report, source: SourceCard | None, recipe: str) -> bytes:
+    """The card of its dense export."""
+    return _render(report, source, recipe, is_dense=True)
+
+
+def describe_export(report: Report | None, run: str | None) -> dict[str, Any]:
+    """What a dense export says of itself to programs; little where the report is gone, as of a healed model."""
+    said: dict[str, Any] = {"lossy": True, "run": run}
+    if report is not None:
+        said |= {
+            "source": _named(report),
+            "source_commit": report.commit,
+            "source_fingerprint": report.fingerprint,
+            "bits_per_expert_weight": report.bits,
+            "kept_expert_parameters": report.kept if report.bits is None else None,
+            "globe_version": report.versions.get("globe"),
+        }
+    return said
+
+
+def export_metadata(description: Mapping[str, Any]) -> dict[str, str]:
+    """The same as the metadata of a safetensors file."""
+    return {EXPORT: json.dumps(description)}
+
+
+def _render(report: Report, source: SourceCard | None, recipe: str, *, is_dense: bool) -> bytes:
+    metadata = dict(source.metadata) if source is not None else {}
+    on_hub = report.commit is not None
+    tags = metadata.pop("tags", [])
+    data = ModelCardData(
+        base_model=report.source if on_hub else None,
+        base_model_relation="quantized" if on_hub else None,
+        library_name="transformers",
+        tags=[*_TAGS, _DENSE if is_dense else _NATIVE, *([tags] if isinstance(tags, str) else tags)],
+        **metadata,  # pyright: ignore[reportArgumentType]
+    )
+    name = " ".join(_named(report).rpartition("/")[2].split())
+    how = f"{report.bits:.2f} bits a weight" if report.bits is not None else f"{report.kept:.2f} of their parameters"
+    template = jinja2.Template(
+        _TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    text = template.render(
+        card_data=data.to_yaml(),
+        report=report,
+        version=report.versions.get("globe", "of an unknown version"),
+        name=name,
+        link=f"[{report.source}](https://huggingface.co/{report.source})" if on_hub else name,
+        how=how,
+        families=report.family_errors(),
+        is_dense=is_dense,
+        original=byte_size(report.original_bytes),
+        compressed=byte_size(report.compressed_bytes),
+        recipe=recipe.rstrip(),
+        source=source,
+        mark=_SOURCE,
+        license=metadata.get("license"),
+    )
+    return f"{text.rstrip()}\n".encode(errors="backslashreplace")
+
+
+def _named(report: Report) -> str:
+    """The source as others know it: its id on the Hub, or the name of its folder."""
+    return report.source if report.commit is not None else Path(resolve_model(report.source)).name
+
+
+def _is_text(value: object) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(isinstance(entry, str) for entry in values)
