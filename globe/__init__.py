@@ -14,9 +14,10 @@ from globe.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from globe.bank.factors import Factors
+    from globe.checkpoint.evaluation import Evaluation
     from globe.checkpoint.report import Report
     from globe.errors import CheckpointError, GlobeError, OutputError, SettingsError, UnsupportedModelError
-    from globe.measure.evaluate import Evaluation, evaluate
+    from globe.measure.evaluate import evaluate
     from globe.measure.settings import EvaluateConfig
     from globe.model import ComposeCache, set_compose_cache
     from globe.plan.settings import CompressConfig
@@ -59,9 +60,10 @@ __all__ = [
 
 _ROOMS = {
     "bank.factors": ("Factors",),
+    "checkpoint.evaluation": ("Evaluation",),
     "checkpoint.report": ("Report",),
     "errors": ("CheckpointError", "GlobeError", "OutputError", "SettingsError", "UnsupportedModelError"),
-    "measure.evaluate": ("Evaluation", "evaluate"),
+    "measure.evaluate": ("evaluate",),
     "measure.settings": ("EvaluateConfig",),
     "model": ("ComposeCache", "set_compose_cache"),
     "plan.settings": ("CompressConfig",),

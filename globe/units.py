@@ -9,3 +9,8 @@ def byte_size(count: float) -> str:
         if count >= scale:
             return f"{count / scale:.2f} {unit}"
     return f"{count:.0f} B"
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A value to five digits, and its standard error where that is known."""
+    return f"{value:.5f}" if error is None else f"{value:.5f} ± {error:.5f}"

@@ -25,6 +25,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from globe.checkpoint.evaluation import EVALUATION
 from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.manifest import MANIFEST
 from globe.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
@@ -173,7 +174,7 @@ def write_with_factors(checkpoint: Checkpoint, factors: Mapping[str, Tensor], fo
     weight_map = {tensor.name: tensor.shard for tensor in checkpoint.tensors.values()}
     files[INDEX] = write_index(folder, weight_map, sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
     # the report's errors are those of the fit
-    files |= copy_side_files(checkpoint, folder, leave_out=(REPORT, MANIFEST))
+    files |= copy_side_files(checkpoint, folder, leave_out=(REPORT, MANIFEST, EVALUATION))
     section = {**checkpoint.config["quantization_config"], "run": run}
     files[CONFIG] = write_json(folder / CONFIG, {**checkpoint.config, "quantization_config": section})
     files[AUTOLOAD] = write_autoload(folder)

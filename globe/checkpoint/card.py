@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from globe.checkpoint.evaluation import Evaluation, record_evaluation
+from globe.checkpoint.manifest import write_listed
 from globe.checkpoint.reader import Checkpoint
 from globe.checkpoint.report import Report
 from globe.checkpoint.shipped import resolve_model
-from globe.units import byte_size
+from globe.units import byte_size, with_error
 
 CARD = "README.md"
 EXPORT = "globe_export"
@@ -25,6 +28,7 @@ _TEMPLATE = Path(__file__).with_name("card.md.j2")
 _KEPT = ("language", "license", "license_name", "license_link", "pipeline_tag", "datasets")
 """Of the source's metadata, beside its tags."""
 _TAGS, _NATIVE, _DENSE = ("globe", "mixture-of-experts"), "compressed", "lossy-dense-export"
+_MEASURED = re.compile(r"(?<=<!-- measured -->\n).*?(?=<!-- /measured -->)", re.DOTALL)
 _SOURCE = "<!-- what follows is the source's card, as it was -->"
 _LARGEST = 1 << 20
 
@@ -66,12 +70,87 @@ def carried_card(compressed: Checkpoint) -> SourceCard | None:
 
 def write_native_card(report: Report, source: SourceCard | None, recipe: str) -> bytes:
     """The card of a compressed model; `recipe` repeats the run."""
-    return _render(report, source, recipe, is_dense=False)
+    return _render(report, source, recipe, (), is_dense=False)
 
 
-def write_dense_card(report: Report, source: SourceCard | None, recipe: str) -> bytes:
-    """The card of its dense export."""
-    return _render(report, source, recipe, is_dense=True)
+def write_dense_card(
+    report: Report, source: SourceCard | None, recipe: str, evaluations: Sequence[Evaluation]
+) -> bytes:
+    """The card of its dense export, of which all that was measured of the model holds."""
+    return _render(report, source, recipe, evaluations, is_dense=True)
+
+
+def keep_evaluation(folder: Path, evaluation: Evaluation) -> None:
+    """Record an evaluation in a finished folder, and tell it in its card, if that is still GloBE's.
+
+    `OutputError` if the folder cannot be written.
+    """
+    kept, path = record_evaluation(folder, evaluation), folder / CARD
+    if not path.is_file() or path.stat().st_size > 2 * _LARGEST:
+        return
+    try:
+        card = ModelCard(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+        return
+    own, mark, theirs = card.text.partition(_SOURCE)
+    if _MEASURED.search(own) is None:
+        return
+    card.text = _MEASURED.sub(lambda _: _measured(kept), own, count=1) + mark + theirs
+    card.data["eval_results"] = _results(kept)
+    card.data["model_name"] = own.strip().partition("\n")[0].removeprefix("# ")
+    write_listed(folder, CARD, str(card).encode(errors="backslashreplace"))
+
+
+def _measured(evaluations: Sequence[Evaluation]) -> str:
+    """What was measured, in Markdown."""
+    if not evaluations:
+        return ""
+    rows = [
+        [
+            _word(each.text),
+            str(each.num_tokens),
+            "" if each.kl is None else with_error(each.kl, each.kl_error),
+            _word(each.reference),
+            "" if each.agreement is None else f"{each.agreement:.2%}",
+            f"{each.perplexity:.3f}",
+            "" if each.reference_perplexity is None else f"{each.reference_perplexity:.3f}",
+        ]
+        for each in evaluations
+    ]
+    head = "| text | tokens | KL, nats per token | to | same next token | perplexity | the reference's |"
+    return "\n".join(
+        [
+            "## Measured",
+            "",
+            head,
+            f"|{7 * '---|'}",
+            *(f"| {' | '.join(row)} |" for row in rows),
+            "",
+            "By `globe evaluate`.",
+            "",
+        ]
+    )
+
+
+def _results(evaluations: Sequence[Evaluation]) -> list[EvalResult]:
+    """The same as the Hub reads it, of each text the latest."""
+    latest = {_word(each.text): each for each in evaluations}
+    metrics = {
+        "perplexity": "Perplexity",
+        "kl": "KL(reference || model), nats per token",
+        "agreement": "Share of tokens with the reference's most likely next token",
+    }
+    return [
+        EvalResult("text-generation", text, text, metric, getattr(each, metric), metric_name=name)
+        for text, each in latest.items()
+        for metric, name in metrics.items()
+        if getattr(each, metric) is not None
+    ]
+
+
+def _word(text: str | None) -> str:
+    """A name that a table can hold."""
+    return " ".join((text or "").replace("|", "/").split())
 
 
 def describe_export(report: Report | None, run: str | None) -> dict[str, Any]:
@@ -94,19 +173,23 @@ def export_metadata(description: Mapping[str, Any]) -> dict[str, str]:
     return {EXPORT: json.dumps(description)}
 
 
-def _render(report: Report, source: SourceCard | None, recipe: str, *, is_dense: bool) -> bytes:
+def _render(
+    report: Report, source: SourceCard | None, recipe: str, evaluations: Sequence[Evaluation], *, is_dense: bool
+) -> bytes:
     metadata = dict(source.metadata) if source is not None else {}
     on_hub = report.commit is not None
     tags = metadata.pop("tags", [])
+    name = " ".join(_named(report).rpartition("/")[2].split())
+    how = f"{report.bits:.2f} bits a weight" if report.bits is not None else f"{report.kept:.2f} of their parameters"
     data = ModelCardData(
         base_model=report.source if on_hub else None,
         base_model_relation="quantized" if on_hub else None,
         library_name="transformers",
+        model_name=f"{name}, experts in {how}",
+        eval_results=_results(evaluations) or None,
         tags=[*_TAGS, _DENSE if is_dense else _NATIVE, *([tags] if isinstance(tags, str) else tags)],
         **metadata,  # pyright: ignore[reportArgumentType]
     )
-    name = " ".join(_named(report).rpartition("/")[2].split())
-    how = f"{report.bits:.2f} bits a weight" if report.bits is not None else f"{report.kept:.2f} of their parameters"
     template = jinja2.Template(
         _TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -117,6 +200,7 @@ def _render(report: Report, source: SourceCard | None, recipe: str, *, is_dense:
         name=name,
         link=f"[{report.source}](https://huggingface.co/{report.source})" if on_hub else name,
         how=how,
+        measured=_measured(evaluations),
         families=report.family_errors(),
         is_dense=is_dense,
         original=byte_size(report.original_bytes),

@@ -15,8 +15,8 @@ from globe.errors import CheckpointError
 
 MANIFEST = "globe_manifest.json"
 VERSION = 1
-DOCUMENTS = (".md", ".html", ".csv", ".png", ".yaml")
-"""Endings of files for people, whose change does not change the model."""
+DOCUMENTS = (".md", ".html", ".csv", ".png", ".yaml", "evaluation.json")
+"""Endings of files that tell of the model, and whose change does not change it."""
 _NAMED = 6
 
 

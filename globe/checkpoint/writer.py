@@ -185,6 +185,11 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As safetensors writes it."""
+    return _DTYPE_NAMES[dtype]
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's elements as they are stored."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)

@@ -1,4 +1,4 @@
-"""The command line: compress, sweep, evaluate, lm-eval, export, verify, push, inspect, report, env."""
+"""The command line: compress, sweep, evaluate, compare, lm-eval, export, verify, push, inspect, report, env."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tyro
 
 from globe.cli.arguments import registry
 from globe.cli.ending import FAILED, close_quietly, describe, stoppable, tell, tell_bug, tell_stopped
-from globe.errors import FinishedError, GlobeError
+from globe.errors import FinishedError, GlobeError, SettingsError
 from globe.measure.settings import EvaluateConfig
 from globe.plan.settings import CompressConfig
 from globe.sweeps.settings import SweepConfig
@@ -88,6 +88,9 @@ class Evaluate:
     """Model to compare with; by default the source of a compressed model, where found; `none` for no comparison."""
     prompt: str | None = None
     """Also continue this text with both models, sampled with the same seed."""
+    reference_logits: Path | None = None
+    """File that keeps the reference's logits: written if it is not there; if it is, read in place of running the
+    reference, so that any number of candidates need the original once."""
     compose_cache: int = 0
     """Bytes of composed experts that a compressed model may keep beside its factors: faster, with the same results."""
     verify: bool = True
@@ -98,8 +101,32 @@ class Evaluate:
         from globe.report.show import show_evaluation
 
         show_evaluation(
-            console, self.model, self.reference, self.prompt, self.config, self.compose_cache, verify=self.verify
+            console,
+            self.model,
+            self.reference,
+            self.prompt,
+            self.config,
+            self.compose_cache,
+            logits=self.reference_logits,
+            verify=self.verify,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Several compressed models of one source side by side, from what was recorded of them; nothing is run."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR [DIR ...]")]
+    """Folders of compressed models that were evaluated."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Picture to draw: .png, .svg or .pdf."""
+
+    def run(self, console: Terminal) -> None:
+        from globe.report.compare import show_comparison
+
+        if not self.folders:
+            raise SettingsError("there is nothing to compare: name the folders of compressed models")
+        show_comparison(console, self.folders, self.output)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +280,7 @@ def _parse(arguments: Sequence[str]) -> Any:
         Annotated[Compress, tyro.conf.subcommand("compress")]
         | Annotated[Sweep, tyro.conf.subcommand("sweep")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[LmEval, tyro.conf.subcommand("lm-eval")]
         | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Verify, tyro.conf.subcommand("verify")]

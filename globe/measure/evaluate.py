@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,33 +14,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from globe.checkpoint.manifest import verify_model
+from globe.checkpoint.card import keep_evaluation
+from globe.checkpoint.evaluation import Evaluation
+from globe.checkpoint.manifest import read_manifest, verify_model
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.shipped import resolve_model
-from globe.errors import CheckpointError, SettingsError
-from globe.measure.reference import Reference, named_reference
+from globe.errors import CheckpointError, OutputError, SettingsError
+from globe.measure.kept_logits import About, KeptLogits, keep_logits, open_logits
+from globe.measure.reference import Reference, kept_reference, named_reference
 from globe.measure.settings import EvaluateConfig
 from globe.measure.texts import read_text
 from globe.measure.tokenizers import check_same_tokenizer, check_vocabulary, encode, load_tokenizer
+from globe.model.compose_cache import ComposeCache
 from globe.model.loading import load, running
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """Quality of a model on one text."""
-
-    perplexity: float
-    """exp of the mean negative log likelihood per token."""
-    bits_per_byte: float
-    """Negative log2 likelihood per byte of UTF-8 text."""
-    num_tokens: int
-    """Tokens predicted."""
-    kl: float | None = None
-    """Mean KL(reference ‖ model) per token, in nats; None without a reference."""
-    agreement: float | None = None
-    """Share of tokens on which both models' most likely next token is the same."""
-    reference: str | None = None
-    """What both are told against: `the original`, which was compressed, or another model by its name."""
+from globe.model.serving import set_compose_cache
 
 
 def token_windows(tokenizer: Any, text: str, config: EvaluateConfig) -> tuple[Tensor, float]:
@@ -65,50 +54,60 @@ def token_windows(tokenizer: Any, text: str, config: EvaluateConfig) -> tuple[Te
 def evaluate_model(
     model: Any, windows: Tensor, bytes_per_token: float, *, batch: int = 8, reference: Any | None = None
 ) -> Evaluation:
-    """Evaluate causal language model `model` on token windows (N, length), against `reference` where given.
+    """Evaluate causal language model `model` on token windows (N, length), against `reference` where given, a model or
+    `KeptLogits` of one on these windows.
 
     Raises `CheckpointError` for tokens that a model does not know and for vocabularies of different sizes.
     """
     for one, name in ((model, "the model"), (reference, "the reference")):
-        if one is not None:
+        if one is not None and not isinstance(one, KeptLogits):
             check_vocabulary(windows, one, name)
-    nats = divergence = agreed = 0.0
-    num_tokens = windows.shape[0] * (windows.shape[1] - 1)
-    for ids in windows.split(batch):
-        for chunk, log_p, log_q in _log_probabilities(model, reference, ids):
+    nats = their_nats = agreed = 0.0
+    divergences = list[float]()
+    num_windows, predicted = windows.shape[0], windows.shape[1] - 1
+    for first in range(0, num_windows, batch):
+        for chunk, log_p, log_q in _log_probabilities(model, reference, windows[first : first + batch], first):
             nats += float(functional.nll_loss(log_p, chunk, reduction="sum"))
             if log_q is not None:
-                divergence += float(functional.kl_div(log_p, log_q, reduction="sum", log_target=True))
+                their_nats += float(functional.nll_loss(log_q, chunk, reduction="sum"))
+                divergences.append(float(functional.kl_div(log_p, log_q, reduction="sum", log_target=True)) / predicted)
                 agreed += float((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-    return Evaluation(
-        perplexity=math.exp(nats / num_tokens),
-        bits_per_byte=nats / math.log(2) / (num_tokens * bytes_per_token),
-        num_tokens=num_tokens,
-        kl=None if reference is None else divergence / num_tokens,
-        agreement=None if reference is None else agreed / num_tokens,
+    num_tokens = num_windows * predicted
+    alone = Evaluation(math.exp(nats / num_tokens), nats / math.log(2) / (num_tokens * bytes_per_token), num_tokens)
+    if reference is None:
+        return alone
+    return dataclasses.replace(
+        alone,
+        kl=statistics.fmean(divergences),
+        kl_error=statistics.stdev(divergences) / math.sqrt(num_windows) if num_windows > 1 else None,
+        agreement=agreed / num_tokens,
+        reference_perplexity=math.exp(their_nats / num_tokens),
     )
 
 
 def _log_probabilities(
-    model: Any, reference: Any | None, ids: Tensor
+    model: Any, reference: Any | None, ids: Tensor, first: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Next tokens (K,) and float32 log probabilities (K, vocabulary) of both models, one window at a time."""
-    logits = _logits(model, ids)
-    other = None if reference is None else _logits(reference, ids)
+    logits = _logits(model, ids, first)
+    other = None if reference is None else _logits(reference, ids, first)
     if other is not None and other.shape[-1] != logits.shape[-1]:
         raise CheckpointError(
             f"the model predicts one of {logits.shape[-1]} tokens and the reference one of {other.shape[-1]}: there is "
             "no divergence between them; give the model that it was compressed from as the reference, or none"
         )
     for row in range(ids.shape[0]):
-        log_p = logits[row, :-1].float().cpu().log_softmax(-1)
-        log_q = None if other is None else other[row, :-1].float().cpu().log_softmax(-1)
+        log_p = logits[row].float().cpu().log_softmax(-1)
+        log_q = None if other is None else other[row].float().cpu().log_softmax(-1)
         yield ids[row, 1:], log_p, log_q
 
 
-def _logits(model: Any, ids: Tensor) -> Tensor:
+def _logits(model: Any, ids: Tensor, first: int) -> Tensor:
+    """Of the next tokens in windows ids (count, length), of which the first is number `first`."""
+    if isinstance(model, KeptLogits):
+        return model.batch(first, len(ids))
     with running(model):
-        return model(input_ids=ids.to(model.device)).logits
+        return model(input_ids=ids.to(model.device)).logits[:, :-1]
 
 
 def read_windows(folder: Path, config: EvaluateConfig) -> tuple[Tensor, float]:
@@ -134,29 +133,101 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 96, 
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """A model judged on a text."""
+
+    evaluation: Evaluation
+    model: Any
+    """Loaded."""
+    reference: Any | None
+    """The reference, if it is loaded."""
+    cache: ComposeCache | None
+    """Of composed experts."""
+    unrecorded: str | None
+    """Why the folder could not take the record."""
+
+
+def judge(
+    model: str | Path,
+    config: EvaluateConfig,
+    against: Reference | None,
+    *,
+    logits: Path | None = None,
+    compose_cache: int = 0,
+) -> Judged:
+    """Evaluate a model, and record what was measured in a folder that GloBE wrote.
+
+    With `logits`, a file: the reference's logits are read from it or, if it is not there, kept in it; the reference
+    itself then leaves the memory before the model is loaded.
+    """
+    checkpoint = open_checkpoint(model)
+    windows, bytes_per_token = read_windows(checkpoint.folder, config)
+    text, other = Path(config.text).name, None
+    described = {"text": text, "fingerprint": windows_fingerprint(windows)}
+    if against is not None:
+        described |= {"reference": against.name, "reference_fingerprint": against.fingerprint()}
+        other = _reference(against, model, windows, config, logits, About(**described))
+    loaded = load(model, config.device)
+    cache = set_compose_cache(loaded, compose_cache) if compose_cache else None
+    found = evaluate_model(loaded, windows, bytes_per_token, batch=config.batch, reference=other)
+    found = dataclasses.replace(found, **described)
+    unrecorded = None
+    if checkpoint.repo is None and read_manifest(checkpoint.folder) is not None:
+        try:
+            keep_evaluation(checkpoint.folder, found)
+        except OutputError as error:
+            unrecorded = str(error)
+    return Judged(found, loaded, None if isinstance(other, KeptLogits) else other, cache, unrecorded)
+
+
+@torch.no_grad()
+def _reference(
+    against: Reference, model: str | Path, windows: Tensor, config: EvaluateConfig, logits: Path | None, about: About
+) -> Any:
+    """The reference loaded, or its logits."""
+    if logits is not None and logits.exists():
+        kept = open_logits(logits)
+        kept.check(about, windows)
+        return kept
+    check_reference(against, model, windows, config)
+    other = load(against.model, config.device)
+    if logits is None:
+        return other
+    check_vocabulary(windows, other, "the reference")
+    batches = (_logits(other, ids, 0).cpu() for ids in windows.split(config.batch))
+    return keep_logits(logits, batches, len(windows), dataclasses.replace(about, reference=Path(against.model).name))
+
+
+def windows_fingerprint(windows: Tensor) -> str:
+    return hashlib.sha256(f"{tuple(windows.shape)}".encode() + windows.numpy().tobytes()).hexdigest()
+
+
 def evaluate(
     model: str | Path,
     config: EvaluateConfig = EvaluateConfig(),  # noqa: B008
     reference: str | Path | None = None,
     *,
+    reference_logits: str | Path | None = None,
     verify: bool = True,
 ) -> Evaluation:
     """Quality of a model (`shipped`, a folder or a Hub id) on the configured text, against `reference` where given.
 
-    The files of a folder that GloBE wrote are compared with its manifest first, unless `verify` is off.
+    The files of a folder that GloBE wrote are compared with its manifest first, unless `verify` is off, and what was
+    measured is recorded in its evaluation.json. The file `reference_logits` keeps the logits of the reference: where it
+    is there, they are read from it, and the reference need be neither named nor at hand.
 
-    Raises `CheckpointError` for what cannot be loaded or compared and `SettingsError` for a text that is missing, too
-    short or none.
+    Raises `CheckpointError` for what cannot be loaded or compared, `SettingsError` for a text that is missing, too
+    short or none and for logits of another text or reference, and `OutputError` where the disk has no room for them.
     """
     model = resolve_model(model)
     checkpoint = open_checkpoint(model)
     if verify and checkpoint.repo is None:
         verify_model(checkpoint.folder)
-    windows, bytes_per_token = read_windows(checkpoint.folder, config)
-    if reference is None:
-        return evaluate_model(load(model, config.device), windows, bytes_per_token, batch=config.batch)
-    against = named_reference(model, reference)
-    check_reference(against, model, windows, config)
-    other = load(against.model, config.device)
-    judged = evaluate_model(load(model, config.device), windows, bytes_per_token, batch=config.batch, reference=other)
-    return dataclasses.replace(judged, reference=against.name)
+    logits = None if reference_logits is None else Path(reference_logits)
+    against = None if reference is None else named_reference(model, reference)
+    if against is None and logits is not None:
+        if not logits.exists():
+            raise SettingsError(f"{logits} is not there: name the reference whose logits it is to keep")
+        against = kept_reference(model, open_logits(logits).about)
+    return judge(model, config, against, logits=logits).evaluation

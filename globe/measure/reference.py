@@ -9,7 +9,8 @@ from globe.checkpoint.quantized import quant_method
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.report import REPORT, Report
 from globe.checkpoint.shipped import resolve_model
-from globe.errors import CheckpointError, GlobeError, UnsupportedModelError
+from globe.errors import CheckpointError, GlobeError, SettingsError, UnsupportedModelError
+from globe.measure.kept_logits import About
 from globe.model.loading import open_source
 from globe.model.quantization_config import QUANT_METHOD
 
@@ -22,6 +23,12 @@ class Reference:
     """Folder or Hub id."""
     is_original: bool
     """Whether the model in question was compressed from it."""
+    known: str | None = None
+    """Its fingerprint, where that is known already."""
+
+    def fingerprint(self) -> str:
+        """As compress takes it; of what cannot be compressed, that of its files."""
+        return self.known or _fingerprint(self.model) or open_checkpoint(self.model).fingerprint()
 
     @property
     def name(self) -> str:
@@ -54,7 +61,18 @@ def source_reference(model: str | Path) -> Reference | None:
         raise CheckpointError(f"{source}, from which it was compressed, cannot be read ({error}): {ask}") from error
     if fingerprint != report.fingerprint:
         raise CheckpointError(f"{source} is not, or no longer, the model from which it was compressed: {ask}")
-    return Reference(str(source), is_original=True)
+    return Reference(str(source), is_original=True, known=fingerprint)
+
+
+def kept_reference(model: str | Path, about: About) -> Reference:
+    """The model whose logits were kept; `SettingsError` if `model` was compressed from another."""
+    report = report_of(model)
+    if report is not None and report.fingerprint != about.reference_fingerprint:
+        raise SettingsError(
+            f"the kept logits are of {about.reference}, which {model} was not compressed from: name it as --reference "
+            "if you want to compare with it, or name another file"
+        )
+    return Reference(about.reference, report is not None, about.reference_fingerprint)
 
 
 def report_of(model: str | Path) -> Report | None:

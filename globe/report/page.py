@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 
+from globe.checkpoint.evaluation import read_evaluations
 from globe.checkpoint.manifest import write_listed
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.report import BankReport, CodedReport, Report, root_mean_square
@@ -21,7 +22,7 @@ from globe.run.observer import clock, describe
 from globe.terminal import visible
 from globe.terms import FAMILIES
 from globe.train.result import MEANING
-from globe.units import byte_size
+from globe.units import byte_size, with_error
 
 PAGE = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -60,14 +61,15 @@ def render(folder: Path) -> str:
     report = Report.read(folder)
     notes: list[str] = []
     sizes, spectra = _of_files(folder, notes)
+    evaluations = read_evaluations(folder)
     try:
         content = _content(report, sizes, spectra, notes)
         environment = jinja2.Environment(
             autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
-        environment.filters.update(size=byte_size, clock=clock, compact=compact)
+        environment.filters.update(size=byte_size, with_error=with_error, clock=clock, compact=compact)
         template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-        return visible(template.render(name=folder.resolve().name, **content))
+        return visible(template.render(name=folder.resolve().name, evaluations=evaluations, **content))
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(
             f"the report of {folder} holds values of the wrong kind ({error}): write it again with globe compress"

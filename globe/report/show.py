@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -21,13 +23,19 @@ from globe.checkpoint.shipped import resolve_model
 from globe.errors import CheckpointError, GlobeError
 from globe.machine.device import multiply_add_rate, usable_device
 from globe.machine.memory import peak_memory
-from globe.measure.evaluate import Evaluation, check_reference, evaluate_model, generate, token_windows
-from globe.measure.reference import Reference, is_compressed, named_reference, report_of, source_reference
+from globe.measure.evaluate import generate, judge
+from globe.measure.kept_logits import open_logits
+from globe.measure.reference import (
+    Reference,
+    is_compressed,
+    kept_reference,
+    named_reference,
+    report_of,
+    source_reference,
+)
 from globe.measure.settings import EvaluateConfig
-from globe.measure.texts import read_text
 from globe.measure.tokenizers import load_tokenizer
-from globe.model.loading import expert_layers, load, open_source
-from globe.model.serving import set_compose_cache
+from globe.model.loading import expert_layers, open_source
 from globe.plan.scopes import Scope, compact
 from globe.plan.settings import CompressConfig
 from globe.run.coding import CodingPlan
@@ -35,7 +43,7 @@ from globe.run.job import Job, make_job
 from globe.run.observer import Observers, clock, describe
 from globe.run.prepare import prepare
 from globe.terminal import Terminal
-from globe.units import byte_size
+from globe.units import byte_size, with_error
 from globe.version import versions
 
 
@@ -86,6 +94,7 @@ def show_evaluation(
     config: EvaluateConfig,
     compose_cache: int = 0,
     *,
+    logits: Path | None = None,
     verify: bool = True,
 ) -> None:
     """Perplexity and size of a model, beside its reference where there is one, and the text that both write."""
@@ -93,56 +102,62 @@ def show_evaluation(
     checkpoint = open_checkpoint(model)  # says of a folder that is none what loading it would not
     if verify and checkpoint.repo is None:
         verify_model(checkpoint.folder)
-    against = _reference(console, model, reference)
-    tokenizer = load_tokenizer(checkpoint.folder, config.trust_remote_code)
-    windows, bytes_per_token = token_windows(tokenizer, read_text(config.text, config.num_characters), config)
-    if against is not None:
-        check_reference(against, model, windows, config)
-    compressed = load(model, config.device)
-    cache = set_compose_cache(compressed, compose_cache) if compose_cache else None
-    other = None if against is None else load(against.model, config.device)
-    ours = evaluate_model(compressed, windows, bytes_per_token, batch=config.batch, reference=other)
-    results: dict[str, tuple[str, Evaluation]] = {}
-    if other is not None and against is not None:
-        theirs = evaluate_model(other, windows, bytes_per_token, batch=config.batch)
-        results["original" if against.is_original else against.model] = against.model, theirs
-    results["compressed" if is_compressed(model) else "model"] = model, ours
-
-    place = "" if compressed.device.type == "cpu" else f" on {compressed.device}"
-    table = Table(title=f"{ours.num_tokens} tokens of {config.text}{place}")
+    against = _reference(console, model, reference, logits)
+    judged = judge(model, config, against, logits=logits, compose_cache=compose_cache)
+    ours, report = judged.evaluation, report_of(model)
+    table = Table(title=f"{ours.num_tokens} tokens of {config.text}{_place(judged.model)}")
     table.add_column("")
-    for name in results:
+    names, sizes, theirs = list[str](), list[str](), list[tuple[str, str]]()
+    if against is not None and ours.reference_perplexity is not None:
+        names.append("original" if against.is_original else against.model)
+        size = report.original_bytes if against.is_original and report is not None else _size(against.model)
+        sizes.append(byte_size(size))
+        bits = ours.bits_per_byte * math.log(ours.reference_perplexity) / math.log(ours.perplexity)
+        theirs.append((f"{ours.reference_perplexity:.3f}", f"{bits:.4f}"))
+    names.append("compressed" if is_compressed(model) else "model")
+    for name in names:
         table.add_column(name, justify="right")
-    table.add_row("size on disk", *(byte_size(_size(path)) for path, _ in results.values()))
-    table.add_row("perplexity", *(f"{result.perplexity:.3f}" for _, result in results.values()))
-    table.add_row("bits per byte", *(f"{result.bits_per_byte:.4f}" for _, result in results.values()))
+    table.add_row("size on disk", *sizes, byte_size(_size(model)))
+    table.add_row("perplexity", *(perplexity for perplexity, _ in theirs), f"{ours.perplexity:.3f}")
+    table.add_row("bits per byte", *(bits for _, bits in theirs), f"{ours.bits_per_byte:.4f}")
     if against is not None and ours.kl is not None and ours.agreement is not None:
-        table.add_row(f"KL to {against.name} (nats per token)", "0", f"{ours.kl:.5f}")
+        table.add_row(f"KL to {against.name} (nats per token)", "0", with_error(ours.kl, ours.kl_error))
         table.add_row("same next token", "100 %", f"{ours.agreement:.2%}")
-    if (report := report_of(model)) is not None:
+    if report is not None:
         for family, error in report.family_errors().items():
-            table.add_row(f"relative error, {family}", *([""] * (len(results) - 1)), f"{error:.4f}")
+            table.add_row(f"relative error, {family}", *([""] * len(theirs)), f"{error:.4f}")
     console.print(table)
     if against is not None and against.is_original:
         console.print(f"original: {against.model}", soft_wrap=True)
-    if cache is not None:
+    if judged.unrecorded is not None:
+        console.print(f"note: not recorded: {judged.unrecorded}", style="yellow", soft_wrap=True)
+    if judged.cache is not None:
+        cache = judged.cache
         console.print(
             f"composed experts kept: {byte_size(cache.resident_bytes)} of {byte_size(cache.num_bytes)}, which served "
             f"{cache.hit_rate:.1%} of what was needed"
         )
     if prompt is not None:
-        models = dict(zip(results, (other, compressed) if other is not None else (compressed,), strict=True))
+        tokenizer = load_tokenizer(checkpoint.folder, config.trust_remote_code)
+        loaded = [one for one in (judged.reference, judged.model) if one is not None]
         texts = Table(show_lines=True)
-        for name in models:
+        for name in names[-len(loaded) :]:
             texts.add_column(name, ratio=1, overflow="fold")
-        texts.add_row(*(Text(prompt + generate(one, tokenizer, prompt)) for one in models.values()))
+        texts.add_row(*(Text(prompt + generate(one, tokenizer, prompt)) for one in loaded))
         console.print(texts)
 
 
-def _reference(console: Terminal, model: str, asked: str | None) -> Reference | None:
-    """The model to compare with: the one asked for, or the source of a compressed model if it is at hand."""
+def _place(model: Any) -> str:
+    return "" if model.device.type == "cpu" else f" on {model.device}"
+
+
+def _reference(console: Terminal, model: str, asked: str | None, logits: Path | None) -> Reference | None:
+    """The model to compare with: the one asked for, the one whose logits were kept, or the source of a compressed model
+    if it is at hand."""
     if asked is not None:
         return None if asked == "none" else named_reference(model, asked)
+    if logits is not None and logits.exists():
+        return kept_reference(model, open_logits(logits).about)
     try:
         return source_reference(model)
     except CheckpointError as error:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from globe.checkpoint.card import CARD, read_source_card, write_native_card
+from globe.checkpoint.evaluation import EVALUATION
 from globe.checkpoint.manifest import MANIFEST
 from globe.checkpoint.reader import INDEX, open_checkpoint
 from globe.checkpoint.report import REPORT, BankReport, CodedReport, Report
@@ -77,7 +78,7 @@ def assemble(job: Job, preparation: Preparation, folder: RunFolder) -> None:
         None if job.checkpoint.repo is None else job.checkpoint.repo.commit,
         list(job.notes),
     )
-    files |= copy_side_files(job.checkpoint, folder.path, leave_out=(MANIFEST, CARD))
+    files |= copy_side_files(job.checkpoint, folder.path, leave_out=(MANIFEST, CARD, EVALUATION))
     recipe = recipe_text(report.source, report.commit, report.config, report.versions["globe"])
     files[RECIPE] = write_file(folder.path / RECIPE, recipe.encode())
     card = write_native_card(report, read_source_card(job.checkpoint), recipe)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from globe.bank_shape import sides
 from globe.checkpoint.card import CARD, EXPORT, carried_card, describe_export, export_metadata, write_dense_card
+from globe.checkpoint.evaluation import EVALUATION, read_evaluations
 from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.layout import ExpertLayer, source_names
 from globe.checkpoint.manifest import MANIFEST, verify_model
@@ -81,11 +82,12 @@ def _write(dense: DenseView, folder: RunFolder) -> None:
     if source.shards != (SINGLE,):
         weight_map = {tensor.name: tensor.shard for tensor in source.tensors.values()}
         files[INDEX] = write_index(path, weight_map, num_bytes)
-    files |= copy_side_files(compressed, path, leave_out=(REPORT, SOURCE_LAYOUT, MANIFEST))
+    files |= copy_side_files(compressed, path, leave_out=(REPORT, SOURCE_LAYOUT, MANIFEST, EVALUATION))
     files[CONFIG] = write_json(path / CONFIG, {**in_json(source.config), EXPORT: description})
     if report is not None:
         recipe = recipe_text(report.source, report.commit, report.config, report.versions.get("globe", ""))
-        files[CARD] = write_file(path / CARD, write_dense_card(report, carried_card(compressed), recipe))
+        card = write_dense_card(report, carried_card(compressed), recipe, read_evaluations(compressed.folder))
+        files[CARD] = write_file(path / CARD, card)
     open_checkpoint(path)
     folder.complete(files)
 

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from globe.checkpoint.card import keep_evaluation
 from globe.checkpoint.digest import file_sha256
+from globe.checkpoint.evaluation import Evaluation
 from globe.checkpoint.manifest import MANIFEST, Manifest, verify_files, write_manifest
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.report import Report
@@ -21,7 +23,7 @@ from globe.checkpoint.shipped import resolve_model
 from globe.checkpoint.writer import make_folder
 from globe.errors import CheckpointError, GlobeError, OutputError
 from globe.machine.device import usable_device
-from globe.measure.evaluate import Evaluation, evaluate_model, read_windows
+from globe.measure.evaluate import evaluate_model, read_windows, windows_fingerprint
 from globe.measure.settings import EvaluateConfig
 from globe.model.loading import load
 from globe.plan.settings import CompressConfig
@@ -155,13 +157,20 @@ class Judge:
         return self._evaluate(self._original)
 
     def compressed(self, folder: Path) -> Evaluation:
-        evaluation = self._evaluate(load(folder, self._config.device), reference=self._original)
-        return dataclasses.replace(evaluation, reference="the original")
+        """Recorded in the folder, too."""
+        evaluation = dataclasses.replace(
+            self._evaluate(load(folder, self._config.device), reference=self._original),
+            reference="the original",
+            reference_fingerprint=Report.read(folder).fingerprint,
+        )
+        keep_evaluation(folder, evaluation)
+        return evaluation
 
     def _evaluate(self, model: Any, reference: Any = None) -> Evaluation:
-        return evaluate_model(
-            model, self._windows, self._bytes_per_token, batch=self._config.batch, reference=reference
-        )
+        windows, batch = self._windows, self._config.batch
+        evaluation = evaluate_model(model, windows, self._bytes_per_token, batch=batch, reference=reference)
+        text = Path(self._config.text).name
+        return dataclasses.replace(evaluation, text=text, fingerprint=windows_fingerprint(windows))
 
 
 class Run:

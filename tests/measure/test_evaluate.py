@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,11 @@ def test_perplexity_and_divergence_equal_a_naive_loop() -> None:
     assert result.bits_per_byte == pytest.approx(sum(nats) / 30 / math.log(2) / 2.5, rel=1e-4)
     assert result.kl == pytest.approx(sum(divergence) / 30, rel=1e-3)
     assert result.agreement == pytest.approx(sum(agreed) / 30)
+    means = [sum(divergence[6 * row : 6 * row + 6]) / 6 for row in range(5)]
+    assert result.kl_error == pytest.approx(statistics.stdev(means) / math.sqrt(5), rel=1e-3)
+    alone = evaluate_model(reference, windows, bytes_per_token=2.5)
+    assert result.reference_perplexity == pytest.approx(alone.perplexity)
+    assert evaluate_model(model, windows[:1], 2.5, reference=reference).kl_error is None
 
 
 def test_a_model_has_no_divergence_from_itself() -> None:
