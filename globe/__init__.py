@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from globe.measure.evaluate import evaluate
     from globe.measure.settings import EvaluateConfig
     from globe.model import ComposeCache, set_compose_cache
+    from globe.plan.recipe import Recipe, read_recipe
     from globe.plan.settings import CompressConfig
     from globe.run.compress import compress
     from globe.run.export import export_dense
@@ -44,6 +45,7 @@ __all__ = [
     "FitResult",
     "GlobeError",
     "OutputError",
+    "Recipe",
     "Report",
     "SettingsError",
     "SweepConfig",
@@ -54,6 +56,7 @@ __all__ = [
     "evaluate",
     "export_dense",
     "fit_bank",
+    "read_recipe",
     "set_compose_cache",
     "sweep",
 ]
@@ -66,6 +69,7 @@ _ROOMS = {
     "measure.evaluate": ("evaluate",),
     "measure.settings": ("EvaluateConfig",),
     "model": ("ComposeCache", "set_compose_cache"),
+    "plan.recipe": ("Recipe", "read_recipe"),
     "plan.settings": ("CompressConfig",),
     "run.compress": ("compress",),
     "run.export": ("export_dense",),

@@ -32,11 +32,13 @@ class HubRepo:
     """`owner/name`."""
     commit: str
     """Full hash."""
+    cache: Path | None = None
+    """Folder of the Hub's cache; None: the client's own."""
 
     def fetch(self, filename: str) -> Path:
         """The file in the Hub's cache, downloaded unless it is there."""
         with _explained(self.repo_id, filename):
-            return Path(hf_hub_download(self.repo_id, filename, revision=self.commit))
+            return Path(hf_hub_download(self.repo_id, filename, revision=self.commit, cache_dir=self.cache))
 
     def header(self, filename: str) -> dict[str, Any]:
         """The parsed safetensors header of a shard, read without its data."""
@@ -45,18 +47,19 @@ class HubRepo:
         return {name: dataclasses.asdict(tensor) for name, tensor in metadata.tensors.items()}
 
 
-def open_repo(repo_id: str, revision: str | None) -> tuple[HubRepo, Path]:
+def open_repo(repo_id: str, revision: str | None, cache: Path | None = None) -> tuple[HubRepo, Path]:
     """The commit that `revision` (by default the main branch) names now, and the folder of its small files.
 
     The code of the tokenizer is among them, where it has its own; it is not run.
     """
     with _explained(repo_id, revision or "the main branch"):
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(SMALL_FILES)))
+        small = list(SMALL_FILES)
+        folder = Path(snapshot_download(repo_id, revision=revision, cache_dir=cache, allow_patterns=small))
         absent = list[str]()
         while (missing := missing_code(folder)) != absent:  # what is fetched may import more
-            snapshot_download(repo_id, revision=folder.name, allow_patterns=missing)
+            snapshot_download(repo_id, revision=folder.name, cache_dir=cache, allow_patterns=missing)
             absent = missing
-    return HubRepo(repo_id, folder.name), folder
+    return HubRepo(repo_id, folder.name, cache), folder
 
 
 @contextlib.contextmanager

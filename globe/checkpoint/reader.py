@@ -119,8 +119,9 @@ class Checkpoint:
         return self.tensors[name]
 
 
-def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
-    """Open a local folder or a Hub id (of which `revision` names a branch, tag or commit) without reading weights.
+def open_checkpoint(model: str | Path, revision: str | None = None, cache: Path | None = None) -> Checkpoint:
+    """Open a local folder or a Hub id (of which `revision` names a branch, tag or commit, and which is kept in `cache`
+    or the client's own) without reading weights.
 
     What the index says is believed of the files' names only: which tensor lies where, the files themselves tell.
     Raises `CheckpointError` for anything missing, damaged, inconsistent or outside the folder.
@@ -141,7 +142,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
         raise CheckpointError(f"{repo_id} is an address; give the Hub id alone: {owner_and_name}")
     if folder.is_absolute() or repo_id.startswith((".", "~")) or repo_id.count("/") > 1:
         raise CheckpointError(f"{repo_id} does not exist (and is no Hub id, which would be owner/name)")
-    repo, folder = open_repo(repo_id, revision)
+    repo, folder = open_repo(repo_id, revision, cache)
     return _open_folder(folder, repo)
 
 

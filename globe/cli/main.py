@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from globe.cli.arguments import registry
 from globe.cli.ending import FAILED, close_quietly, describe, stoppable, tell, tell_bug, tell_stopped
 from globe.errors import FinishedError, GlobeError, SettingsError
 from globe.measure.settings import EvaluateConfig
+from globe.plan.recipe import BUDGET, read_recipe
 from globe.plan.settings import CompressConfig
 from globe.sweeps.settings import SweepConfig
 from globe.terminal import Terminal, tame_logging
@@ -31,6 +33,13 @@ class Compress:
     """Folder to write. A run that was killed goes on when the same command is given again."""
     model: Model = "shipped"
     """Local folder or Hub id; without one, the small model that ships with GloBE."""
+    recipe: Path | None = None
+    """YAML with the model and the settings of a run, such as the recipe.yaml of an output; what is given beside it
+    wins."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hub."""
+    cache_dir: Path | None = None
+    """Folder that keeps a model of the Hub, in place of the usual cache."""
     config: Annotated[CompressConfig, tyro.conf.arg(name="")] = CompressConfig()
     track: Track = "none"
     """Experiment tracker."""
@@ -50,7 +59,15 @@ class Compress:
         observers: list[Observer] = [live]
         if self.track != "none":
             observers.append(make_tracker(self.track, self.config, self.output.with_name(f"{self.output.name}.track")))
-        report = compress(self.model, self.output, self.config, observers, overwrite=self.overwrite)
+        report = compress(
+            self.model,
+            self.output,
+            self.config,
+            observers,
+            overwrite=self.overwrite,
+            revision=self.revision,
+            cache=self.cache_dir,
+        )
         show_report(console, report, self.output)
 
 
@@ -84,6 +101,8 @@ class Evaluate:
 
     model: Model = "shipped"
     """Folder or Hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hub."""
     reference: str | None = None
     """Model to compare with; by default the source of a compressed model, where found; `none` for no comparison."""
     prompt: str | None = None
@@ -98,11 +117,15 @@ class Evaluate:
     config: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = EvaluateConfig()
 
     def run(self, console: Terminal) -> None:
+        from globe.checkpoint.reader import open_checkpoint
         from globe.report.show import show_evaluation
 
+        model = self.model
+        if self.revision is not None:
+            model = str(open_checkpoint(model, self.revision).fetched())
         show_evaluation(
             console,
-            self.model,
+            model,
             self.reference,
             self.prompt,
             self.config,
@@ -208,12 +231,16 @@ class Inspect:
 
     model: Model = "shipped"
     """Local folder or Hub id, compressed or not."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hub."""
+    cache_dir: Path | None = None
+    """Folder that keeps a model of the Hub, in place of the usual cache."""
     config: Annotated[CompressConfig, tyro.conf.arg(name="")] = CompressConfig()
 
     def run(self, console: Terminal) -> None:
         from globe.report.show import show_inspection
 
-        show_inspection(console, self.model, self.config)
+        show_inspection(console, self.model, self.config, self.revision, self.cache_dir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str]) -> Any:
     return tyro.cli(
-        Annotated[Compress, tyro.conf.subcommand("compress")]
+        Annotated[Compress, tyro.conf.subcommand("compress", **_from_recipe(arguments))]
         | Annotated[Sweep, tyro.conf.subcommand("sweep")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Compare, tyro.conf.subcommand("compare")]
@@ -294,6 +321,18 @@ def _parse(arguments: Sequence[str]) -> Any:
         registry=registry,
         config=(tyro.conf.DisallowNone,),
     )
+
+
+def _from_recipe(arguments: Sequence[str]) -> dict[str, Compress]:
+    """What a compression is, but for what is given, where a recipe says it: the `default` of the command."""
+    given = [part for argument in arguments for part in argument.split("=", 1)]
+    paths = [path for name, path in itertools.pairwise(given) if name == "--recipe"]
+    if arguments[0] != "compress" or not paths:
+        return {}
+    names = {name.removeprefix("--").replace("-", "_") for name in given if name.startswith("--")}
+    recipe = read_recipe(paths[-1], BUDGET if names & {*BUDGET} else ())
+    default = Compress(tyro.MISSING, recipe.model, revision=recipe.revision, config=recipe.config)
+    return {"default": default}
 
 
 def _with_texts(arguments: Sequence[str]) -> list[str]:

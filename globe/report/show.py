@@ -170,15 +170,17 @@ def _size(model: str) -> int:
     return sum(tensor.nbytes for tensor in checkpoint.tensors.values())
 
 
-def show_inspection(console: Terminal, model: str, config: CompressConfig) -> None:
+def show_inspection(
+    console: Terminal, model: str, config: CompressConfig, revision: str | None = None, cache: Path | None = None
+) -> None:
     """A model's experts, and the plan of a compression with these settings."""
     folder = resolve_model(model)
     if is_compressed(str(folder)):
         _show_compressed(console, Report.read(Path(folder)))
         return
-    checkpoint = open_source(folder)
+    checkpoint = open_source(folder, revision, cache)
     layers = expert_layers(checkpoint)
-    job = make_job(model, config)
+    job = make_job(model, config, revision, cache)
     _show_experts(console, checkpoint, layers)
     preparation = None if checkpoint.repo is not None else prepare(job, Observers(()))
     scopes = job.scopes if preparation is None else preparation.scopes

@@ -30,6 +30,8 @@ def compress(
     observers: Iterable[Observer] = (),
     *,
     overwrite: bool = False,
+    revision: str | None = None,
+    cache: Path | None = None,
 ) -> Report:
     """Compress the routed experts of `model` (a local folder, a Hub id, or "shipped") into the folder `output`.
 
@@ -37,7 +39,8 @@ def compress(
     largest scope, and the model itself where that is run: to calibrate and to plan, if it takes less than half of the
     machine's. A run on the output of a killed one goes on after what that finished; what was damaged since is done
     again. With `overwrite`, an output that GloBE wrote earlier is replaced when the new one is whole, and an unfinished
-    run with other settings is started anew.
+    run with other settings is started anew. `revision` names a branch, tag or commit of a model on the Hub, `cache` the
+    folder that keeps it in place of the client's own.
 
     Raises, all of them `GlobeError`: `SettingsError` for settings that do not fit the model or differ from those of the
     run to go on with; `CheckpointError` for damaged files, weights that are not finite, and a source that changes
@@ -46,7 +49,7 @@ def compress(
     """
     watch = Observers(observers)
     try:
-        job = make_job(model, config)
+        job = make_job(model, config, revision, cache)
         for note in job.notes:
             watch.note(note)
         watch.prepare("reading the source")

@@ -144,10 +144,10 @@ class Job:
         return [name for family in families for name in source_names(self.layers[index], family)]
 
 
-def make_job(model: str | Path, config: CompressConfig) -> Job:
+def make_job(model: str | Path, config: CompressConfig, revision: str | None = None, cache: Path | None = None) -> Job:
     """Open the source and check that settings, files and transformers' model of it fit each other; raises otherwise as
     `compress` does."""
-    checkpoint, config = open_source(resolve_model(model)), config.resolved()
+    checkpoint, config = open_source(resolve_model(model), revision, cache), config.resolved()
     layers = {layer.index: layer for layer in expert_layers(checkpoint)}
     scopes = make_plan(list(layers.values()), config)
     empty = empty_model(checkpoint)
