@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,6 +27,8 @@ from globe.typed import parsed, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_CONNECTIONS = 16
+"""To the Hub at once."""
 _HUB = "https://huggingface.co/"
 _CONVERT_GGUF = "load it in transformers with gguf_file=NAME and save_pretrained"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -167,13 +170,8 @@ def _open_folder(folder: Path, repo: HubRepo | None) -> Checkpoint:
     if repo is None:
         _check_present(folder, shards)
     tensors: dict[str, TensorInfo] = {}
-    for shard in shards:
-        if repo is None or (folder / shard).exists():
-            check_contained(folder / shard, folder)
-            entries = read_header(folder / shard, shard)
-        else:
-            entries = check_entries(repo.header(shard), shard)
-        for tensor in entries:
+    for entries in _read_headers(folder, repo, shards):
+        for tensor, shard in ((tensor, tensor.shard) for tensor in entries):
             if (other := tensors.setdefault(tensor.name, tensor)) is not tensor:
                 raise CheckpointError(
                     f"tensor {shown(tensor.name)} is in {other.shard} and in {shard}, and only one can be meant: take "
@@ -184,6 +182,22 @@ def _open_folder(folder: Path, repo: HubRepo | None) -> Checkpoint:
     checkpoint = Checkpoint(folder, config, tensors, shards, repo, tuple(notes))
     check_counts(config, tensors.values())
     return checkpoint
+
+
+def _read_headers(folder: Path, repo: HubRepo | None, shards: tuple[str, ...]) -> Iterator[list[TensorInfo]]:
+    """Of every shard in turn; those that are on the Hub are asked for side by side."""
+
+    def read(shard: str) -> list[TensorInfo]:
+        if repo is None or (folder / shard).exists():
+            check_contained(folder / shard, folder)
+            return read_header(folder / shard, shard)
+        return check_entries(repo.header(shard), shard)
+
+    if repo is None:
+        yield from map(read, shards)
+        return
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        yield from pool.map(read, shards)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,14 +51,16 @@ class Compress:
     def run(self, console: Terminal) -> None:
         from globe.cli.progress import LiveProgress, PlainProgress
         from globe.cli.track import make_tracker
-        from globe.report.show import show_report
+        from globe.report.show import show_outlook, show_report
         from globe.run.compress import compress
+        from globe.run.job import outline
         from globe.run.observer import Observer
 
         live = LiveProgress(console, self.config.steps) if console.is_terminal else PlainProgress(console)
         observers: list[Observer] = [live]
         if self.track != "none":
             observers.append(make_tracker(self.track, self.config, self.output.with_name(f"{self.output.name}.track")))
+        show_outlook(console, outline(self.model, self.config, self.revision, self.cache_dir), self.output)
         report = compress(
             self.model,
             self.output,
@@ -227,7 +229,7 @@ class Push:
 
 @dataclasses.dataclass(frozen=True)
 class Inspect:
-    """Show a model's experts, and what a compression would keep; nothing is written."""
+    """Show a model's experts, what each budget gives and what a compression will take, from headers alone."""
 
     model: Model = "shipped"
     """Local folder or Hub id, compressed or not."""
@@ -235,12 +237,14 @@ class Inspect:
     """Branch, tag or commit of a model on the Hub."""
     cache_dir: Path | None = None
     """Folder that keeps a model of the Hub, in place of the usual cache."""
+    plan: bool = False
+    """Also run the model, which is downloaded first, and show how the budget is shared out."""
     config: Annotated[CompressConfig, tyro.conf.arg(name="")] = CompressConfig()
 
     def run(self, console: Terminal) -> None:
         from globe.report.show import show_inspection
 
-        show_inspection(console, self.model, self.config, self.revision, self.cache_dir)
+        show_inspection(console, self.model, self.config, self.revision, self.cache_dir, plan=self.plan)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,13 +15,12 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from globe.checkpoint.layout import ExpertLayer
+from globe.checkpoint.layout import dtype_notes
 from globe.checkpoint.manifest import verify_files, verify_model
-from globe.checkpoint.reader import Checkpoint, open_checkpoint
+from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.report import Report
 from globe.checkpoint.shipped import resolve_model
-from globe.errors import CheckpointError, GlobeError
-from globe.machine.device import multiply_add_rate, usable_device
+from globe.errors import CheckpointError, GlobeError, SettingsError
 from globe.machine.memory import peak_memory
 from globe.measure.evaluate import generate, judge
 from globe.measure.kept_logits import open_logits
@@ -35,16 +34,19 @@ from globe.measure.reference import (
 )
 from globe.measure.settings import EvaluateConfig
 from globe.measure.tokenizers import load_tokenizer
-from globe.model.loading import expert_layers, open_source
-from globe.plan.scopes import Scope, compact
+from globe.plan.scopes import Scope, compact, make_plan
 from globe.plan.settings import CompressConfig
-from globe.run.coding import CodingPlan
-from globe.run.job import Job, make_job
+from globe.run.coding import CodingPlan, check_reach
+from globe.run.job import Job, Outline, make_job, outline
 from globe.run.observer import Observers, clock, describe
-from globe.run.prepare import prepare
+from globe.run.outlook import look_ahead
+from globe.run.prepare import Preparation, prepare
 from globe.terminal import Terminal
 from globe.units import byte_size, with_error
 from globe.version import versions
+
+_BITS, _KEEPS = (2.0, 2.5, 3.0, 4.0, 6.0), (0.75, 0.5)
+"""Budgets that inspect shows."""
 
 
 def show_report(console: Terminal, report: Report, output: Path) -> None:
@@ -171,53 +173,86 @@ def _size(model: str) -> int:
 
 
 def show_inspection(
-    console: Terminal, model: str, config: CompressConfig, revision: str | None = None, cache: Path | None = None
+    console: Terminal,
+    model: str,
+    config: CompressConfig,
+    revision: str | None = None,
+    cache: Path | None = None,
+    *,
+    plan: bool = False,
 ) -> None:
-    """A model's experts, and the plan of a compression with these settings."""
+    """A model's experts, what each budget gives, and what a compression with these settings will take, from headers
+    alone; with `plan` also what running the model tells."""
     folder = resolve_model(model)
     if is_compressed(str(folder)):
         _show_compressed(console, Report.read(Path(folder)))
         return
-    checkpoint = open_source(folder, revision, cache)
-    layers = expert_layers(checkpoint)
-    job = make_job(model, config, revision, cache)
-    _show_experts(console, checkpoint, layers)
-    preparation = None if checkpoint.repo is not None else prepare(job, Observers(()))
-    scopes = job.scopes if preparation is None else preparation.scopes
-    coding = None if preparation is None else preparation.coding
-    if not job.config.is_coded:
-        _show_plan(console, scopes)
-    if preparation is not None:
-        because = preparation.calibration.uncalibrated_because
-        _show_fallbacks(console, because, preparation.uniform_because, dataclasses.asdict(config))
-    elif config.allocation == "sensitivity":
-        console.print("note: the budget is shared out when the weights are here", style="yellow")
-    _show_notes(console, job.notes)
-    original, predicted = job.original_bytes(), job.predicted_bytes(scopes, coding and coding.num_bytes)
-    console.print(f"whole model {byte_size(original)} -> {byte_size(predicted)} ({predicted / original:.1%})")
-    if job.config.is_coded:
-        _show_coding(console, job, coding)
-        return
-    device = usable_device(config.device)
-    work = config.steps * sum(bank.shape.step_multiply_adds for scope in scopes for bank in scope.banks)
-    seconds = work / multiply_add_rate(device)
-    console.print(f"fits        at least {clock(seconds)} for {config.steps} steps of each bank on this {device}")
-    first = layers[0]
+    outlined = outline(model, config, revision, cache)
+    _show_experts(console, outlined)
+    console.print(_table_of_budgets(outlined))
+    show_outlook(console, outlined)
+    first = next(iter(outlined.layers.values()))
     ratio = first.intermediate_size / first.hidden_size
-    if ratio >= 0.9:
+    if not outlined.config.is_coded and ratio >= 0.9:
         console.print(
             f"note: these experts are coarse (P/D = {ratio:.2f}). The bank is shared along D and every adapter carries "
             "P, so expect a high error unless little is removed; look at the errors of one layer first (--layers)",
             style="yellow",
             soft_wrap=True,
         )
+    checkpoint = outlined.checkpoint
+    notes = [*checkpoint.notes, *dtype_notes(outlined.layers.values()), *checkpoint.side_files().left_out]
+    if plan:
+        job = make_job(model, config, revision, cache)
+        notes = job.notes
+        _show_prepared(console, job, prepare(job, Observers(())))
+    _show_notes(console, notes)
 
 
-def _show_coding(console: Terminal, job: Job, plan: CodingPlan | None) -> None:
+def show_outlook(console: Terminal, outlined: Outline, output: Path | None = None) -> None:
+    """What a compression will read, write and need, in three lines, and what will not go as asked."""
+    for line in look_ahead(outlined, output).lines():
+        console.print(line, style="yellow" if line.startswith("note") else "none", soft_wrap=True)
+
+
+def _table_of_budgets(outlined: Outline) -> Table:
+    """The whole model's bytes by budget."""
+    table = Table(title="budgets")
+    for name in ("budget", "whole model", "of the original", "rank", "bases"):
+        table.add_column(name, justify="right")
+    original = outlined.original_bytes()
+    kept = CompressConfig(families=outlined.config.families, layers=outlined.config.layers)
+    budgets = [dataclasses.replace(kept, bits=bits) for bits in _BITS]
+    budgets += [dataclasses.replace(kept, keep=keep) for keep in _KEEPS]
+    for config in budgets:
+        name = f"--bits {config.bits:g}" if config.keep is None else f"--keep {config.keep:g}"
+        try:
+            scopes = tuple(make_plan(list(outlined.layers.values()), config))
+            at = dataclasses.replace(outlined, config=config, scopes=scopes)
+            check_reach(at)
+        except SettingsError:
+            table.add_row(name, "out of reach", "", "", "")
+            continue
+        stored, shape = at.predicted_bytes(scopes), scopes[0].banks[0].shape if scopes[0].banks else None
+        sizes = ("", "") if shape is None else (str(shape.rank), str(shape.num_bases))
+        table.add_row(name, byte_size(stored), f"{stored / original:.1%}", *sizes)
+    return table
+
+
+def _show_prepared(console: Terminal, job: Job, preparation: Preparation) -> None:
+    """What running the model told."""
+    if not job.config.is_coded:
+        _show_plan(console, preparation.scopes)
+    because, coding = preparation.calibration.uncalibrated_because, preparation.coding
+    _show_fallbacks(console, because, preparation.uniform_because, dataclasses.asdict(job.config))
+    original, predicted = job.original_bytes(), job.predicted_bytes(preparation.scopes, coding and coding.num_bytes)
+    console.print(f"whole model {byte_size(original)} -> {byte_size(predicted)} ({predicted / original:.1%})")
+    if coding is not None:
+        _show_coding(console, job, coding)
+
+
+def _show_coding(console: Terminal, job: Job, plan: CodingPlan) -> None:
     """What the budget of bits buys."""
-    if plan is None:
-        console.print(f"experts     at most {job.config.bits:g} bits a weight, everything counted")
-        return
     bits = 8 * plan.num_bytes / job.original_parameters()
     shared = sum(count > 0 for count in plan.num_bases.values())
     console.print(f"experts     in {bits:.3f} bits a weight, everything counted")
@@ -247,9 +282,10 @@ def _show_notes(console: Terminal, notes: Iterable[str]) -> None:
         console.print(f"note            {note}", style="yellow", soft_wrap=True)
 
 
-def _show_experts(console: Terminal, checkpoint: Checkpoint, layers: list[ExpertLayer]) -> None:
-    first = layers[0]
-    table = Table(title=f"{checkpoint.folder}: {checkpoint.config.get('model_type')}")
+def _show_experts(console: Terminal, outlined: Outline) -> None:
+    checkpoint, layers = outlined.checkpoint, [*outlined.layers.values()]
+    first, name = layers[0], checkpoint.folder if checkpoint.repo is None else checkpoint.repo.repo_id
+    table = Table(title=f"{name}: {checkpoint.config.get('model_type')}")
     for name in ("layers", "experts", "P (rows)", "D (columns)", "P/D", "dtype", "on disk"):
         table.add_column(name, justify="right")
     table.add_row(

@@ -28,7 +28,7 @@ from globe.quant.banked import BankedExperts
 from globe.quant.side import side_bytes
 from globe.quant.trellis import MAX_WIDTH
 from globe.quant.water_fill import Rows, water_fill
-from globe.run.job import Job
+from globe.run.job import Job, Outline
 from globe.terms import Family
 
 MOST_WINDOWS = 64
@@ -141,7 +141,7 @@ def _rows_and_side(problems: Iterable[CodingProblem]) -> tuple[list[Rows], int]:
     return rows, side
 
 
-def check_reach(job: Job) -> None:
+def check_reach(job: Outline) -> None:
     """Raise `SettingsError` where the least that is stored beside paths takes all the bits that are asked for."""
     layers = [job.layers[index] for scope in job.scopes for index in scope.layers]
     side = sum(_least_side_bytes(layer, family) for layer in layers for family in job.config.families)

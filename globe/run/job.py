@@ -35,8 +35,8 @@ from globe.version import versions
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """What a compression does, decided before any work."""
+class Outline:
+    """What the headers of a source and the settings say of a compression."""
 
     source: str
     """The model as it was named."""
@@ -45,32 +45,8 @@ class Job:
     """Resolved."""
     layers: Mapping[int, ExpertLayer]
     """By number, those that hold experts."""
-    names: FactorNames
     scopes: tuple[Scope, ...]
     """Every bank with the same share of the budget."""
-    calibration_text: CalibrationText | None
-    """Where one is given; the model's own samples are not known yet."""
-    notes: tuple[str, ...]
-    """What is done otherwise than one might expect."""
-
-    def run(self) -> dict[str, Any]:
-        """What the run is made of: only the same run goes on in an unfinished output."""
-        return {
-            "command": "compress",
-            "source": self.source,
-            "fingerprint": self.checkpoint.fingerprint(),
-            "globe_version": versions()["globe"],
-            "config": dataclasses.asdict(self.config),
-            "calibration": None if self.calibration_text is None else self.calibration_text.fingerprint,
-        }
-
-    def check_unchanged(self, fingerprint: str) -> None:
-        """Raise `CheckpointError` if the source is not what it was when the run began."""
-        if self.checkpoint.fingerprint() != fingerprint:
-            raise CheckpointError(
-                f"{self.checkpoint.folder} changed while it was read: what was finished before is kept; put the files "
-                "back and run the same command again, or give --overwrite to start anew"
-            )
 
     def dtype(self, layer: int) -> torch.dtype:
         """What a layer's factors in floating point are stored in."""
@@ -132,24 +108,66 @@ class Job:
         before, kept = sum(len(self.factor_files(number)) for number in range(len(self.scopes))), self.kept()
         return {shard: _file(before + offset, before + len(kept)) for offset, shard in enumerate(kept)}
 
-    def spec(self, bank: BankPlan) -> BankSpec:
-        return BankSpec(bank.layers, bank.families, bank.shape.rank, bank.shape.num_bases)
-
-    def specs(self, scopes: Sequence[Scope]) -> list[BankSpec]:
-        return [self.spec(bank) for scope in scopes for bank in scope.banks]
-
     def _sources(self, index: int) -> list[str]:
         """The layer's source tensors that the output replaces: of its families in banks and of the dense halves."""
         families: set[Family] = {*self.config.families, *dense_halves(self.config.families)}
         return [name for family in families for name in source_names(self.layers[index], family)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Job(Outline):
+    """What a compression does, decided before any work."""
+
+    names: FactorNames
+    calibration_text: CalibrationText | None
+    """Where one is given; the model's own samples are not known yet."""
+    notes: tuple[str, ...]
+    """What is done otherwise than one might expect."""
+
+    def run(self) -> dict[str, Any]:
+        """What the run is made of: only the same run goes on in an unfinished output."""
+        return {
+            "command": "compress",
+            "source": self.source,
+            "fingerprint": self.checkpoint.fingerprint(),
+            "globe_version": versions()["globe"],
+            "config": dataclasses.asdict(self.config),
+            "calibration": None if self.calibration_text is None else self.calibration_text.fingerprint,
+        }
+
+    def check_unchanged(self, fingerprint: str) -> None:
+        """Raise `CheckpointError` if the source is not what it was when the run began."""
+        if self.checkpoint.fingerprint() != fingerprint:
+            raise CheckpointError(
+                f"{self.checkpoint.folder} changed while it was read: what was finished before is kept; put the files "
+                "back and run the same command again, or give --overwrite to start anew"
+            )
+
+    def spec(self, bank: BankPlan) -> BankSpec:
+        return BankSpec(bank.layers, bank.families, bank.shape.rank, bank.shape.num_bases)
+
+    def specs(self, scopes: Sequence[Scope]) -> list[BankSpec]:
+        return [self.spec(bank) for scope in scopes for bank in scope.banks]
+
+
+def outline(
+    model: str | Path, config: CompressConfig, revision: str | None = None, cache: Path | None = None
+) -> Outline:
+    """Open the source and lay settings and headers side by side; nothing else is read and no model is built.
+
+    Raises `CheckpointError` for what cannot be read, `UnsupportedModelError` and `SettingsError` as `compress` does.
+    """
+    checkpoint, config = open_source(resolve_model(model), revision, cache), config.resolved()
+    layers = {layer.index: layer for layer in expert_layers(checkpoint)}
+    source = str(model).encode(errors="backslashreplace").decode()  # a path that is not UTF-8
+    return Outline(source, checkpoint, config, layers, tuple(make_plan(list(layers.values()), config)))
+
+
 def make_job(model: str | Path, config: CompressConfig, revision: str | None = None, cache: Path | None = None) -> Job:
     """Open the source and check that settings, files and transformers' model of it fit each other; raises otherwise as
     `compress` does."""
-    checkpoint, config = open_source(resolve_model(model), revision, cache), config.resolved()
-    layers = {layer.index: layer for layer in expert_layers(checkpoint)}
-    scopes = make_plan(list(layers.values()), config)
+    outlined = outline(model, config, revision, cache)
+    checkpoint, config, layers, scopes = outlined.checkpoint, outlined.config, outlined.layers, outlined.scopes
     empty = empty_model(checkpoint)
     check_same_experts(layers, find_experts(empty))
     check_weights(checkpoint, empty)
@@ -167,8 +185,7 @@ def make_job(model: str | Path, config: CompressConfig, revision: str | None = N
             text = read_calibration_text(checkpoint.folder, name, config.calibration_tokens, config.trust_remote_code)
         except UntrustedCodeError as error:
             notes.append(f"calibrated on samples of the model itself, not on {name}: {error}")
-    source = str(model).encode(errors="backslashreplace").decode()  # a path that is not UTF-8
-    return Job(source, checkpoint, config, layers, factor_names(empty), tuple(scopes), text, tuple(notes))
+    return Job(outlined.source, checkpoint, config, layers, scopes, factor_names(empty), text, tuple(notes))
 
 
 def _file(number: int, total: int) -> str:

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from globe.checkpoint.reader import open_checkpoint
 from globe.cli.main import main
 from globe.measure.evaluate import generate
 from globe.measure.settings import EvaluateConfig
@@ -75,10 +76,9 @@ def test_compress_evaluate_inspect_and_export_the_shipped_model(
 
 def test_the_commands_take_a_coded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ("--bits", "3", "--layers", "3", "--calibrate", "none", "--allocation", "uniform")
-    status, out, _ = run(capsys, "inspect", *given)
+    status, out, _ = run(capsys, "inspect", "--plan", *given)
     assert status == 0
     assert re.search(r"experts     in (2\.99\d|3\.000) bits a weight, everything counted", out)
-    assert "bank" not in out
     predicted = re.search(r"whole model .* -> (\d+\.\d\d) MB", out)
     status, out, _ = run(capsys, "compress", "-o", tmp_path / "out", *given)
     assert status == 0
@@ -135,10 +135,33 @@ def test_a_saved_copy_of_a_compressed_model_is_evaluated_alone(
 
 
 def test_inspect_shows_the_plan_and_does_no_work(capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = run(capsys, "inspect", "--keep", "0.5", "--scope", "model")
+    status, out, _ = run(capsys, "inspect", "--keep", "0.5", "--scope", "model", "--plan")
     assert status == 0
     assert "layers 0-13 gate+up+down" in out
     assert "whole model" in out
+
+
+def test_inspect_tells_what_each_budget_gives_without_reading_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_source(tmp_path / "source")
+    monkeypatch.setattr("globe.checkpoint.reader.safe_open", None)
+    status, out, _ = run(capsys, "inspect", tmp_path / "source", "--bits", "3")
+    assert status == 0
+    tensors = open_checkpoint(tmp_path / "source").tensors.values()
+    experts = sum(tensor.nbytes for tensor in tensors if ".experts." in tensor.name)
+    kept = sum(tensor.nbytes for tensor in tensors) - experts + 4
+    for bits in (4, 6):
+        assert re.search(rf"--bits {bits} │ +{(kept + experts // 32 * bits) / 1000:.2f} kB", out)
+    assert re.search(r"--keep 0\.75 │ +\d+\.\d\d kB", out)
+    assert re.search(rf"reads +{(kept - 4 + experts) / 1000:.2f} kB of .*source", out)
+    assert re.search(r"writes +\d+\.\d\d kB \(\d+\.\d%\); .* are free", out)
+    assert re.search(r"needs +about .* of memory and at least 0:00 on this cpu", out)
+    monkeypatch.setattr("globe.measure.runnable.MEMORY_SHARE", 0.0)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    status, out, _ = run(capsys, "inspect", tmp_path / "source", "--bits", "3")
+    assert "note: the disk is too small for that" in out
+    assert "to run, over 0% of what there is" in out
 
 
 def test_coarse_experts_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

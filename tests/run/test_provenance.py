@@ -111,8 +111,11 @@ def test_a_model_of_the_hub_is_named_with_its_commit_and_goes_back_whole(
     with running_hub(tmp_path / "served", tmp_path / "cache", monkeypatch) as hub:
         report = compress("owner/name", tmp_path / "out", ALONE, revision="main", cache=tmp_path / "own")
         assert report.commit == COMMIT
+        hub.log.clear()
+        assert main(["inspect", "owner/name", "--bits", "3", "--revision", "main"]) == 0
+        assert "downloaded first" in capsys.readouterr().out
+        assert not [name for name in hub.downloads() if name.endswith(".safetensors")]
         assert (tmp_path / "own" / "models--owner--name").is_dir()
-        assert not (tmp_path / "cache" / "models--owner--name").exists()
         with pytest.raises(CheckpointError, match="no revision 'v9'"):
             compress("owner/name", tmp_path / "never", ALONE, revision="v9")
         card = ModelCard.load(tmp_path / "out" / "README.md")

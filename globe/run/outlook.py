@@ -1,0 +1,125 @@
+"""What a compression will read, write and need, as far as headers, settings and the machine tell before it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from pathlib import Path
+
+import torch
+
+from globe.machine.device import multiply_add_rate
+from globe.machine.memory import peak_memory, total_memory
+from globe.measure.runnable import find_place
+from globe.run.job import Outline
+from globe.run.observer import clock
+from globe.units import byte_size
+
+_CODING = 20_000
+"""Multiply-adds in the time that coding a weight takes, on one thread; see docs/log.md, "what a run will take"."""
+_COPIES = 6
+"""Of the experts that are worked on, in float32, at the peak of coding or fitting them; counted in the code."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outlook:
+    """What a compression will read, write and need."""
+
+    source: str
+    read: int
+    """Bytes of the source's tensors."""
+    absent: int
+    """Of these, bytes that have to be downloaded first."""
+    written: int
+    """Bytes of the output's tensors."""
+    free: int
+    """Bytes that are free where the output is to be."""
+    memory: int
+    """Bytes at the peak, about."""
+    available: int
+    """Bytes of memory there are."""
+    bound: str
+    """Whose bound that is."""
+    seconds: float
+    """At least, of coding or fitting alone."""
+    device: str
+    unmeasured_because: str | None
+    """Why the model will not be run to be measured, although that is asked for."""
+
+    def lines(self) -> list[str]:
+        """The three lines that say it, and one for each thing that will not go as asked."""
+        absent = f", {byte_size(self.absent)} of it downloaded first" if self.absent else ""
+        said = [
+            f"reads       {byte_size(self.read)} of {self.source}{absent}",
+            f"writes      {byte_size(self.written)} ({self.written / self.read:.1%}); {byte_size(self.free)} are free",
+            f"needs       about {byte_size(self.memory)} of memory and at least {clock(self.seconds)} on this "
+            f"{self.device}; {self.bound}",
+        ]
+        if self.written + self.absent > self.free:
+            said.append("note: the disk is too small for that: make room, or choose another folder")
+        if self.unmeasured_because is not None:
+            said.append(
+                f"note: {self.unmeasured_because}: errors will be weighed by the weights alone, at a higher loss, "
+                "unless the machine has more memory"
+            )
+        if self.memory > self.available:
+            said.append("note: the memory is too small for that: choose --scope layer or --stream, or another machine")
+        return said
+
+
+def look_ahead(outline: Outline, output: Path | None = None) -> Outlook:
+    """What a compression into `output` (None: the working directory) will take; takes a moment of computing."""
+    checkpoint, config = outline.checkpoint, outline.config
+    folder = (output or Path()).absolute()
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    sizes = {tensor.name: tensor.nbytes for tensor in checkpoint.tensors.values()}
+    here = {shard for shard in checkpoint.shards if (checkpoint.folder / shard).exists()}
+    absent = 0
+    if checkpoint.repo is not None:
+        absent = sum(tensor.nbytes for tensor in checkpoint.tensors.values() if tensor.shard not in here)
+    measured = config.calibrate != "none" or config.allocation != "uniform"
+    place = find_place(checkpoint, config.device, torch.float32.itemsize)
+    runs = measured and place.device is not None
+    needed = 4 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()) if runs else 0
+    working = max(needed, _statistics(outline) * runs + 4 * _COPIES * _widest(outline))
+    available, bound = total_memory("cpu")
+    return Outlook(
+        outline.source,
+        sum(sizes.values()),
+        absent,
+        outline.predicted_bytes(outline.scopes),
+        free,
+        peak_memory() + working,
+        available,
+        bound,
+        _multiply_adds(outline) / multiply_add_rate(config.device),
+        config.device,
+        place.obstacle if measured and place.device is None else None,
+    )
+
+
+def _widest(outline: Outline) -> int:
+    """Weights of the experts that are worked on at once."""
+    at_once = [scope.layers[:1] if outline.config.stream else scope.layers for scope in outline.scopes]
+    weights = [
+        sum(layer.num_experts * layer.intermediate_size * layer.hidden_size for layer in held)
+        for held in ([outline.layers[index] for index in layers] for layers in at_once)
+    ]
+    return max(weights) * (1 if outline.config.is_coded else len(outline.config.families))
+
+
+def _statistics(outline: Outline) -> int:
+    """Bytes of what is known of all layers when the model was run."""
+    total = 0
+    for index in {index for scope in outline.scopes for index in scope.layers}:
+        layer = outline.layers[index]
+        E, P, D = layer.num_experts, layer.intermediate_size, layer.hidden_size
+        total += D * D + 3 * E * P + (E * P * P if outline.config.is_coded else 0)
+    return 4 * total
+
+
+def _multiply_adds(outline: Outline) -> float:
+    if outline.config.is_coded:
+        return _CODING * outline.original_parameters() / torch.get_num_threads()
+    return outline.config.steps * sum(bank.shape.step_multiply_adds for scope in outline.scopes for bank in scope.banks)
