@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from globe.plan.settings import CompressConfig
     from globe.run.compress import compress
     from globe.run.export import export_dense
+    from globe.run.size import compress_within
     from globe.sweeps.settings import SweepConfig
     from globe.sweeps.sweep import SweepResult, sweep
     from globe.train.config import FitConfig
@@ -53,6 +54,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "compress",
+    "compress_within",
     "evaluate",
     "export_dense",
     "fit_bank",
@@ -73,6 +75,7 @@ _ROOMS = {
     "plan.settings": ("CompressConfig",),
     "run.compress": ("compress",),
     "run.export": ("export_dense",),
+    "run.size": ("compress_within",),
     "sweeps.settings": ("SweepConfig",),
     "sweeps.sweep": ("SweepResult", "sweep"),
     "train.config": ("FitConfig",),

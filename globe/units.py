@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def byte_size(count: float) -> str:
     """So many bytes, in the largest of B, kB, MB and GB (powers of 1000) of which there is a whole one."""
@@ -9,6 +11,15 @@ def byte_size(count: float) -> str:
         if count >= scale:
             return f"{count / scale:.2f} {unit}"
     return f"{count:.0f} B"
+
+
+def read_size(text: str) -> float | None:
+    """Bytes of a size such as `16GB` or `15.9 GiB`; None for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", text)
+    if found is None:
+        return None
+    number, prefix, binary = found.groups()
+    return float(number) * (1024 if binary else 1000) ** ("kMGT".index(prefix) + 1 if prefix else 0)
 
 
 def with_error(value: float, error: float | None) -> str:

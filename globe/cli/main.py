@@ -40,6 +40,11 @@ class Compress:
     """Branch, tag or commit of a model on the Hub."""
     cache_dir: Path | None = None
     """Folder that keeps a model of the Hub, in place of the usual cache."""
+    fit: str | None = None
+    """Bytes that all weights may take, such as 16GB, in place of bits: the best model within them."""
+    max_kl: float | None = None
+    """KL to the original, in nats per token on held-out text, in place of bits: the smallest model within it, by a few
+    trials."""
     config: Annotated[CompressConfig, tyro.conf.arg(name="")] = CompressConfig()
     track: Track = "none"
     """Experiment tracker."""
@@ -51,25 +56,28 @@ class Compress:
     def run(self, console: Terminal) -> None:
         from globe.cli.progress import LiveProgress, PlainProgress
         from globe.cli.track import make_tracker
-        from globe.report.show import show_outlook, show_report
+        from globe.report.show import fitted_config, show_outlook, show_report
         from globe.run.compress import compress
         from globe.run.job import outline
         from globe.run.observer import Observer
+        from globe.run.size import compress_within
 
         live = LiveProgress(console, self.config.steps) if console.is_terminal else PlainProgress(console)
         observers: list[Observer] = [live]
         if self.track != "none":
             observers.append(make_tracker(self.track, self.config, self.output.with_name(f"{self.output.name}.track")))
-        show_outlook(console, outline(self.model, self.config, self.revision, self.cache_dir), self.output)
-        report = compress(
-            self.model,
-            self.output,
-            self.config,
-            observers,
-            overwrite=self.overwrite,
-            revision=self.revision,
-            cache=self.cache_dir,
-        )
+        config, place = self.config, {"revision": self.revision, "cache": self.cache_dir}
+        outlined = outline(self.model, config, **place)
+        if self.fit is not None:
+            config = fitted_config(console, outlined, self.config, self.fit)
+            outlined = outline(self.model, config, **place)
+        show_outlook(console, outlined, self.output)
+        if self.max_kl is None:
+            report = compress(self.model, self.output, config, observers, overwrite=self.overwrite, **place)
+        else:
+            report = compress_within(
+                self.model, self.output, self.max_kl, config, observers=observers, overwrite=self.overwrite, **place
+            )
         show_report(console, report, self.output)
 
 
@@ -334,7 +342,7 @@ def _from_recipe(arguments: Sequence[str]) -> dict[str, Compress]:
     if arguments[0] != "compress" or not paths:
         return {}
     names = {name.removeprefix("--").replace("-", "_") for name in given if name.startswith("--")}
-    recipe = read_recipe(paths[-1], BUDGET if names & {*BUDGET} else ())
+    recipe = read_recipe(paths[-1], BUDGET if names & {*BUDGET, "fit", "max_kl"} else ())
     default = Compress(tyro.MISSING, recipe.model, revision=recipe.revision, config=recipe.config)
     return {"default": default}
 

@@ -48,6 +48,7 @@ class LiveProgress(Observer):
         )
         self._max_steps = max_steps
         self._preparing: TaskID | None = None
+        self._shown: list[TaskID] = []
 
     def prepare(self, task: str) -> None:
         if self._preparing is None:
@@ -59,12 +60,15 @@ class LiveProgress(Observer):
         self._progress.console.print(f"note: {text}", style="yellow", soft_wrap=True)
 
     def start(self, scopes: Sequence[Scope], num_finished: int) -> None:
-        if self._preparing is not None:
-            self._progress.remove_task(self._preparing)
+        for task in (*self._shown, *([] if self._preparing is None else [self._preparing])):
+            self._progress.remove_task(task)
+        self._preparing, self._shown = None, []
         self._pace = _Pace(scopes, num_finished)
         self._scopes: TaskID = self._progress.add_task("scopes", total=len(scopes), completed=num_finished, state="")
         if scopes[0].banks:
             self._fit: TaskID = self._progress.add_task("starting", total=self._max_steps, state="")
+            self._shown.append(self._fit)
+        self._shown.append(self._scopes)
         self._progress.start()
 
     def step(self, bank: BankPlan, record: StepRecord) -> None:

@@ -41,8 +41,10 @@ from globe.run.job import Job, Outline, make_job, outline
 from globe.run.observer import Observers, clock, describe
 from globe.run.outlook import look_ahead
 from globe.run.prepare import Preparation, prepare
+from globe.run.size import bits_to_fit, cache_per_token
 from globe.terminal import Terminal
-from globe.units import byte_size, with_error
+from globe.typed import shown
+from globe.units import byte_size, read_size, with_error
 from globe.version import versions
 
 _BITS, _KEEPS = (2.0, 2.5, 3.0, 4.0, 6.0), (0.75, 0.5)
@@ -213,6 +215,21 @@ def show_outlook(console: Terminal, outlined: Outline, output: Path | None = Non
     """What a compression will read, write and need, in three lines, and what will not go as asked."""
     for line in look_ahead(outlined, output).lines():
         console.print(line, style="yellow" if line.startswith("note") else "none", soft_wrap=True)
+
+
+def fitted_config(console: Terminal, outlined: Outline, config: CompressConfig, size: str) -> CompressConfig:
+    """The settings with the most bits that fit a size, which are told with what else a runtime needs."""
+    if (num_bytes := read_size(size)) is None:
+        raise SettingsError(f"fit is {shown(size)}; it must be a size such as 16GB or 15.5GiB")
+    if config.bits is not None:
+        raise SettingsError("fit chooses bits: give one of them")
+    bits, cache = bits_to_fit(outlined, num_bytes), cache_per_token(outlined)
+    beside = "" if cache is None else f", {byte_size(1000 * cache)} of keys and values for each 1,000 tokens of context"
+    console.print(
+        f"{bits:g} bits fit {byte_size(num_bytes)}; beside the weights a runtime needs its activations{beside}",
+        soft_wrap=True,
+    )
+    return dataclasses.replace(config, bits=bits)
 
 
 def _table_of_budgets(outlined: Outline) -> Table:

@@ -6,7 +6,7 @@ SHA-256; a killed run goes on after what is finished, and only the whole output 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from globe.checkpoint.report import Report
@@ -19,7 +19,7 @@ from globe.run.assemble import assemble
 from globe.run.folder import RunFolder, open_run
 from globe.run.job import Job, make_job
 from globe.run.observer import Observer, Observers
-from globe.run.prepare import prepare
+from globe.run.prepare import Calibration, prepare
 from globe.run.scope import fit_scope, is_finished
 
 
@@ -49,26 +49,37 @@ def compress(
     """
     watch = Observers(observers)
     try:
-        job = make_job(model, config, revision, cache)
-        for note in job.notes:
-            watch.note(note)
-        watch.prepare("reading the source")
-        run = job.run()
-        source = job.checkpoint.folder if job.checkpoint.repo is None else None
-        with open_run(Path(output), run, overwrite=overwrite, source=source) as folder:
-            if not folder.whole():
-                _work(job, folder, watch)
-            folder.publish()
-        return Report.read(folder.output)
+        return run_job(make_job(model, config, revision, cache), Path(output), watch, overwrite=overwrite)
     finally:
         watch.stop()
 
 
-def _work(job: Job, folder: RunFolder, watch: Observer) -> None:
+def run_job(
+    job: Job,
+    output: Path,
+    watch: Observer,
+    *,
+    overwrite: bool = False,
+    calibrated: Callable[[], Calibration] | None = None,
+) -> Report:
+    """Do a job; `calibrated` gives what running the model told already."""
+    for note in job.notes:
+        watch.note(note)
+    watch.prepare("reading the source")
+    run = job.run()
+    source = job.checkpoint.folder if job.checkpoint.repo is None else None
+    with open_run(output, run, overwrite=overwrite, source=source) as folder:
+        if not folder.whole():
+            _work(job, folder, watch, calibrated)
+        folder.publish()
+    return Report.read(folder.output)
+
+
+def _work(job: Job, folder: RunFolder, watch: Observer, calibrated: Callable[[], Calibration] | None) -> None:
     """All phases that are not finished yet."""
     written = sum(path.stat().st_size for path in folder.path.glob("model-*.safetensors"))
     require_space(folder.path, job.predicted_bytes(job.scopes) - written)
-    preparation = prepare(job, watch, folder)
+    preparation = prepare(job, watch, folder, calibrated)
     scopes = preparation.scopes
     left = [number for number in range(len(scopes)) if not is_finished(folder, number, watch)]
     finished = [number for number in range(len(scopes)) if number not in left]

@@ -10,14 +10,16 @@ from pathlib import Path
 import torch
 
 from globe.machine.device import multiply_add_rate
-from globe.machine.memory import peak_memory, total_memory
+from globe.machine.memory import total_memory
 from globe.measure.runnable import find_place
 from globe.run.job import Outline
 from globe.run.observer import clock
 from globe.units import byte_size
 
-_CODING = 20_000
-"""Multiply-adds in the time that coding a weight takes, on one thread; see docs/log.md, "what a run will take"."""
+_CODING = 150_000
+"""Multiply-adds of large products in the time that coding a weight takes; measured, see docs/log.md."""
+_PROCESS = 1_300_000_000
+"""Bytes of a process that has compressed next to nothing: libraries, compiled kernels, activations; see docs/log.md."""
 _COPIES = 6
 """Of the experts that are worked on, in float32, at the peak of coding or fitting them; counted in the code."""
 
@@ -90,7 +92,7 @@ def look_ahead(outline: Outline, output: Path | None = None) -> Outlook:
         absent,
         outline.predicted_bytes(outline.scopes),
         free,
-        peak_memory() + working,
+        _PROCESS + working,
         available,
         bound,
         _multiply_adds(outline) / multiply_add_rate(config.device),
@@ -121,5 +123,5 @@ def _statistics(outline: Outline) -> int:
 
 def _multiply_adds(outline: Outline) -> float:
     if outline.config.is_coded:
-        return _CODING * outline.original_parameters() / torch.get_num_threads()
+        return _CODING * outline.original_parameters()
     return outline.config.steps * sum(bank.shape.step_multiply_adds for scope in outline.scopes for bank in scope.banks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from safetensors.torch import load_file
@@ -68,18 +68,16 @@ class Preparation:
     """Calibration and planning, over all runs that they took."""
 
 
-def prepare(job: Job, watch: Observer, folder: RunFolder | None = None) -> Preparation:
-    """Calibrate and make the plan, or take up those that are finished in the `folder`."""
+def prepare(
+    job: Job, watch: Observer, folder: RunFolder | None = None, calibrated: Callable[[], Calibration] | None = None
+) -> Preparation:
+    """Calibrate, or take what `calibrated` gives, and make the plan, or take up those that are finished in the
+    `folder`."""
     if job.config.is_coded:
         check_reach(job)
     calibration = None if folder is None else _load_calibration(folder, watch)
     if calibration is None:
-        if job.config.calibrate != "none":
-            watch.prepare("running the model to calibrate")
-        calibration = run_calibration(job)
-        if job.config.is_coded:
-            watch.prepare("measuring what errors cost")
-            calibration = with_sensitivities(job, calibration)
+        calibration = run_all(job, watch) if calibrated is None else calibrated()
         if folder is not None:
             _save_calibration(folder, calibration)
     record = None if folder is None else folder.records.read("plan")
@@ -94,6 +92,17 @@ def prepare(job: Job, watch: Observer, folder: RunFolder | None = None) -> Prepa
     scopes = tuple(scope_from_json(scope) for scope in record["scopes"])
     coding = record["coding"] and plan_from_json(record["coding"])
     return Preparation(calibration, scopes, coding, record["uniform_because"], calibration.seconds + record["seconds"])
+
+
+def run_all(job: Job, watch: Observer) -> Calibration:
+    """All that running the model is to tell."""
+    if job.config.calibrate != "none":
+        watch.prepare("running the model to calibrate")
+    calibration = run_calibration(job)
+    if not job.config.is_coded:
+        return calibration
+    watch.prepare("measuring what errors cost")
+    return with_sensitivities(job, calibration)
 
 
 def run_calibration(job: Job) -> Calibration:
