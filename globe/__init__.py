@@ -15,15 +15,20 @@ from globe.registration import register_with_transformers
 if TYPE_CHECKING:
     from globe.bank.factors import Factors
     from globe.checkpoint.evaluation import Evaluation
+    from globe.checkpoint.push import push
     from globe.checkpoint.report import Report
     from globe.errors import CheckpointError, GlobeError, OutputError, SettingsError, UnsupportedModelError
     from globe.measure.evaluate import evaluate
     from globe.measure.settings import EvaluateConfig
     from globe.model import ComposeCache, set_compose_cache
+    from globe.model.quantization_config import GlobeQuantizationConfig
     from globe.plan.recipe import Recipe, read_recipe
     from globe.plan.settings import CompressConfig
+    from globe.report.page import write_report
     from globe.run.compress import compress
     from globe.run.export import export_dense
+    from globe.run.observer import Observer
+    from globe.run.outlook import Outlook, inspect
     from globe.run.size import compress_within
     from globe.sweeps.settings import SweepConfig
     from globe.sweeps.sweep import SweepResult, sweep
@@ -45,6 +50,9 @@ __all__ = [
     "FitConfig",
     "FitResult",
     "GlobeError",
+    "GlobeQuantizationConfig",
+    "Observer",
+    "Outlook",
     "OutputError",
     "Recipe",
     "Report",
@@ -58,23 +66,31 @@ __all__ = [
     "evaluate",
     "export_dense",
     "fit_bank",
+    "inspect",
+    "push",
     "read_recipe",
     "set_compose_cache",
     "sweep",
+    "write_report",
 ]
 
 _ROOMS = {
     "bank.factors": ("Factors",),
     "checkpoint.evaluation": ("Evaluation",),
+    "checkpoint.push": ("push",),
     "checkpoint.report": ("Report",),
     "errors": ("CheckpointError", "GlobeError", "OutputError", "SettingsError", "UnsupportedModelError"),
     "measure.evaluate": ("evaluate",),
     "measure.settings": ("EvaluateConfig",),
     "model": ("ComposeCache", "set_compose_cache"),
+    "model.quantization_config": ("GlobeQuantizationConfig",),
     "plan.recipe": ("Recipe", "read_recipe"),
     "plan.settings": ("CompressConfig",),
+    "report.page": ("write_report",),
     "run.compress": ("compress",),
     "run.export": ("export_dense",),
+    "run.observer": ("Observer",),
+    "run.outlook": ("Outlook", "inspect"),
     "run.size": ("compress_within",),
     "sweeps.settings": ("SweepConfig",),
     "sweeps.sweep": ("SweepResult", "sweep"),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
+import inspect
+import itertools
 import math
 import os
 import reprlib
+import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -203,3 +207,26 @@ def _described(kind: Any) -> str:
 def _hints(kind: type) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def documented(kind: type[T]) -> type[T]:
+    """Have `help` tell what each field of a dataclass means: the docstrings below them end up in the class's own."""
+    told = [textwrap.fill(f"{name}: {doc}", 96, subsequent_indent="    ") for name, doc in field_docs(kind).items()]
+    kind.__doc__ = "\n\n".join([kind.__doc__ or "", *told])
+    return kind
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """The docstring below each field of a class, as one paragraph; none where there is no source."""
+    try:
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    except OSError:
+        return {}
+    docs = dict[str, str]()
+    for field, below in itertools.pairwise(definition.body):  # pyright: ignore[reportAttributeAccessIssue]
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = " ".join(text.split())
+            case _:
+                pass
+    return docs

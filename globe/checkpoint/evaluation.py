@@ -9,11 +9,12 @@ from pathlib import Path
 from globe.checkpoint.files import read_json
 from globe.checkpoint.manifest import write_listed
 from globe.errors import CheckpointError
-from globe.typed import parsed
+from globe.typed import documented, parsed
 
 EVALUATION = "evaluation.json"
 
 
+@documented
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Quality of a model on one text."""

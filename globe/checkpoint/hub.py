@@ -53,7 +53,7 @@ def open_repo(repo_id: str, revision: str | None, cache: Path | None = None) -> 
     The code of the tokenizer is among them, where it has its own; it is not run.
     """
     with _explained(repo_id, revision or "the main branch"):
-        small = list(SMALL_FILES)
+        small: list[str] = [*SMALL_FILES]
         folder = Path(snapshot_download(repo_id, revision=revision, cache_dir=cache, allow_patterns=small))
         absent = list[str]()
         while (missing := missing_code(folder)) != absent:  # what is fetched may import more

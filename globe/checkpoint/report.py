@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import html
+import importlib
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,9 +12,10 @@ from typing import Any
 
 from globe.bank_shape import BankShape
 from globe.checkpoint.files import read_json
-from globe.errors import CheckpointError
+from globe.errors import CheckpointError, SettingsError
 from globe.terms import FAMILIES
-from globe.typed import parsed, shown
+from globe.typed import documented, parsed, shown
+from globe.units import byte_size
 
 REPORT = "report.json"
 
@@ -93,6 +96,7 @@ class CalibrationReport:
         return sum(map(len, self.unreached.values()))
 
 
+@documented
 @dataclasses.dataclass(frozen=True)
 class Report:
     """A whole compression."""
@@ -126,6 +130,52 @@ class Report:
     """Of a source on the Hub."""
     notes: list[str] = dataclasses.field(default_factory=list)
     """What was left out, or done in another way than the settings say, and why."""
+
+    def __repr__(self) -> str:
+        return f"Report({', '.join(f'{name}: {value}' for name, value in self._facts())})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in self._facts()
+        )
+        return f"<table>{''.join(rows)}</table>"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        stored = f"{self.bits:.3f} bits a weight" if self.bits is not None else f"{self.kept:.4f} of their parameters"
+        size = f"{byte_size(self.compressed_bytes)} of {byte_size(self.original_bytes)}"
+        return [
+            ("source", self.source),
+            ("experts", stored),
+            ("whole model", size),
+            ("relative error", f"{self.error:.4f}"),
+            ("layers", str(len(self.layers))),
+        ]
+
+    def to_pandas(self) -> Any:
+        """A pandas `DataFrame` with a row for each layer and family: relative error, and stored bytes, bits and bases
+        where it is coded. Raises `SettingsError` where pandas is not installed."""
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError as error:
+            raise SettingsError("to_pandas needs a package: pip install pandas") from error
+        rows = [
+            {"layer": int(layer), "family": family, "error": error}
+            for bank in self.banks
+            for layer, families in bank.errors.items()
+            for family, error in families.items()
+        ]
+        rows += [
+            {
+                "layer": part.layer,
+                "family": part.family,
+                "error": part.error,
+                "stored_bytes": part.stored_bytes,
+                "bits": part.bits,
+                "num_bases": part.num_bases,
+            }
+            for part in self.coded
+        ]
+        return pandas.DataFrame(rows)
 
     @property
     def layers(self) -> list[int]:

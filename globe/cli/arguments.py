@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import itertools
-import textwrap
 import typing
 from typing import Any
 
@@ -21,6 +17,7 @@ from tyro.constructors import (
 from globe.measure.settings import EvaluateConfig
 from globe.plan.settings import CompressConfig
 from globe.sweeps.settings import SweepConfig, parse_layers
+from globe.typed import field_docs
 
 SETTINGS = (CompressConfig, EvaluateConfig, SweepConfig)
 
@@ -32,22 +29,9 @@ def _settings(info: StructTypeInfo) -> StructConstructorSpec | None:
     """Fields with their docstrings as one paragraph each; tyro keeps the line breaks of the source."""
     if info.type not in SETTINGS or not isinstance(info.default, SETTINGS):
         return None
-    kinds, docs = typing.get_type_hints(info.type), _field_docs(info.type)
+    kinds, docs = typing.get_type_hints(info.type), field_docs(info.type)
     fields = (StructFieldSpec(name, kinds[name], getattr(info.default, name), docs[name]) for name in docs)
     return StructConstructorSpec(info.type, tuple(fields))
-
-
-def _field_docs(kind: type) -> dict[str, str]:
-    """The docstring below each field of a class."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    docs = dict[str, str]()
-    for field, below in itertools.pairwise(definition.body):  # pyright: ignore[reportAttributeAccessIssue]
-        match field, below:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                docs[name] = " ".join(text.split())
-            case _:
-                pass
-    return docs
 
 
 @registry.primitive_rule

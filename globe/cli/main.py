@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import sys
 from collections.abc import Sequence
@@ -34,8 +35,7 @@ class Compress:
     model: Model = "shipped"
     """Local folder or Hub id; without one, the small model that ships with GloBE."""
     recipe: Path | None = None
-    """YAML with the model and the settings of a run, such as the recipe.yaml of an output; what is given beside it
-    wins."""
+    """YAML with model and settings, such as the recipe.yaml of an output; what is given beside it wins."""
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub."""
     cache_dir: Path | None = None
@@ -43,8 +43,7 @@ class Compress:
     fit: str | None = None
     """Bytes that all weights may take, such as 16GB, in place of bits: the best model within them."""
     max_kl: float | None = None
-    """KL to the original, in nats per token on held-out text, in place of bits: the smallest model within it, by a few
-    trials."""
+    """KL to the original in nats per token, in place of bits: the smallest model within it, by a few trials."""
     config: Annotated[CompressConfig, tyro.conf.arg(name="")] = CompressConfig()
     track: Track = "none"
     """Experiment tracker."""
@@ -66,18 +65,21 @@ class Compress:
         observers: list[Observer] = [live]
         if self.track != "none":
             observers.append(make_tracker(self.track, self.config, self.output.with_name(f"{self.output.name}.track")))
-        config, place = self.config, {"revision": self.revision, "cache": self.cache_dir}
-        outlined = outline(self.model, config, **place)
+        config, outlined = self.config, outline(self.model, self.config, self.revision, self.cache_dir)
         if self.fit is not None:
-            config = fitted_config(console, outlined, self.config, self.fit)
-            outlined = outline(self.model, config, **place)
+            config = fitted_config(console, outlined, config, self.fit)
+            outlined = outline(self.model, config, self.revision, self.cache_dir)
         show_outlook(console, outlined, self.output)
-        if self.max_kl is None:
-            report = compress(self.model, self.output, config, observers, overwrite=self.overwrite, **place)
-        else:
-            report = compress_within(
-                self.model, self.output, self.max_kl, config, observers=observers, overwrite=self.overwrite, **place
-            )
+        make = compress if self.max_kl is None else functools.partial(compress_within, max_kl=self.max_kl)
+        report = make(
+            self.model,
+            self.output,
+            config=config,
+            observers=observers,
+            overwrite=self.overwrite,
+            revision=self.revision,
+            cache=self.cache_dir,
+        )
         show_report(console, report, self.output)
 
 
@@ -118,8 +120,7 @@ class Evaluate:
     prompt: str | None = None
     """Also continue this text with both models, sampled with the same seed."""
     reference_logits: Path | None = None
-    """File that keeps the reference's logits: written if it is not there; if it is, read in place of running the
-    reference, so that any number of candidates need the original once."""
+    """File that keeps the reference's logits: written if it is not there, read in place of the reference if it is."""
     compose_cache: int = 0
     """Bytes of composed experts that a compressed model may keep beside its factors: faster, with the same results."""
     verify: bool = True
@@ -265,9 +266,9 @@ class ReportPage:
     """File to write; by default `report.html` in the folder."""
 
     def run(self, console: Terminal) -> None:
-        from globe.report.page import write_page
+        from globe.report.page import write_report
 
-        console.print(f"open {write_page(self.folder, self.output)} in a browser", soft_wrap=True)
+        console.print(f"open {write_report(self.folder, self.output)} in a browser", soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,8 +316,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> Any:
+    recipe, name = _from_recipe(arguments), "compress"
     return tyro.cli(
-        Annotated[Compress, tyro.conf.subcommand("compress", **_from_recipe(arguments))]
+        Annotated[
+            Compress, tyro.conf.subcommand(name) if recipe is None else tyro.conf.subcommand(name, default=recipe)
+        ]
         | Annotated[Sweep, tyro.conf.subcommand("sweep")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Compare, tyro.conf.subcommand("compare")]
@@ -335,16 +339,15 @@ def _parse(arguments: Sequence[str]) -> Any:
     )
 
 
-def _from_recipe(arguments: Sequence[str]) -> dict[str, Compress]:
-    """What a compression is, but for what is given, where a recipe says it: the `default` of the command."""
+def _from_recipe(arguments: Sequence[str]) -> Compress | None:
+    """What a compression is, but for what is given, where a recipe says it."""
     given = [part for argument in arguments for part in argument.split("=", 1)]
     paths = [path for name, path in itertools.pairwise(given) if name == "--recipe"]
     if arguments[0] != "compress" or not paths:
-        return {}
+        return None
     names = {name.removeprefix("--").replace("-", "_") for name in given if name.startswith("--")}
     recipe = read_recipe(paths[-1], BUDGET if names & {*BUDGET, "fit", "max_kl"} else ())
-    default = Compress(tyro.MISSING, recipe.model, revision=recipe.revision, config=recipe.config)
-    return {"default": default}
+    return Compress(tyro.MISSING, recipe.model, revision=recipe.revision, config=recipe.config)
 
 
 def _with_texts(arguments: Sequence[str]) -> list[str]:

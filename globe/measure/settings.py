@@ -6,9 +6,10 @@ import dataclasses
 
 from globe.errors import SettingsError
 from globe.machine.device import AUTO, check_device_word
-from globe.typed import fit_settings
+from globe.typed import documented, fit_settings
 
 
+@documented
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
     """What a model is evaluated on."""

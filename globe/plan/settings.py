@@ -12,7 +12,7 @@ from globe.machine.device import AUTO, usable_device
 from globe.plan.budget import DEFAULT_BITS, Bits, Budget, Keep, Ratios
 from globe.terms import FAMILIES, Activation, CodeMap, Family, Solver, WarmStartName
 from globe.train.config import FitConfig
-from globe.typed import fit_settings, shown
+from globe.typed import documented, fit_settings, shown
 
 FloatDtype = Literal["source", "float32", "bfloat16", "float16"]
 
@@ -32,6 +32,7 @@ _OF_BANKS = (
 """What is said of banks in floating point: with `bits` there are none."""
 
 
+@documented
 @dataclasses.dataclass(frozen=True)
 class CompressConfig:
     """How a model is compressed."""

@@ -41,7 +41,7 @@ _TRAJECTORIES = (
 )
 
 
-def write_page(folder: str | Path, output: str | Path | None = None) -> Path:
+def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
     """Write the page of the compressed model in `folder`, by default as `report.html` in it; returns its path.
 
     Raises `CheckpointError` if the folder has no readable report, `OutputError` if the page cannot be written.

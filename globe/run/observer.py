@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -9,6 +10,9 @@ from typing import Protocol
 from globe.checkpoint.report import CodedReport
 from globe.plan.scopes import BankPlan, Scope, compact
 from globe.train.result import StepRecord
+
+_LOGGER = logging.getLogger("globe")
+_LOGGER.addHandler(logging.NullHandler())
 
 
 class Observer:
@@ -41,11 +45,27 @@ class Observer:
         """Nothing more follows."""
 
 
+class Logged(Observer):
+    """Tells the logger `globe`, which is silent unless the caller configures it."""
+
+    def prepare(self, task: str) -> None:
+        _LOGGER.info("%s", task)
+
+    def note(self, text: str) -> None:
+        _LOGGER.warning("%s", text)
+
+    def bank(self, bank: BankPlan, error: float, seconds: float) -> None:
+        _LOGGER.info("%s", describe_fitted(bank, error, seconds))
+
+    def coded(self, families: Sequence[CodedReport]) -> None:
+        _LOGGER.info("%s", describe_coded(families))
+
+
 class Observers(Observer):
-    """Several observers as one."""
+    """Several observers as one, the logger among them."""
 
     def __init__(self, observers: Iterable[Observer]) -> None:
-        self._observers = tuple(observers)
+        self._observers = (Logged(), *observers)
 
     def prepare(self, task: str) -> None:
         for observer in self._observers:

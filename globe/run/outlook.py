@@ -12,7 +12,8 @@ import torch
 from globe.machine.device import multiply_add_rate
 from globe.machine.memory import total_memory
 from globe.measure.runnable import find_place
-from globe.run.job import Outline
+from globe.plan.settings import CompressConfig
+from globe.run.job import Outline, outline
 from globe.run.observer import clock
 from globe.units import byte_size
 
@@ -49,6 +50,9 @@ class Outlook:
     unmeasured_because: str | None
     """Why the model will not be run to be measured, although that is asked for."""
 
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
     def lines(self) -> list[str]:
         """The three lines that say it, and one for each thing that will not go as asked."""
         absent = f", {byte_size(self.absent)} of it downloaded first" if self.absent else ""
@@ -68,6 +72,19 @@ class Outlook:
         if self.memory > self.available:
             said.append("note: the memory is too small for that: choose --scope layer or --stream, or another machine")
         return said
+
+
+def inspect(
+    model: str | Path,
+    config: CompressConfig = CompressConfig(),  # noqa: B008
+    revision: str | None = None,
+    cache: Path | None = None,
+) -> Outlook:
+    """What a compression of `model` (a folder or a Hub id) would read, write and need, from headers alone.
+
+    Raises as `compress` does.
+    """
+    return look_ahead(outline(model, config, revision, cache))
 
 
 def look_ahead(outline: Outline, output: Path | None = None) -> Outlook:

@@ -78,6 +78,7 @@ def least_bits(loss: Callable[[float], float], most: float) -> float | None:
     """
     tried = dict[int, float]()
     place, first, last = (round(bits / _STEP) for bits in (_FIRST, LEAST_BITS, MOST_BITS))
+    passed = last + 1
     while place not in tried:
         tried[place] = loss(place * _STEP)
         passed = min((tick for tick, lost in tried.items() if lost <= most), default=last + 1)

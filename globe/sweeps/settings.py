@@ -11,13 +11,14 @@ from globe.errors import SettingsError
 from globe.measure.settings import EvaluateConfig
 from globe.plan.settings import CompressConfig
 from globe.terms import Activation, CodeMap, WarmStartName
-from globe.typed import fit_settings, shown
+from globe.typed import documented, fit_settings, shown
 
 AXES = ("keep", "scope", "layers", "activation", "codes", "warm_start")
 
 Setting = float | str
 
 
+@documented
 @dataclasses.dataclass(frozen=True)
 class SweepConfig:
     """The grid, and what all of its points share."""

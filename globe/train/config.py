@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from globe.errors import SettingsError
 from globe.machine.device import AUTO, check_device_word
 from globe.terms import Activation, CodeMap, Solver, WarmStartName
-from globe.typed import fit_settings
+from globe.typed import documented, fit_settings
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _LEAST = dict.fromkeys(("learning_rate", "tolerance", "window", "lambda_a", "lambda_b"), 0.0)
 
 
+@documented
 @dataclasses.dataclass(frozen=True)
 class FitConfig:
     """How one bank is fitted to the experts that share it."""

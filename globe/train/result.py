@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from globe.bank.factors import Factors
+from globe.typed import documented
 
 Outcome = Literal["converged", "max_steps", "stalled", "non_finite", "zero"]
 
@@ -53,6 +54,7 @@ class FitStats:
     """am: steps that would have raised the objective."""
 
 
+@documented
 @dataclasses.dataclass(frozen=True)
 class FitResult:
     """The best factors of a fit and how it went."""
@@ -70,6 +72,13 @@ class FitResult:
         """That of experts that are all zero, from factors that are zero as well."""
         step = StepRecord(0, 0.0, 0.0, 1.0, 1.0, temperature, 0.0, 0.0, 0.0)
         return cls(factors, "zero", (step,), FitStats(popularity=(0.0,) * len(factors.bases)))
+
+    def __repr__(self) -> str:
+        return (
+            f"FitResult({self.outcome}: relative error {self.history[-1]:.4f} after {self.steps[-1].step} steps, "
+            f"{len(self.factors.bases)} bases of rank {self.factors.bases.shape[1]} for "
+            f"{len(self.factors.adapters)} experts)"
+        )
 
     @property
     def history(self) -> list[float]:

@@ -20,7 +20,7 @@ from globe.checkpoint.report import REPORT, BankReport, Report
 from globe.cli.main import main
 from globe.report.charts import Curve, curve_chart, strip_chart, summary_curve
 from globe.report.inventory import bytes_by_kind, read_spectra, singular_values
-from globe.report.page import render, write_page
+from globe.report.page import render, write_report
 from tests.model.compressed import LAYERS
 from tests.tiny_sources import write_source
 
@@ -200,7 +200,7 @@ def test_many_banks_stay_small(folder: Path) -> None:
     copy = folder.parent / "many"
     copy.mkdir()
     (copy / REPORT).write_text(json.dumps(dataclasses.replace(report, banks=banks).to_json()))
-    path = write_page(copy)
+    path = write_report(copy)
     assert path.stat().st_size < 400_000
     page = Page(path.read_text())
     assert "median of 180 banks, and their range" in page.text
@@ -274,7 +274,7 @@ def test_the_command_writes_the_page(folder: Path, tmp_path: Path, capsys: pytes
 
 def test_a_page_that_cannot_be_written_is_told(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written"):
-        write_page(folder, tmp_path / "missing" / "page.html")
+        write_report(folder, tmp_path / "missing" / "page.html")
 
 
 def test_a_report_of_a_later_version_is_read(folder: Path, tmp_path: Path) -> None:
