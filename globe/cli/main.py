@@ -1,10 +1,11 @@
-"""The command line: compress, sweep, evaluate, compare, lm-eval, export, verify, push, inspect, report, env."""
+"""The command line: compress, sweep, evaluate, compare, lm-eval, serve, export, verify, push, inspect, report, env."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import itertools
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -178,6 +179,27 @@ class LmEval:
 
 
 @dataclasses.dataclass(frozen=True)
+class Serve:
+    """Start the OpenAI-compatible server that is installed on a model: vLLM, else `transformers serve`."""
+
+    folder: Folder
+    """Folder that compress or export wrote; requests name it as their model, as it is given here."""
+    arguments: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Of the server, everything behind DIR: --port 8001, for example."""
+
+    def run(self, console: Terminal) -> None:
+        from globe.serve.server import find_server
+
+        server = find_server(self.folder, self.arguments)
+        if server.passed_over:
+            console.print(f"note: {server.passed_over}", style="yellow", soft_wrap=True)
+        console.print(f"{server.name} serves the model {self.folder}:", soft_wrap=True)
+        console.print(shlex.join(server.command), soft_wrap=True)
+        sys.stdout.flush()
+        server.run()
+
+
+@dataclasses.dataclass(frozen=True)
 class Export:
     """Compose a compressed model back into a dense checkpoint that any server loads."""
 
@@ -291,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, go_on = None, ""
     try:
         with stoppable():
-            command = LmEval(tuple(given[1:])) if given[:1] == ["lm-eval"] else _parse(given)
+            command = _parse(given)
             go_on = getattr(command, "go_on", "")
             tame_logging()
             command.run(Terminal())
@@ -316,6 +338,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> Any:
+    match arguments:  # what is behind belongs to other programs
+        case "lm-eval", *others:
+            return LmEval(tuple(others))
+        case "serve", folder, *others if not folder.startswith("-"):
+            return Serve(Path(folder), tuple(others))
+        case _:
+            return _parsed_by_tyro(arguments)
+
+
+def _parsed_by_tyro(arguments: Sequence[str]) -> Any:
     recipe, name = _from_recipe(arguments), "compress"
     return tyro.cli(
         Annotated[
@@ -325,6 +357,7 @@ def _parse(arguments: Sequence[str]) -> Any:
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[LmEval, tyro.conf.subcommand("lm-eval")]
+        | Annotated[Serve, tyro.conf.subcommand("serve")]
         | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Verify, tyro.conf.subcommand("verify")]
         | Annotated[Push, tyro.conf.subcommand("push")]
