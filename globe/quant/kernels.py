@@ -9,23 +9,36 @@ Functions release the interpreter's lock and write to their last arguments. Only
 """
 
 # numba has no type stubs
-# pyright: basic, reportCallIssue=false
+# pyright: basic, reportCallIssue=false, reportPrivateImportUsage=false
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any, Literal
 
+import numba
 import numpy as np
-from numba import njit
+from numba import carray, cfunc, njit, types
+from torch import Tensor
 
+from globe.quant.threads import run_by_all
 from globe.quant.trellis import LEAST_WIDTH, LOG_STATES, NUM_STATES
-from globe.quant.vectors import LANES, READ, decode_groups, decode_last
+from globe.quant.vectors import (
+    LANES,
+    READ,
+    ROWS,
+    add_products,
+    decode_groups,
+    decode_last,
+    mix_lanes,
+    mix_neighbours,
+    pointer,
+    take,
+)
 
 VECTOR = 16
 """int32 in the widest vector of a CPU."""
-ROWS = 4
-"""That are multiplied at a time."""
 
 
 @functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy")
@@ -197,25 +210,157 @@ def _width(packed_widths, i):
     return step + (LEAST_WIDTH - 1) if step > 0 else step
 
 
-@functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy", fastmath={"contract"}, cache=True)
-def multiply_block(x, payload, offsets, widths, steps, length, first, last, rows, out):
-    """Add the products of x (m, n) with entries `first` to `last` of n rows to out[:, first:last], float32 both.
+JOB = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            *("next", "num_tasks", "part"),
+            *("payload", "num_bytes", "offsets", "widths", "steps", "num_inputs", "length"),
+            *("x", "stride", "starts", "runs", "most"),
+            *("out", "num_rows", "num_outputs", "block", "factors", "owners"),
+        )
+    ]
+)
+"""What the tasks of a worker need: numbers, and addresses of arrays.
 
-    The rows are as in `decode_block`. ROWS of them at a time are decoded into the first cache.
+next, num_tasks: counter of the tasks, and how many there are. part: what one of them is (outputs, rows).
+payload (num_bytes,) uint8, offsets int64, widths uint8 and steps float32 (…, num_inputs) of runs, one run for each
+expert that has tokens, length: see `decode_block`. The rest: see the workers.
+"""
+_job_type = numba.from_dtype(JOB)
+_WORKER = types.void(types.CPointer(_job_type))
+
+
+@njit(inline="always")
+def _packed(job, run):
+    """Payload, offsets, widths and steps of the rows of a run."""
+    N = job.num_inputs
+    return (
+        carray(pointer(job.payload), (job.num_bytes,), np.uint8),
+        carray(pointer(job.offsets + 8 * N * run), (N,), np.int64),
+        carray(pointer(job.widths + N * run), (N,), np.uint8),
+        carray(pointer(job.steps + 4 * N * run), (N,), np.float32),
+    )
+
+
+_ADD_ONE, _ADD_FOUR = add_products(1), add_products(4)
+
+
+@functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy")
+def _multiply_block(x, stride, num_tokens, packed, length, first, last, scratch, out, num_outputs):
+    """Products of tokens with entries `first` to `last` of the rows of an expert, to out[token · num_outputs :].
+
+    x is flat, of tokens `stride` long, a multiple of ROWS; scratch has room for ROWS + num_tokens times the entries,
+    filled up to LANES. ROWS rows at a time are decoded into the first cache.
     """
+    payload, offsets, widths, steps = packed
     ring, lanes = np.empty(READ, np.uint8), np.empty(LANES, np.float32)
-    flat, size = rows.reshape(-1), last - first
-    flat[:] = 0
+    size = (last - first + LANES - 1) // LANES * LANES
+    sums = scratch[ROWS * size :]
+    scratch[: (ROWS + num_tokens) * size] = 0
     for i in range(0, len(offsets), ROWS):
         count = min(ROWS, len(offsets) - i)
-        for j in range(i, i + count):
-            at = (j - i) * size
-            _decode_row(payload, offsets[j], widths[j], steps[j], length, first, last, ring, lanes, flat, at)
-        for m in range(len(x)):
-            a = x[m, i]
-            b = x[m, i + 1] if count > 1 else np.float32(0)
-            c = x[m, i + 2] if count > 2 else np.float32(0)
-            d = x[m, i + 3] if count > 3 else np.float32(0)
-            sums = out[m, first:last]
-            for k in range(size):
-                sums[k] = sums[k] + a * rows[0, k] + b * rows[1, k] + c * rows[2, k] + d * rows[3, k]
+        for j in range(count):
+            row = i + j
+            _decode_row(
+                payload, offsets[row], widths[row], steps[row], length, first, last, ring, lanes, scratch, j * size
+            )
+        scratch[count * size : ROWS * size] = 0
+        token = 0
+        while token + 4 <= num_tokens:
+            _ADD_FOUR(x, token * stride + i, stride, scratch, size, sums, token * size)
+            token += 4
+        while token < num_tokens:
+            _ADD_ONE(x, token * stride + i, stride, scratch, size, sums, token * size)
+            token += 1
+    for token in range(num_tokens):
+        at = token * num_outputs
+        out[at + first : at + last] = sums[token * size : token * size + last - first]
+
+
+def _multiply(place):
+    """Tasks: `part` outputs of one of `runs`, of `most` tokens each at most.
+
+    x (…, stride) and out (…, num_outputs) float32; the tokens of run r are those from starts[r] to starts[r + 1].
+    """
+    job = carray(place, 1)[0]
+    room = np.empty((ROWS + job.most) * (job.part + LANES) + LANES, np.float32)
+    scratch = room[-(room.ctypes.data >> 2) % LANES :]  # from where a line of the cache begins
+    blocks = (job.num_outputs + job.part - 1) // job.part
+    while True:
+        task = take(place)
+        if task >= job.num_tasks:
+            return
+        run = carray(pointer(job.runs + 8 * (task // blocks)), (1,), np.int64)[0]
+        first = task % blocks * job.part
+        starts = carray(pointer(job.starts + 8 * run), (2,), np.int64)
+        begin, count = starts[0], starts[1] - starts[0]
+        x = carray(pointer(job.x + 4 * begin * job.stride), (count * job.stride,), np.float32)
+        out = carray(pointer(job.out + 4 * begin * job.num_outputs), (count * job.num_outputs,), np.float32)
+        last = min(first + job.part, job.num_outputs)
+        _multiply_block(x, job.stride, count, _packed(job, run), job.length, first, last, scratch, out, job.num_outputs)
+
+
+@functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy")
+def _mix(x, block, total):
+    """What `outputs._mix` does to a row, but for the block's length to the power of −½; total has room for a block."""
+    step = 1
+    if block >= LANES:
+        for at in range(0, len(x), LANES):
+            mix_lanes(x, at)
+        step = LANES
+    while step < block:
+        for base in range(0, len(x), 2 * step):
+            if step >= LANES:
+                for at in range(base, base + step, LANES):
+                    mix_neighbours(x, at, step)
+            else:
+                for at in range(base, base + step):
+                    x[at], x[at + step] = x[at] + x[at + step], x[at] - x[at + step]
+        step *= 2
+    count = len(x) // block
+    if count > 1:
+        total[:] = 0
+        for base in range(0, len(x), block):
+            total += x[base : base + block]
+        total *= np.float32(2 / count)
+        for base in range(0, len(x), block):
+            x[base : base + block] -= total
+
+
+def _rotate_back(place):
+    """Tasks: `part` of the rows of out (num_rows, num_outputs) float32, in blocks of `block`, times factors.
+
+    factors (…, num_outputs) float32; owners (num_rows,) int64: which of them.
+    """
+    job = carray(place, 1)[0]
+    K, total = job.num_outputs, np.empty(job.block, np.float32)
+    owners = carray(pointer(job.owners), (job.num_rows,), np.int64)
+    while True:
+        task = take(place)
+        if task >= job.num_tasks:
+            return
+        for row in range(task * job.part, min((task + 1) * job.part, job.num_rows)):
+            x = carray(pointer(job.out + 4 * row * K), (K,), np.float32)
+            _mix(x, job.block, total)
+            x *= carray(pointer(job.factors + 4 * owners[row] * K), (K,), np.float32)
+
+
+class Job:
+    """Work for all threads: the fields of a `JOB`, arrays as tensors, which are held as long as it is."""
+
+    def __init__(self, **fields: Tensor | int) -> None:
+        self._fields = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in fields.items()}
+        self._record = np.zeros(1, JOB)
+        for name, field in self._fields.items():
+            self._record[name] = field.data_ptr() if isinstance(field, Tensor) else field
+
+    def run(self, name: Literal["multiply", "rotate_back"]) -> None:
+        """Do all tasks by a worker."""
+        run_by_all(_worker(name).address, self._record.ctypes.data)
+
+
+@functools.cache
+def _worker(name: str) -> Any:
+    """A function that does tasks of the `JOB` at an address until none is left."""
+    return cfunc(_WORKER, cache=True)({"multiply": _multiply, "rotate_back": _rotate_back}[name])

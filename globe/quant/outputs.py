@@ -69,6 +69,18 @@ class Outputs:
         assert experts is not None
         return products * scales(-STEP * self.exponents[experts].int())
 
+    def undo_products_transposed(self, products: Tensor, experts: Tensor) -> Tensor:
+        """What `undo_products` is to gradients, (n, K)."""
+        if self.exponents is not None:
+            products = products * scales(-STEP * self.exponents[experts].int())
+        return rotate(products)
+
+    def factors(self, experts: Tensor, num_outputs: int) -> Tensor:
+        """By what outputs of these experts (n,) are multiplied last in `undo_products`, (n, K) or, for all alike,
+        (1, K) float32: signs and inverse scales, and the power of the blocks' length if matrices are of ±1."""
+        found = _cached_signs(num_outputs)[None] * block_length(num_outputs) ** -0.5
+        return found if self.exponents is None else found * scales(-STEP * self.exponents[experts].int())
+
     def is_sound(self) -> bool:
         """Whether no scale is out of its range."""
         return self.exponents is None or bool((self.exponents.int().abs() <= MOST_STEPS).all())
@@ -134,6 +146,11 @@ def _cached_factors(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         factors.append(torch.kron(factors[-1], two))
     half = len(factors) // 2
     return factors[half], factors[len(factors) - 1 - half]
+
+
+@functools.cache
+def _cached_signs(num_outputs: int) -> Tensor:
+    return _signs(torch.ones(num_outputs))
 
 
 def _signs(x: Tensor) -> Tensor:

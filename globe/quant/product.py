@@ -2,7 +2,8 @@
 
 On the CPU, numba decodes into the cache what is multiplied next. Few tokens of an expert are multiplied by a few rows
 at a time, while these are in the first cache; for more, a block of outputs is decoded in the tokens' own precision, and
-left to the matrix product of PyTorch. Elsewhere, and without numba, experts are decoded in torch.
+left to the matrix product of PyTorch, which each thread runs by itself: what one core has written is slow to read for
+another. Outputs are rotated back in place. Elsewhere, and without numba, experts are decoded in torch.
 """
 
 # what `custom_op` returns has no type stubs
@@ -13,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,14 +23,16 @@ from torch import Tensor
 from globe.quant import packing, trellis
 from globe.quant.banked import CODE_UNIT, BankedExperts
 from globe.quant.coded import CodedExperts, PackedRows
-from globe.quant.outputs import Outputs
+from globe.quant.outputs import Outputs, block_length
 from globe.quant.side import parts_of_side, side_of_parts
 from globe.quant.threads import run_all
 
 FEW = 4
 """Tokens of an expert that are multiplied row by row; measured."""
+SCRATCH = 6 * 2**10
+"""Numbers that these take together with their sums: they fit the first cache."""
 BLOCK_BYTES = 4 * 2**20
-"""Of what is decoded at a time for more: well within the last cache."""
+"""Of what a thread decodes at a time for more."""
 _LANES = 64
 """Blocks of outputs are multiples of this many."""
 
@@ -40,65 +43,80 @@ def multiply(x: Tensor, ends: Tensor, experts: BankedExperts) -> Tensor:
     ends (E,) int: rows up to ends[0] belong to the first expert, from there to ends[1] to the second, …, and what is
     behind the last becomes 0. The bases of a bank are multiplied by all rows, and their products mixed.
     """
-    E, places = len(ends), torch.arange(len(x)).to(ends)
-    owners = torch.searchsorted(ends, places, right=True)
-    out = _product(x, ends, experts.rest, owners.clamp_max(E - 1))
+    out = _product(x, ends, experts.rest)
     if experts.bank is None:
         return out.to(x.dtype)
-    bases, codes = experts.bank.bases, experts.bank.codes
-    mixtures = torch.where(owners[:, None] < E, codes[owners.clamp_max(E - 1)] * CODE_UNIT, 0)
+    bases, codes, places = experts.bank.bases, experts.bank.codes, torch.arange(len(x)).to(ends)
+    mixtures = torch.where((places < ends[-1])[:, None], codes[_owners(ends, len(x))] * CODE_UNIT, 0)
     for base, mixture in enumerate(mixtures.unbind(1)):
         whole = len(x) * (torch.arange(codes.shape[1]) >= base).to(ends)
         out = out + mixture[:, None] * _product(x, whole, bases)
     return out.to(x.dtype)
 
 
-def _product(x: Tensor, ends: Tensor, coded: CodedExperts, owners: Tensor | None = None) -> Tensor:
-    """In float32 at least; owners (n,): the experts of the rows of x."""
-    out = coded_product(x, ends, coded.payload, parts_of_side(coded.side), coded.num_outputs)
-    return coded.outputs.undo_products(out.to(torch.promote_types(x.dtype, torch.float32)), owners)
+def _product(x: Tensor, ends: Tensor, coded: CodedExperts) -> Tensor:
+    side = parts_of_side(coded.side)
+    return coded_product(x, ends, coded.payload, side, coded.outputs.exponents, coded.num_outputs)
 
 
 @torch.library.custom_op(
     "globe::coded_product",
     mutates_args=(),
-    schema="(Tensor x, Tensor ends, Tensor payload, Tensor[] side, int num_outputs) -> Tensor",
+    schema="(Tensor x, Tensor ends, Tensor payload, Tensor[] side, Tensor? exponents, int num_outputs) -> Tensor",
 )
-def coded_product(x: Tensor, ends: Tensor, payload: Tensor, side: Sequence[Tensor], num_outputs: int) -> Tensor:
-    """`multiply` without a bank, with the parts of what is coded."""
-    coded = CodedExperts(payload, side_of_parts(side), num_outputs, Outputs())
-    out = x.new_zeros(len(x), num_outputs)
+def coded_product(
+    x: Tensor, ends: Tensor, payload: Tensor, side: Sequence[Tensor], exponents: Tensor | None, num_outputs: int
+) -> Tensor:
+    """`multiply` without a bank, in float32 at least, with the parts of what is coded."""
+    coded = CodedExperts(payload, side_of_parts(side), num_outputs, Outputs(exponents))
+    out = x.new_zeros(len(x), num_outputs, dtype=torch.promote_types(x.dtype, torch.float32))
     runs = _runs(ends)
     if not runs:
         return out
-    rows = coded.rows(torch.tensor([expert for expert, _, _ in runs], device=payload.device))
+    experts = torch.tensor([expert for expert, _, _ in runs], device=payload.device)
+    rows, taken = coded.rows(experts), runs[-1][2]
     if payload.device.type == "cpu" and trellis.compiled() is not None and x.dtype != torch.float64:
-        sizes = [stop - start for _, start, stop in runs]
-        _multiply_compiled(x[: runs[-1][2]], sizes, coded, rows, out[: runs[-1][2]])
-    else:
-        for (_, start, stop), X in zip(runs, _decoded(coded, rows, x.dtype), strict=True):
-            out[start:stop] = x[start:stop] @ X
-    return out
+        starts = torch.tensor([start for _, start, _ in runs] + [taken])
+        _Compiled(coded, experts, rows, starts, x[:taken].detach(), out[:taken]).run()
+        return out
+    for (_, start, stop), X in zip(runs, _decoded(coded, rows, x.dtype), strict=True):
+        out[start:stop] = x[start:stop] @ X
+    return coded.outputs.undo_products(out, _owners(ends, len(x)))
 
 
 @coded_product.register_fake
-def _(x: Tensor, ends: Tensor, payload: Tensor, side: Sequence[Tensor], num_outputs: int) -> Tensor:  # noqa: ARG001
-    return x.new_empty(x.shape[0], num_outputs)
+def _(
+    x: Tensor,
+    ends: Tensor,  # noqa: ARG001
+    payload: Tensor,  # noqa: ARG001
+    side: Sequence[Tensor],  # noqa: ARG001
+    exponents: Tensor | None,  # noqa: ARG001
+    num_outputs: int,
+) -> Tensor:
+    return x.new_empty(x.shape[0], num_outputs, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.library.custom_op(
     "globe::coded_product_transposed",
     mutates_args=(),
-    schema="(Tensor y, Tensor ends, Tensor payload, Tensor[] side, int num_inputs, int num_outputs) -> Tensor",
+    schema="(Tensor y, Tensor ends, Tensor payload, Tensor[] side, Tensor? exponents, int num_inputs, int num_outputs)"
+    " -> Tensor",
 )
 def coded_product_transposed(
-    y: Tensor, ends: Tensor, payload: Tensor, side: Sequence[Tensor], num_inputs: int, num_outputs: int
+    y: Tensor,
+    ends: Tensor,
+    payload: Tensor,
+    side: Sequence[Tensor],
+    exponents: Tensor | None,
+    num_inputs: int,
+    num_outputs: int,
 ) -> Tensor:
-    """Every expert's rows of y times the transposed expert: (n, K) -> (n, N), otherwise as `multiply`."""
-    coded = CodedExperts(payload, side_of_parts(side), num_outputs, Outputs())
+    """Every expert's rows of y times the transposed expert: (n, K) -> (n, N), otherwise as `coded_product`."""
+    coded = CodedExperts(payload, side_of_parts(side), num_outputs, Outputs(exponents))
     out = y.new_zeros(len(y), num_inputs)
     runs = _runs(ends)
     if runs:
+        y = coded.outputs.undo_products_transposed(y, _owners(ends, len(y)))
         rows = coded.rows(torch.tensor([expert for expert, _, _ in runs], device=payload.device))
         for (_, start, stop), X in zip(runs, _decoded(coded, rows, y.dtype), strict=True):
             out[start:stop] = y[start:stop] @ X.mT
@@ -111,6 +129,7 @@ def _(
     ends: Tensor,  # noqa: ARG001
     payload: Tensor,  # noqa: ARG001
     side: Sequence[Tensor],  # noqa: ARG001
+    exponents: Tensor | None,  # noqa: ARG001
     num_inputs: int,
     num_outputs: int,  # noqa: ARG001
 ) -> Tensor:
@@ -118,18 +137,23 @@ def _(
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    x, ends, payload, side, ctx.num_outputs = inputs
-    ctx.num_inputs = x.shape[1]
-    ctx.save_for_backward(ends, payload, *side)
+    x, ends, payload, side, exponents, ctx.num_outputs = inputs
+    ctx.num_inputs, ctx.dtype = x.shape[1], x.dtype
+    ctx.save_for_backward(ends, payload, exponents, *side)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    ends, payload, *side = ctx.saved_tensors
-    found = coded_product_transposed(grad, ends, payload, side, ctx.num_inputs, ctx.num_outputs)
-    return found, None, None, [None] * len(side), None
+    ends, payload, exponents, *side = ctx.saved_tensors
+    found = coded_product_transposed(grad, ends, payload, side, exponents, ctx.num_inputs, ctx.num_outputs)
+    return found.to(ctx.dtype), None, None, [None] * len(side), None, None
 
 
 coded_product.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+def _owners(ends: Tensor, num_rows: int) -> Tensor:
+    """Whose each row is, (num_rows,): the last expert's, too, behind the last end."""
+    return torch.searchsorted(ends, torch.arange(num_rows).to(ends), right=True).clamp_max(len(ends) - 1)
 
 
 def _runs(ends: Tensor) -> list[tuple[int, int, int]]:
@@ -157,64 +181,81 @@ def _say_that_it_is_slow() -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
-    """Tokens of one expert, with all that numba has to know."""
+class _Compiled:
+    """A product by numba, of experts that have rows each."""
 
+    coded: CodedExperts
+    experts: Tensor
+    """(R,): those that have rows, R runs of them."""
+    rows: PackedRows
+    """Of these experts."""
+    starts: Tensor
+    """(R + 1,): where the rows of each begin, and where those of the last end."""
     x: Tensor
-    """(m, N) bfloat16 or float32."""
-    rows: tuple[Any, Any, Any]
-    """Offsets, widths and steps, (N,) each."""
+    """(n, N)."""
     out: Tensor
-    """(m, K), where the products go."""
+    """(n, K) float32, zeros, where the products go."""
 
+    def run(self) -> None:
+        sizes = self.starts.diff()
+        few = sizes <= FEW
+        if bool(few.any()):
+            self._multiply_few(few.nonzero().flatten(), int(sizes[few].amax()))
+        if not bool(few.all()):
+            self._multiply_many((~few).nonzero().flatten().tolist())
+        self._rotate_back(sizes)
 
-def _multiply_compiled(x: Tensor, sizes: Sequence[int], coded: CodedExperts, rows: PackedRows, out: Tensor) -> None:
-    x = x.detach() if x.dtype == torch.bfloat16 else x.detach().float()
-    packed = zip(rows.offsets.numpy(), rows.widths.numpy(), rows.steps.numpy(), strict=True)
-    runs = [_Run(*parts) for parts in zip(x.split(sizes), packed, out.split(sizes), strict=True)]
-    few, many = ([run for run in runs if (len(run.x) <= FEW) == is_few] for is_few in (True, False))
-    payload, kernels = coded.payload.contiguous().numpy(), trellis.compiled()
-    _multiply_few(kernels, few, payload, coded.length)
-    _multiply_many(kernels, many, payload, coded.length)
+    def _multiply_few(self, runs: Tensor, most: int) -> None:
+        """All experts with few rows, at most so many, at once; their outputs in blocks that suit cache and threads."""
+        rows, K = trellis.compiled().ROWS, self.out.shape[1]
+        num_blocks = max(-(-K * (rows + most) // SCRATCH), -(-torch.get_num_threads() // len(runs)))
+        part = _up_to_lanes(-(-K // num_blocks))
+        x = torch.nn.functional.pad(self.x.float(), (0, -self.x.shape[1] % rows)).contiguous()
+        fields = {"x": x, "stride": x.shape[1], "runs": runs, "starts": self.starts, "most": most}
+        self._job(num_tasks=len(runs) * -(-K // part), part=part, **fields).run("multiply")
 
+    def _multiply_many(self, runs: Sequence[int]) -> None:
+        """Each thread decodes a block of an expert's outputs, and multiplies it while it is in the thread's cache."""
+        x = self.x if self.x.dtype == torch.bfloat16 else self.x.float()
+        N, K = x.shape[1], self.out.shape[1]
+        size = min(K, _up_to_lanes(BLOCK_BYTES // (N * x.itemsize)))
+        starts = cast(list[int], self.starts.tolist())
+        payload, decode_block = self.coded.payload.contiguous().numpy(), trellis.compiled().decode_block
+        packed = [x.numpy() for x in (self.rows.offsets, self.rows.widths, self.rows.steps)]
+        buffers: list[Tensor] = []
 
-def _multiply_few(kernels: Any, runs: Sequence[_Run], payload: Any, length: int) -> None:
-    """All experts at once, and their outputs in blocks where there are more threads."""
-    sums = [torch.zeros(run.out.shape) for run in runs]
-    tasks: list[Callable[[], None]] = []
-    for run, total in zip(runs, sums, strict=True):
-        K = total.shape[1]
-        size = min(K, _up_to_lanes(K * len(runs) // torch.get_num_threads()))
-        x, into = run.x.float().contiguous().numpy(), total.numpy()
-
-        def multiply_block(first: int, last: int, x: Any = x, into: Any = into, run: _Run = run) -> None:
-            decoded = torch.empty(kernels.ROWS, last - first).numpy()  # of torch, for it begins at a line of the cache
-            kernels.multiply_block(x, payload, *run.rows, length, first, last, decoded, into)
-
-        tasks += [functools.partial(multiply_block, first, min(first + size, K)) for first in range(0, K, size)]
-    run_all(tasks)
-    for run, total in zip(runs, sums, strict=True):
-        run.out.copy_(total)
-
-
-def _multiply_many(kernels: Any, runs: Sequence[_Run], payload: Any, length: int) -> None:
-    """One expert after the other, decoded by all threads and multiplied by all threads."""
-    if not runs:
-        return
-    N, K = runs[0].x.shape[1], runs[0].out.shape[1]
-    size = min(K, _up_to_lanes(BLOCK_BYTES // (N * runs[0].x.itemsize)))
-    buffer, part = runs[0].x.new_empty(N * size), -(-N // torch.get_num_threads())
-    for run in runs:
-        for first in range(0, K, size):
-            last = min(first + size, K)
+        @torch.inference_mode()  # other threads do not inherit it
+        def multiply_block(run: int, first: int) -> None:
+            mine, last = slice(starts[run], starts[run + 1]), min(first + size, K)
+            buffer = buffers.pop() if buffers else x.new_empty(N * size)
             X = buffer[: N * (last - first)].view(N, -1)
             into = X.view(torch.uint16).numpy() if X.dtype == torch.bfloat16 else X.numpy()
+            decode_block(payload, *(x[run] for x in packed), self.coded.length, first, last, into)
+            self.out[mine, first:last] = x[mine] @ X
+            buffers.append(buffer)
 
-            def decode(some: slice, block: tuple[int, int] = (first, last), into: Any = into, run: _Run = run) -> None:
-                kernels.decode_block(payload, *(x[some] for x in run.rows), length, *block, into[some])
+        run_all([functools.partial(multiply_block, run, first) for run in runs for first in range(0, K, size)])
 
-            run_all([functools.partial(decode, slice(start, start + part)) for start in range(0, N, part)])
-            run.out[:, first:last] = run.x @ X
+    def _rotate_back(self, sizes: Tensor) -> None:
+        num_rows, K, part = *self.out.shape, 4
+        factors = self.coded.outputs.factors(self.experts, K)
+        owners = torch.arange(len(sizes)).clamp_max(len(factors) - 1).repeat_interleave(sizes)
+        fields = {"factors": factors, "owners": owners, "num_rows": num_rows, "block": block_length(K)}
+        self._job(num_tasks=-(-num_rows // part), part=part, **fields).run("rotate_back")
+
+    def _job(self, **fields: Tensor | int) -> Any:
+        common = {
+            "payload": self.coded.payload,
+            "num_bytes": len(self.coded.payload),
+            "offsets": self.rows.offsets,
+            "widths": self.rows.widths,
+            "steps": self.rows.steps,
+            "num_inputs": self.x.shape[1],
+            "length": self.coded.length,
+            "out": self.out,
+            "num_outputs": self.out.shape[1],
+        }
+        return trellis.compiled().Job(**common, **fields)
 
 
 def _up_to_lanes(size: int) -> int:

@@ -1,8 +1,9 @@
-"""Sixteen entries of a path at a time, written as LLVM's vectors, which it turns into what the CPU has.
+"""What is done to sixteen numbers at a time, written as LLVM's vectors, which it turns into what the CPU has.
 
 Sixteen entries of w half bits begin at a byte and take w bytes, so that where each one's bits are within them is known
 beforehand: one permutation of bytes and one shift bring every state into a lane of its own. Compilers do not find that
-by themselves, and fetch the states one by one at a third of the speed.
+by themselves, and fetch the states one by one at a third of the speed; nor do they vectorise loops over several arrays
+that might overlap for all they know.
 """
 
 # numba and llvmlite have no type stubs
@@ -20,6 +21,8 @@ from numba.extending import intrinsic
 from globe.quant.trellis import ADDEND, LEAST_WIDTH, MAX_WIDTH, MEAN, MULTIPLIER, NUM_STATES
 
 LANES = 16
+ROWS = 4
+"""That are multiplied at a time."""
 READ = 32
 """Bytes that are read where sixteen entries begin, at any width."""
 
@@ -86,6 +89,118 @@ def decode_last(typing_context, payload, place, begin, width, step, out, at):  #
     return signature, generate
 
 
+def add_products(num_tokens: int) -> Any:
+    """`add(x, at, stride, rows, size, sums, into)`: sums[into + t·size :] += Σ_j x[at + t·stride + j] rows[j·size :].
+
+    For so many tokens t and ROWS rows j of `size` entries, a multiple of LANES. All arrays are flat and float32.
+    """
+
+    @intrinsic
+    def add(typing_context, x, at, stride, rows, size, sums, into):  # noqa: ARG001
+        signature = types.void(x, types.int64, types.int64, rows, types.int64, sums, types.int64)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x, at, stride, rows, size, sums, into = arguments
+            x, rows, sums = (
+                context.make_array(kind)(context, builder, array).data
+                for kind, array in zip((signature.args[i] for i in (0, 3, 5)), (x, rows, sums), strict=True)
+            )
+            places = [
+                builder.add(at, builder.add(builder.mul(stride, _I64(t)), _I64(j)))
+                for t in range(num_tokens)
+                for j in range(ROWS)
+            ]
+            factors = [_in_all_lanes(builder, builder.load(builder.gep(x, [place]))) for place in places]
+            with cgutils.for_range(builder, builder.udiv(size, _I64(LANES))) as loop:
+                k = builder.mul(loop.index, _I64(LANES))
+                read = [
+                    _load(builder, builder.gep(rows, [builder.add(k, builder.mul(size, _I64(j)))]), _FLOATS)
+                    for j in range(ROWS)
+                ]
+                for t in range(num_tokens):
+                    place = builder.gep(sums, [builder.add(builder.add(into, k), builder.mul(size, _I64(t)))])
+                    total = _load(builder, place, _FLOATS)
+                    for factor, row in zip(factors[t * ROWS :], read, strict=False):
+                        total = _multiply_add(builder, factor, row, total)
+                    _store(builder, total, place)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return add
+
+
+@intrinsic
+def mix_lanes(typing_context, x, at):  # noqa: ARG001
+    """Multiply x[at : at + LANES], float32, by the Hadamard matrix of so many, of entries ±1, in place."""
+    signature = types.void(x, types.int64)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, at = arguments
+        place = builder.gep(context.make_array(signature.args[0])(context, builder, x).data, [at])
+        values = _load(builder, place, _FLOATS)
+        step = 1
+        while step < LANES:
+            others = ir.Constant(_WORDS, [lane ^ step for lane in range(LANES)])
+            signs = ir.Constant(_FLOATS, [-1.0 if lane & step else 1.0 for lane in range(LANES)])
+            partners = builder.shuffle_vector(values, ir.Constant(_FLOATS, ir.Undefined), others)
+            values = _multiply_add(builder, values, signs, partners)
+            step *= 2
+        _store(builder, values, place)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def mix_neighbours(typing_context, x, at, step):  # noqa: ARG001
+    """Sums and differences of x[at : at + LANES] and what is `step` behind, float32, in their places."""
+    signature = types.void(x, types.int64, types.int64)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, at, step = arguments
+        data = context.make_array(signature.args[0])(context, builder, x).data
+        places = builder.gep(data, [at]), builder.gep(data, [builder.add(at, step)])
+        left, right = (_load(builder, place, _FLOATS) for place in places)
+        _store(builder, builder.fadd(left, right), places[0])
+        _store(builder, builder.fsub(left, right), places[1])
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def pointer(typing_context, address):  # noqa: ARG001
+    """A number as the address that it is."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def take(typing_context, counter):  # noqa: ARG001
+    """The next number of an int64 that a pointer points to, for one of all threads that ask."""
+    signature = types.int64(counter)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        place = builder.bitcast(arguments[0], _I64.as_pointer())
+        return builder.atomic_rmw("add", place, _I64(1), "monotonic")
+
+    return signature, generate
+
+
+def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a·b + c, rounded once where the CPU can."""
+    return builder.fadd(builder.fmul(a, b, flags=["contract"]), c, flags=["contract"])
+
+
+def _in_all_lanes(builder: Any, value: Any) -> Any:
+    undefined = ir.Constant(_FLOATS, ir.Undefined)
+    return builder.shuffle_vector(builder.insert_element(undefined, value, _I32(0)), undefined, _splat(0))
+
+
 def _load(builder: Any, pointer: Any, kind: Any) -> Any:
     return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=1)
 
@@ -109,8 +224,7 @@ def _each_width(builder: Any, width: Any) -> Any:
 
 def _writer(context: Any, builder: Any, target_type: Any, out: Any, step: Any) -> Any:
     target = context.make_array(target_type)(context, builder, out).data
-    undefined = ir.Constant(_FLOATS, ir.Undefined)
-    steps = builder.shuffle_vector(builder.insert_element(undefined, step, _I32(0)), undefined, _splat(0))
+    steps = _in_all_lanes(builder, step)
 
     def write(w: int, source: Any, at: Any) -> None:
         """Sixteen entries of w half bits that begin at a byte."""

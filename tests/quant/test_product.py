@@ -121,12 +121,12 @@ from tests.quant.test_product import N, random_experts
 coded = random_experts(272)
 decoded = coded.decode()
 ones = torch.eye(N, dtype=torch.bfloat16)
-products = coded_product(ones, torch.tensor([0] * 3 + [N] * 4), coded.payload, parts_of_side(coded.side), 272)
+products = coded_product(ones, torch.tensor([0] * 3 + [N] * 4), coded.payload, parts_of_side(coded.side), None, 272)
 trellis.compiled = lambda: None
 assert torch.equal(decoded, coded.decode())
 rows = coded.rows()
 wanted = packing.decode(coded.payload, rows.offsets[3], rows.widths[3], rows.steps[3], 272)
-assert torch.equal(products, wanted.bfloat16())
+torch.testing.assert_close(products, coded.outputs.undo(wanted.bfloat16().float()), rtol=1e-6, atol=1e-6)
 """
 
 
@@ -191,11 +191,11 @@ def test_gradients_are_those_of_the_decoded_experts(dtype: torch.dtype) -> None:
     assert_close(x.grad, expected(sent, decoded(coded).mT), dtype)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_pytorch_finds_nothing_wrong_with_the_operations(shared: bool) -> None:
-    coded = random_experts(29, shared=shared)
+@pytest.mark.parametrize(("shared", "scaled"), [(False, True), (True, False)])
+def test_pytorch_finds_nothing_wrong_with_the_operations(shared: bool, scaled: bool) -> None:
+    coded = random_experts(29, shared=shared, scaled=scaled)
     x, ends = tokens()
-    parts = coded.payload, parts_of_side(coded.side)
+    parts = coded.payload, parts_of_side(coded.side), coded.outputs.exponents
     torch.library.opcheck(coded_product, (x.clone().requires_grad_(), ends, *parts, 29))
     torch.library.opcheck(coded_product_transposed, (tokens(length=29)[0], ends, *parts, N, 29))
 
