@@ -74,7 +74,7 @@ class LiveProgress(Observer):
     def step(self, bank: BankPlan, record: StepRecord) -> None:
         part = bank.shape.num_matrices * record.step / self._max_steps
         self._progress.update(
-            self._fit, description=describe(bank), completed=record.step, state=f"error {record.error:.4f}"
+            self._fit, description=describe(bank), completed=record.step, state=f"objective {record.error:.4f}"
         )
         self._progress.update(
             self._scopes, state=f"{self._pace.rate(part):.1f} matrices/s, {self._pace.left(part)} left"

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT = 360, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 8, 10, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 10, 34
 _MAX_POINTS = 160
 _MAX_TICKS = 6
 _MAX_MARKS = 3000
@@ -63,13 +63,20 @@ def curve_chart(
             marks.append(Markup('<circle class="s{} dot" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(number, *line[0]))
         else:
             marks.append(Markup('<path class="s{} line" d="{}"/>').format(number, _path(line)))
-    told = "; ".join(
-        f"{curve.label or title} from {_short(curve.points[0][1])} to {_short(curve.points[-1][1])}"
-        for curve in curves
-        if curve.points
-    )
-    legend = tuple(curve.label for curve in curves)
-    return Chart(title, _svg(f"{title} against {x_label}: {told}", marks), legend if any(legend) else ())
+    spans = [_span(curve.points) for curve in curves if curve.points]
+    told = [
+        f"{curve.label or title} {span}" for curve, span in zip(filter(lambda c: c.points, curves), spans, strict=True)
+    ]
+    svg = _svg(f"{title} against {x_label}: {'; '.join(told)}", marks)
+    if not any(curve.label for curve in curves):
+        return Chart(title, svg, caption=spans[0])
+    labels = [f"{curve.label}, {_span(curve.points)}" if curve.points else curve.label for curve in curves]
+    return Chart(title, svg, tuple(labels))
+
+
+def _span(points: Points) -> str:
+    """What a curve says, to be read."""
+    return f"from {_short(points[0][1])} to {_short(points[-1][1])}"
 
 
 def strip_chart(title: str, groups: Mapping[str, Sequence[float]], x_label: str, top: float = 0.0) -> Chart | None:
@@ -112,8 +119,11 @@ def strip_chart(title: str, groups: Mapping[str, Sequence[float]], x_label: str,
         if parts:
             marks.insert(1, Markup('<path class="{}" d="{}"/>').format(kind, "".join(parts)))
     every = sorted(value for values in finite.values() for value in values)
-    told = f"{title} by {x_label}: {_short(every[0])} to {_short(every[-1])}, median {_short(statistics.median(every))}"
-    caption = "bar: least to greatest; thick: 10 to 90 %; dot: median" if crowded else "dot: median"
+    spread = f"{_short(every[0])} to {_short(every[-1])}, median {_short(statistics.median(every))}"
+    told = f"{title} by {x_label}: {spread}"
+    caption = (
+        f"{'bar: least to greatest; thick: 10 to 90 %; dot: median' if crowded else 'dot: median'}. In all {spread}"
+    )
     return Chart(title, _svg(told, marks), caption=caption)
 
 
@@ -191,7 +201,9 @@ def _frame(x: _Axis, y: _Axis, x_ticks: Sequence[tuple[float, str]], x_label: st
         for tick in y.ticks
     ]
     parts += [
-        Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x(tick), floor + 15, label)
+        Markup('<text x="{:.1f}" y="{}" text-anchor="{}">{}</text>').format(
+            min(x(tick), WIDTH - 2), floor + 15, "end" if x(tick) + 3.5 * len(label) > WIDTH - 2 else "middle", label
+        )
         for tick, label in x_ticks
     ]
     parts.append(

@@ -17,7 +17,7 @@ from globe.checkpoint.evaluation import Evaluation, read_evaluations
 from globe.checkpoint.report import Report
 from globe.checkpoint.writer import write_file
 from globe.errors import SettingsError
-from globe.report.style import STYLE
+from globe.report.style import STYLE, plain_log_ticks
 from globe.terminal import Terminal, visible
 from globe.units import byte_size, with_error
 
@@ -108,11 +108,13 @@ def draw_comparison(candidates: Sequence[Candidate], suffix: str = "png") -> byt
             axes.annotate(
                 visible(each.name), (place, value), (5, 5), textcoords="offset points", parse_math=False, fontsize=8
             )
+        axes.margins(x=0.15)
         axes.set_title("KL to the original, nats per token; bars: standard error")
         axes.set_xlabel("bytes of the whole model, share of the original's")
         axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))  # pyright: ignore[reportAttributeAccessIssue]
         if max(divergence) > 5 * min(divergence):
             axes.set_yscale("log")
+            plain_log_ticks(axes.yaxis)
         else:
             axes.set_ylim(bottom=0)
         picture = io.BytesIO()

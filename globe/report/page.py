@@ -30,8 +30,8 @@ _MAX_CURVES = 6
 _ROWS = 16
 
 _TRAJECTORIES = (
-    ("error", "Error of the best factors", True),
-    ("raw_error", "Error of the step's iterate", True),
+    ("error", "{} error of the best factors", True),
+    ("raw_error", "{} error of the step's iterate", True),
     ("activation_lambda", "λ, share of the nonlinearity", False),
     ("route_beta", "β, share of weight-aware targets", False),
     ("temperature", "Temperature of the codes", False),
@@ -90,7 +90,8 @@ def _of_files(folder: Path, notes: list[str]) -> tuple[list[Bytes], list[Spectra
 
 def _content(report: Report, sizes: list[Bytes], spectra: list[Spectra], notes: list[str]) -> dict[str, Any]:
     banks, coded = report.banks, report.coded
-    trajectories, constant = _trajectories(banks)
+    weighing = "Relative" if report.calibration is None else "Weighted relative"
+    trajectories, constant = _trajectories(banks, weighing)
     return {
         "report": report,
         "notes": [*_warnings(banks), *notes],
@@ -113,7 +114,7 @@ def _content(report: Report, sizes: list[Bytes], spectra: list[Spectra], notes: 
         "spectra": _spectra(spectra),
         "shown_banks": [describe(entry.bank) for entry in spectra],
         "popularity": _popularity(banks),
-        "phases": _phases(banks),
+        "phases": _phases(report),
         "fits": [_fit(bank) for bank in banks],
         "meaning": {bank.outcome: MEANING.get(bank.outcome, "") for bank in banks},
     }
@@ -198,9 +199,9 @@ def _heat(
 def _budget(coded: Sequence[CodedReport]) -> list[dict[str, Any]]:
     """Rows of each width: how many, and the share of all that they are."""
     counts = [sum(rows) for rows in zip(*(part.rows_by_width for part in coded), strict=True)]
-    total = sum(counts) or 1
+    total, most = sum(counts) or 1, max(counts, default=1)
     return [
-        {"width": f"{width / 2:g}", "rows": count, "share": count / total}
+        {"width": f"{width / 2:g}", "rows": count, "share": count / total, "bar": count / most}
         for width, count in enumerate(counts)
         if count
     ]
@@ -256,23 +257,34 @@ def _curves(curves: Mapping[str, Points], summary: str) -> list[Curve]:
     return [summary_curve(summary, curves.values())]
 
 
-def _trajectories(banks: Sequence[BankReport]) -> tuple[list[Chart], list[str]]:
-    """A chart for everything that changes over the steps, and what stayed the same throughout."""
+def _trajectories(banks: Sequence[BankReport], weighing: str) -> tuple[list[Chart], list[str]]:
+    """A chart for everything that changes over the steps, and what hardly changes in any fit. The error of the steps'
+    iterates has none where it is that of the best factors."""
     charts: list[Chart | None] = []
     constant: list[str] = []
     for field, title, logarithmic in _TRAJECTORIES:
         curves = {
             describe(bank): list(zip(bank.steps["step"], bank.steps[field], strict=False))
             for bank in banks
-            if bank.steps.get(field) and bank.steps.get("step")
+            if bank.steps.get(field)
+            and bank.steps.get("step")
+            and not (field == "raw_error" and bank.steps[field] == bank.steps.get("error"))
         }
-        values = {value for points in curves.values() for _, value in points}
-        if len(values) == 1:
-            constant.append(f"{title}: {next(iter(values)):g}")
+        title, flat = title.format(weighing), [_flat(points) for points in curves.values()]
+        if curves and None not in flat:
+            ends = [value for value in flat if value is not None]
+            low, high = min(ends), max(ends)
+            constant.append(f"{title}: {low:.3g}" + ("" if f"{low:.3g}" == f"{high:.3g}" else f" to {high:.3g}"))
         elif curves:
             drawn = _curves(curves, f"median of {len(curves)} banks, and their range")
             charts.append(curve_chart(title, drawn, "step", logarithmic=logarithmic, from_zero=not logarithmic))
     return [chart for chart in charts if chart is not None], constant
+
+
+def _flat(points: Points) -> float | None:
+    """The last value of a curve that stays within 2 % of its largest; None of any other."""
+    values = [value for _, value in points]
+    return values[-1] if max(values) - min(values) <= 0.02 * max(map(abs, values)) else None
 
 
 def _ranked(values: Sequence[float]) -> Points:
@@ -311,10 +323,13 @@ def _popularity(banks: Sequence[BankReport]) -> Chart | None:
     return curve_chart("Popularity of the bases", _curves(curves, summary), "basis, most popular first", from_zero=True)
 
 
-def _phases(banks: Sequence[BankReport]) -> list[dict[str, Any]]:
-    """Seconds and share of each phase, over the banks that recorded them."""
-    seconds: dict[str, float] = {}
-    for bank in banks:
+def _phases(report: Report) -> list[dict[str, Any]]:
+    """Seconds and share of each phase, over all banks and all that is coded."""
+    worked = sum(part.seconds for part in (*report.banks, *report.coded))
+    seconds = {"measuring and planning": report.seconds - worked} if report.seconds > worked else {}
+    for part in report.coded:
+        seconds[f"coding {part.family}"] = seconds.get(f"coding {part.family}", 0.0) + part.seconds
+    for bank in report.banks:
         phases = bank.metrics.get("phases")
         for phase, spent in phases.items() if isinstance(phases, dict) else ():
             seconds[phase] = seconds.get(phase, 0.0) + float(spent)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from cycler import cycler
+from matplotlib.axis import Axis
+from matplotlib.ticker import LogLocator, NullFormatter
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
 """Okabe and Ito (2008), without the yellow that vanishes on white and with grey for black."""
@@ -32,3 +34,10 @@ STYLE: dict[Any, Any] = {
     "ytick.color": INK,
 }
 """For `matplotlib.rc_context`."""
+
+
+def plain_log_ticks(axis: Axis) -> None:
+    """1, 2 and 5 of each decade, written out, on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())

@@ -8,7 +8,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from globe.report.style import STYLE
-from globe.train.result import FitResult
+from globe.train.result import MEANING, FitResult
 
 
 def draw_trajectory(result: FitResult, path: Path) -> None:
@@ -18,12 +18,10 @@ def draw_trajectory(result: FitResult, path: Path) -> None:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7, 7), layout="constrained")
         error, schedule, sparsity = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
-        error.plot(
-            steps, [record.raw_error for record in result.steps], color="0.7", label="error of the step's iterate"
-        )
-        error.plot(steps, result.history, color="C0", label="error of the best factors")
-        error.set_ylabel("relative error")
-        error.set_title(f"{result.outcome}: relative error {result.history[-1]:.4f}")
+        error.plot(steps, [record.raw_error for record in result.steps], color="0.7", label="of this step's factors")
+        error.plot(steps, result.history, color="C0", label="of the best factors so far")
+        error.set_ylabel("relative error, as the fit weighs it")
+        error.set_title(f"relative error {result.history[-1]:.4f}: {MEANING[result.outcome]}")
         schedule.plot(steps, [record.activation_lambda for record in result.steps], label="λ (nonlinearity)")
         schedule.plot(steps, [record.route_beta for record in result.steps], "--", label="β (weight-aware targets)")
         schedule.plot(steps, [record.step_size for record in result.steps], ":", label="step size")

@@ -118,7 +118,7 @@ def describe(bank: ServingBank) -> str:
 def describe_fitted(bank: BankPlan, error: float, seconds: float) -> str:
     """A fitted bank in one line."""
     shape = f"rank {bank.shape.rank}, {bank.shape.num_bases} bases"
-    return f"{describe(bank)}: error {error:.4f}  {shape}  {seconds:.1f} s"
+    return f"{describe(bank)}: relative error {error:.4f}  {shape}  {seconds:.1f} s"
 
 
 def describe_coded(families: Sequence[CodedReport]) -> str:
@@ -126,7 +126,7 @@ def describe_coded(families: Sequence[CodedReport]) -> str:
     bits = 8 * sum(part.stored_bytes for part in families) / sum(part.original_parameters for part in families)
     error = math.hypot(*(part.error for part in families)) / math.sqrt(len(families))
     seconds = sum(part.seconds for part in families)
-    return f"layer {families[0].layer}: {bits:.2f} bits, error {error:.4f}  {seconds:.1f} s"
+    return f"layer {families[0].layer}: {bits:.2f} bits, relative error {error:.4f}  {seconds:.1f} s"
 
 
 def clock(seconds: float) -> str:

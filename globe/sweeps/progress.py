@@ -91,7 +91,7 @@ class _PointProgress(Observer):
 
     def step(self, bank: BankPlan, record: StepRecord) -> None:
         self._progress.update(
-            self._fit, description=f"{describe(bank)}: error {record.error:.4f}", completed=record.step
+            self._fit, description=f"{describe(bank)}: objective {record.error:.4f}", completed=record.step
         )
 
     def scope(self, scope: Scope) -> None:
@@ -106,4 +106,5 @@ def outcome(record: PointRecord) -> str:
     """A point's result in a few words."""
     if record.failure is not None or record.evaluation is None:
         return f"failed: {one_line(record.failure or '')}"
-    return f"error {record.error:.4f}, KL {record.evaluation.kl:.5f}, perplexity {record.evaluation.perplexity:.3f}"
+    quality = f"KL {record.evaluation.kl:.5f}, perplexity {record.evaluation.perplexity:.3f}"
+    return f"relative error {record.error:.4f}, {quality}"

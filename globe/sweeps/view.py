@@ -11,13 +11,12 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from globe.checkpoint.manifest import write_listed
-from globe.report.style import MARKERS, STYLE
+from globe.report.style import INK, MARKERS, STYLE, plain_log_ticks
 from globe.sweeps.settings import AXES, Setting
 from globe.sweeps.sweep import PointRecord, SweepResult
 from globe.terminal import Terminal, one_line, visible
@@ -52,7 +51,7 @@ def sweep_table(result: SweepResult) -> Table:
     )
     for axis in varying:
         table.add_column(axis.replace("_", " "))
-    for name in ("error", "KL", "perplexity", "size", "seconds"):
+    for name in ("relative error", "KL", "perplexity", "size", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     blank = [""] * (len(varying) - 1)
     original = ["", "0", f"{result.original.perplexity:.3f}", byte_size(result.original_bytes), ""]
@@ -133,9 +132,15 @@ def _draw_curves(points: Sequence[PointRecord], result: SweepResult) -> Figure:
         size = [100 * (point.compressed_bytes or 0) / result.original_bytes for point in curve]
         marker, line = MARKERS[number % len(MARKERS)], ("-", "--", ":")[number // len(MARKERS) % 3]
         axes[0].plot(size, _divergences(curve), marker=marker, linestyle=line, label=label)
+        for place, value, point in zip(size, _divergences(curve), curve, strict=True):
+            keep = f"keep {point.settings['keep']}"
+            axes[0].annotate(keep, (place, value), (4, 4), textcoords="offset points", fontsize=7)
         axes[1].plot(size, [point.error or 0.0 for point in curve], marker=marker, linestyle=line, label=label)
     _name(axes, result, points)
     for axis in axes:
+        axis.axvline(100, color=INK, linestyle=":", linewidth=1)
+        axis.annotate("original", (100, 1), (-4, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
+                      rotation=90, ha="right", va="top", fontsize=7)  # fmt: skip
         axis.set_xlabel("bytes of the whole model, % of the original")
     if others:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
@@ -158,17 +163,14 @@ def _draw_rows(points: Sequence[PointRecord], result: SweepResult) -> Figure:
 def _name(axes: Sequence[Axes], result: SweepResult, points: Sequence[PointRecord], along_x: bool = False) -> None:
     """Titles say what the value axis holds; the divergence is on a logarithmic scale where it spans a factor of 5."""
     axes[0].set_title("KL to the original, nats per token")
-    axes[1].set_title("relative error of the experts")
+    axes[1].set_title("relative error of the experts as stored")
     divergences = _divergences(points)
     wide = min(divergences) > 0 and max(divergences) > 5 * min(divergences)
     for axis, logarithmic in zip(axes, (wide, False), strict=True):
         scale, limit = (axis.set_xscale, axis.set_xlim) if along_x else (axis.set_yscale, axis.set_ylim)
         if logarithmic:
             scale("log")
-            values = axis.xaxis if along_x else axis.yaxis
-            values.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            values.set_major_formatter("{x:g}")
-            values.set_minor_formatter(NullFormatter())
+            plain_log_ticks(axis.xaxis if along_x else axis.yaxis)
         else:
             limit(0, None)
     judged = f"{result.source}, judged on {result.original.num_tokens} tokens of {result.config.evaluate.text}"

@@ -58,7 +58,7 @@ def test_compress_evaluate_inspect_and_export_the_shipped_model(
 ) -> None:
     monkeypatch.setattr("globe.report.show.generate", functools.partial(generate, max_new_tokens=8))
     folder, out = compressed
-    assert "layer 3 gate+up+down: error" in out
+    assert "layer 3 gate+up+down: relative error" in out
     few = "--max-tokens", 512, "--compose-cache", 10**6
     status, out, _ = run(capsys, "evaluate", folder, *few, "--prompt", "import os\n")
     assert status == 0
@@ -82,7 +82,7 @@ def test_the_commands_take_a_coded_model(tmp_path: Path, capsys: pytest.CaptureF
     predicted = re.search(r"whole model .* -> (\d+\.\d\d) MB", out)
     status, out, _ = run(capsys, "compress", "-o", tmp_path / "out", *given)
     assert status == 0
-    assert re.search(r"layer 3: 2\.9\d bits, error 0\.\d{4}|layer 3: 3\.00 bits, error 0\.\d{4}", out)
+    assert re.search(r"layer 3: 2\.9\d bits, relative error 0\.\d{4}|layer 3: 3\.00 bits, relative error 0\.\d{4}", out)
     assert re.search(r"experts coded   in (2\.99\d|3\.000) bits a weight, everything counted", out)
     stored = re.search(r"whole model     (\d+\.\d\d) MB of", out)
     assert predicted is not None
