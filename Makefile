@@ -1,4 +1,4 @@
-.PHONY: demo test test-latest test-servers bench real real-rounded check docs wheel
+.PHONY: demo test test-latest test-servers bench real real-rounded check docs wheel release-check
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -128,3 +128,11 @@ wheel: .venv/ready  ## wheel and sdist, in dist/, and the wheel run outside the 
 	$(BIN)/pip install --quiet --disable-pip-version-check build
 	$(BIN)/python -m build
 	$(BIN)/python scripts/check_packages.py dist
+
+release-check: .venv/ready  ## all of docs/release.md that a machine can do, from a clean checkout
+	$(BIN)/python scripts/check_release.py
+	$(MAKE) test check
+	$(BIN)/python -m tests.conformance.document
+	git diff --exit-code docs/families.md
+	$(MAKE) demo docs wheel
+	$(BIN)/python scripts/check_release.py

@@ -58,4 +58,4 @@ def _package(name: str, extra: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise SettingsError(f"--track {extra} needs a package: pip install 'globe-moe[{extra}]'") from error
+        raise SettingsError(f"--track {extra} needs a package: pip install {extra}") from error

@@ -10,7 +10,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"the experts of this checkpoint are compressed by GloBE, which cannot be imported ({error}): "
-        "install the package globe-moe and load the checkpoint again"
+        "install GloBE and load the checkpoint again"
     ) from error
 
 

@@ -19,8 +19,7 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
         command = importlib.import_module("lm_eval.__main__")
     except ImportError as error:
         raise SettingsError(
-            f"globe lm-eval runs the package lm-eval, which cannot be imported ({error}): "
-            "pip install 'globe-moe[lm-eval]'"
+            f"globe lm-eval runs the package lm-eval, which cannot be imported ({error}): pip install 'lm-eval[hf]'"
         ) from error
     given = sys.argv
     sys.argv = ["lm-eval", *arguments]

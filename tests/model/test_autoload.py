@@ -69,7 +69,7 @@ def test_without_the_package_the_error_says_what_to_install(fresh: FreshProcess,
     result = fresh.run(WITHOUT_PACKAGE, small, tmp_path / "saved")
     assert result.returncode != 0
     assert "ImportError: the experts of this checkpoint are compressed by GloBE" in result.stderr
-    assert "install the package globe-moe" in result.stderr
+    assert "install GloBE and load" in result.stderr
 
 
 def test_a_dense_model_has_no_use_for_it(small: Path, tmp_path: Path) -> None:

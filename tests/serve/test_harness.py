@@ -24,4 +24,4 @@ def test_without_lm_eval_it_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main(["lm-eval", "--tasks", "x"]) == 1
-    assert "pip install 'globe-moe[lm-eval]'" in capsys.readouterr().err
+    assert "pip install 'lm-eval[hf]'" in capsys.readouterr().err
