@@ -22,6 +22,7 @@ from globe.plan.settings import CompressConfig
 from globe.sweeps.settings import SweepConfig
 from globe.terminal import Terminal, tame_logging
 from globe.terms import Track
+from globe.version import __version__
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")]
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -71,6 +72,8 @@ class Compress:
             config = fitted_config(console, outlined, config, self.fit)
             outlined = outline(self.model, config, self.revision, self.cache_dir)
         show_outlook(console, outlined, self.output)
+        if self.max_kl is not None:
+            console.print("which is the first trial; the size is what is looked for")
         make = compress if self.max_kl is None else functools.partial(compress_within, max_kl=self.max_kl)
         report = make(
             self.model,
@@ -311,6 +314,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     command, go_on = None, ""
+    if given == ["--version"]:
+        print(f"globe {__version__}")
+        return 0
     try:
         with stoppable():
             command = _parse(given)
@@ -365,7 +371,7 @@ def _parsed_by_tyro(arguments: Sequence[str]) -> Any:
         | Annotated[ReportPage, tyro.conf.subcommand("report")]
         | Annotated[Env, tyro.conf.subcommand("env")],
         prog="globe",
-        description="Compress Mixture-of-Experts models by experts that share banks of basis matrices.",
+        description="Compress Mixture-of-Experts models to as many bits as you ask for. --version tells which this is.",
         args=_with_texts(arguments),
         registry=registry,
         config=(tyro.conf.DisallowNone,),

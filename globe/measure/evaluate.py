@@ -173,7 +173,9 @@ def judge(
     found = evaluate_model(loaded, windows, bytes_per_token, batch=config.batch, reference=other)
     found = dataclasses.replace(found, **described)
     unrecorded = None
-    if checkpoint.repo is None and read_manifest(checkpoint.folder) is not None:
+    if not all(math.isfinite(value) for value in (found.perplexity, found.kl or 0.0)):
+        unrecorded = "what was measured is not finite"
+    elif checkpoint.repo is None and read_manifest(checkpoint.folder) is not None:
         try:
             keep_evaluation(checkpoint.folder, found)
         except OutputError as error:

@@ -101,7 +101,7 @@ def table_csv(result: SweepResult) -> bytes:
 
 
 def _row(settings: Mapping[str, Setting], nbytes: int | None, evaluation: Any) -> dict[str, Any]:
-    quality = ("perplexity", "bits_per_byte", "kl", "agreement", "num_tokens")
+    quality = ("perplexity", "bits_per_byte", "kl", "kl_error", "agreement", "num_tokens")
     return {
         **{axis: settings.get(axis, "original" if axis == AXES[0] else None) for axis in AXES},
         "bytes": nbytes,

@@ -26,6 +26,7 @@ from globe.measure.settings import EvaluateConfig
 from globe.plan.settings import CompressConfig
 from globe.run import scope as scope_module
 from globe.sweeps.settings import SweepConfig
+from globe.version import __version__
 from tests.tiny_sources import write_source
 
 SETTINGS = {
@@ -175,6 +176,10 @@ def test_coarse_experts_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixt
     status, out, _ = run(capsys, "inspect", tmp_path / "coarse", "--keep", "0.75")
     assert status == 0
     assert "coarse" in out
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version") == (0, f"globe {__version__}\n", "")
 
 
 def test_env_names_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
