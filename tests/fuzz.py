@@ -58,7 +58,7 @@ JUDGE = ("--text", TEXT, "--length", "16", "--max-tokens", "64")
 SWEEP = ("sweep", SOURCE, "-o", "grid", "--keep", "0.7", "0.6", "--common.calibrate", "none", "--common.steps", "1",
          "--common.allocation", "uniform", *(f"--evaluate.{word.lstrip('-')}" if word.startswith("--") else word
                                              for word in JUDGE))  # fmt: skip
-INSPECT = ("inspect", SOURCE, *FIT, *BARE)
+INSPECT = ("inspect", SOURCE, "--plan", *FIT, *BARE)
 COMPRESS = ("compress", SOURCE, "-o", "out", *FIT, *BARE)
 COMPRESS_CODED = ("compress", SOURCE, "-o", "out", *CODE, *BARE)
 LOAD = ("load", SMALL)
@@ -129,6 +129,7 @@ def build_outputs(folder: Path) -> Iterator[Subject]:
     for name, settings in (("layers", FIT), ("model in bfloat16", wide), ("coded", CODE)):
         place = _source(folder / name, write_source)
         assert _run(("compress", SOURCE, "-o", SMALL, *BARE, *settings)) == 0
+        assert _run(("evaluate", SMALL, *JUDGE, "--reference", "none")) == 0
         shutil.rmtree(place / SOURCE)
         yield Subject(place, SMALL, read, 4, unproved=True)
         yield Subject(place, SMALL, read, 2)
