@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numba.core.registry import cpu_target
 
 from globe.checkpoint.writer import write_json
 from globe.version import versions
@@ -28,7 +29,7 @@ class Claim:
 def write_record(
     path: Path, benchmark: str, config: Any, rows: Sequence[Mapping[str, Any]], claims: Sequence[Claim]
 ) -> None:
-    """Write a benchmark's rows and claims to the JSON file `path`, with settings, versions and thread count.
+    """Write a benchmark's rows and claims to the JSON file `path`, with settings, versions, processor and thread count.
 
     `config` is the benchmark's dataclass of settings; paths in it are reduced to their names.
     """
@@ -40,11 +41,22 @@ def write_record(
             "benchmark": benchmark,
             "settings": settings,
             "versions": versions(),
-            "machine": {"architecture": platform.machine(), "threads": torch.get_num_threads()},
+            "machine": {"architecture": platform.machine(), "processor": _processor(), "threads": torch.get_num_threads()},
             "claims": [dataclasses.asdict(claim) for claim in claims],
             "rows": list(rows),
         },
     )
+
+
+def _processor() -> dict[str, str]:
+    """Its name, and the vector extensions that are used of it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    found = {"name": names[0] if names else platform.processor(), "torch": torch.backends.cpu.get_cpu_capability()}
+    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+    found["numba"] = " ".join(sorted(x[1:] for x in features if x.startswith(("+avx", "+neon", "+sve"))))
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -1,14 +1,19 @@
 """Speed and memory of the compressed model against the dense one, by the bytes that composed experts may take.
 
     python -m benchmarks.serving
+    NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES= ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \\
+        python -m benchmarks.serving --models 'real rows' --output benchmarks/results/serving_avx2.json
 
-Three models: the shipped one, fitted for a few steps, and two synthetic ones of few layers with random weights: a small
-one with random factors too, all families of a layer in one bank, and one whose experts have the rows of real ones,
-which is coded only. Prefill: one pass over the prompts. Decode: greedy steps after it. All variants are run in turns,
-and a speed is compared with the dense model's of the same round; medians over the rounds. On one CPU thread the clock
-counts the process's own time, so that others on the machine disturb less. Memory is that of the routed experts: what is
-stored and what is composed, or dense matrices. The hit rate is that of the decoding. The linear variant has the same
-factors with φ = identity, the coded ones have random paths of few bits. Writes a table, a record, and a picture.
+The second line is for a CPU with AVX2 and no more. Three models: the shipped one, fitted for a few steps, and two
+synthetic ones of few layers with random weights: a small one with random factors too, all families of a layer in one
+bank, and one whose experts have the rows of real ones, which is coded only, and beside it what else is done about
+memory: experts in int4, and a dense model whose experts are on disk, from where accelerate fetches them (the operating
+system has them in memory, in truth). Prefill: one pass over the prompts. Decode: greedy steps after it. All variants
+are run in turns, and a speed is compared with the dense model's of the same round; medians over the rounds. On one CPU
+thread the clock counts the process's own time, so that others on the machine disturb less. Memory is that of the routed
+experts: what is stored and what is composed, or dense matrices. The hit rate is that of the decoding. The linear
+variant has the same factors with φ = identity, the coded ones have random paths of few bits. Writes a table, a record,
+and a picture.
 """
 
 from __future__ import annotations
@@ -23,11 +28,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import torch
 import tyro
+from accelerate import disk_offload
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -56,6 +62,7 @@ from globe.terms import FAMILIES
 
 COLUMNS = (
     Column("model", "model"),
+    Column("threads", "threads", "d"),
     Column("batch", "batch", "d"),
     Column("kind", "experts"),
     Column("share", "kept composed", ".0%"),
@@ -70,6 +77,9 @@ COLUMNS = (
 
 
 REAL = "real rows"
+INT4, OFFLOADED = "int4", "offloaded"
+GROUP = 128
+"""Weights of an input that share a scale and a zero point in int4."""
 DECODE_TARGETS = {1: 0.5, 8: 0.6, 64: 0.8}
 """Speed of coded experts over the dense model's, by batch."""
 
@@ -78,6 +88,8 @@ DECODE_TARGETS = {1: 0.5, 8: 0.6, 64: 0.8}
 class ServingConfig:
     """What is timed."""
 
+    models: tuple[Literal["shipped", "synthetic", "real rows"], ...] = ("shipped", "synthetic", "real rows")
+    """Which models are run."""
     shares: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Budgets for composed experts, in shares of what all of them take."""
     linear_shares: tuple[float, ...] = (0.0, 0.5)
@@ -93,7 +105,7 @@ class ServingConfig:
     keep: float = 0.5
     """Share of the experts' parameters that the compression keeps."""
     bits: tuple[int, ...] = (3, 2)
-    """Bits of the coded variants' entries."""
+    """Bits of the coded variants' entries, on average."""
     layers: int = 2
     """Layers of the synthetic models."""
     experts: int = 32
@@ -110,8 +122,8 @@ class ServingConfig:
     """Tokens of its prompts, all together."""
     seed: int = 0
     """Seeds the synthetic model and the prompts."""
-    threads: int = 1
-    """CPU threads."""
+    threads: tuple[int, ...] = (1, 2)
+    """CPU threads; with more than the first number only the model with the rows of real ones is run."""
     device: str = "cpu"
     """Where the models run."""
     output: Path = RESULTS / "serving.json"
@@ -171,20 +183,23 @@ def linear(model: Any) -> Any:
 
 @torch.no_grad()
 def coded(dense: Any, bits: int) -> Any:
-    """A copy whose experts are coded: rows of so many bits, random ones, each with a scale of its own."""
+    """A copy whose experts are coded: random paths in rows of so many bits, give or take one, each with a scale of its
+    own, and scaled outputs of gate and up, as trained experts have them."""
     model, generator = copy.deepcopy(dense), torch.Generator().manual_seed(bits)
     for found in find_experts(model):
         parts, specs = dict[str, Tensor](), list[CodedSpec]()
         E, device = found.layout.num_experts, next(found.module.parameters()).device
         for family in FAMILIES:
             N, K = sides(found.layout, family)
-            widths = torch.full((E, N), 2 * bits, dtype=torch.uint8)
+            widths = 2 * bits + torch.randint(-2, 3, (E, N), generator=generator)
             bases = torch.full((E,), round(6 * math.log2(0.02)), dtype=torch.int16)
             exponents = bases[:, None] - torch.randint(31, (E, N), generator=generator)
-            side = OwnRows.of(widths, exponents.int(), bases)
+            side = OwnRows.of(widths.to(torch.uint8), exponents.int(), bases)
             size = int(row_bytes(side.widths(), path_length(K)).sum())
             payload = torch.randint(256, (size,), generator=generator, dtype=torch.uint8)
-            experts = BankedExperts(CodedExperts(payload, side, K, Outputs()))
+            scales = torch.randint(-4, 5, (E, K), generator=generator).to(torch.int8)
+            outputs = Outputs(None if family == "down" else scales)
+            experts = BankedExperts(CodedExperts(payload, side, K, outputs))
             specs.append(spec_of(found.layer, family, experts))
             parts |= {coded_parameter(family, name): x for name, x in stored_parts(experts).items()}
         factorise(found.module, found.layout, [], specs)
@@ -193,9 +208,53 @@ def coded(dense: Any, bits: int) -> Any:
     return model
 
 
+class Int4Experts(nn.Module):
+    """Experts of random weights in int4, by PyTorch's own kernel for CPUs, which is what torchao calls there."""
+
+    def __init__(self, num_experts: int, P: int, D: int) -> None:
+        super().__init__()
+        for name, inputs, outputs in (("gate_up", D, 2 * P), ("down", P, D)):
+            weights = torch.randint(16, (num_experts, outputs, inputs), dtype=torch.int32)
+            packed = torch.stack([torch.ops.aten._convert_weight_to_int4pack_for_cpu(x, 1) for x in weights])
+            scales = 1e-3 * torch.randn(num_experts, inputs // GROUP, outputs, 2).bfloat16()
+            self.register_parameter(name, nn.Parameter(packed, requires_grad=False))
+            self.register_parameter(f"{name}_scales", nn.Parameter(scales, requires_grad=False))
+
+    def _multiply(self, x: Tensor, name: str, expert: int) -> Tensor:
+        packed, scales = self.get_parameter(name)[expert], self.get_parameter(f"{name}_scales")[expert]
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales)
+
+    def forward(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(states)
+        for expert in index.unique().tolist():
+            tokens, slots = torch.where(index == expert)
+            gate, up = self._multiply(states[tokens], "gate_up", expert).chunk(2, dim=1)
+            hidden = self._multiply(nn.functional.silu(gate) * up, "down", expert)
+            out.index_add_(0, tokens, hidden * weights[tokens, slots, None])
+        return out
+
+
+def in_int4(dense: Any) -> Any:
+    """A copy whose experts are in int4."""
+    model = copy.deepcopy(dense)
+    for found in find_experts(model):
+        layout = found.layout
+        experts = Int4Experts(layout.num_experts, layout.intermediate_size, layout.hidden_size)
+        model.set_submodule(found.path, experts)
+    return model
+
+
+def offloaded(dense: Any, folder: str) -> Any:
+    """A copy whose experts are on disk, from where accelerate fetches those of a layer when it is run."""
+    model = copy.deepcopy(dense)
+    for found in find_experts(model):
+        disk_offload(found.module, f"{folder}/{found.layer}", execution_device=torch.device("cpu"))
+    return model
+
+
 def parameter_bytes(model: Any) -> int:
-    """Bytes of the parameters of a model's routed experts: factors, or dense matrices."""
-    held = {name: parameter.nbytes for name, parameter in model.named_parameters()}
+    """Bytes of the parameters of a model's routed experts that are in memory: factors, or dense matrices."""
+    held = {name: parameter.nbytes for name, parameter in model.named_parameters() if not parameter.is_meta}
     return sum(size for name, size in held.items() if is_factor(name) or ".experts." in name)
 
 
@@ -238,9 +297,11 @@ def variants(dense: Any, kinds: Kinds) -> list[Variant]:
     found = [Variant("dense", dense)]
     for kind, model, shares in kinds:
         for share in shares:
-            own = copy.deepcopy(model)  # for its cache
-            budget = math.ceil(share * parameter_bytes(dense))
-            found.append(Variant(kind, own, share, set_compose_cache(own, budget) if budget else None))
+            if budget := math.ceil(share * parameter_bytes(dense)):
+                own = copy.deepcopy(model)  # for its cache
+                found.append(Variant(kind, own, share, set_compose_cache(own, budget)))
+            else:
+                found.append(Variant(kind, model, share))
     return found
 
 
@@ -265,6 +326,7 @@ def rows_of(name: str, batch: int, prompt: int, timed: list[Variant], config: Se
     return [
         {
             "model": name,
+            "threads": torch.get_num_threads(),
             "batch": batch,
             "kind": variant.kind,
             "share": variant.share,
@@ -284,14 +346,15 @@ def judge_claims(rows: list[dict[str, Any]], config: ServingConfig) -> list[Clai
     """At least 0.9 of the dense model's speed where all experts are kept composed; for coded ones, the targets."""
 
     def claim(row: dict[str, Any], what: str, key: str, least: float) -> Claim:
-        about = f"{row['model']}, {row['kind']}, batch {row['batch']}: {what} at {least} of the dense speed or more"
+        where = f"{row['model']}, {row['kind']}, {row['threads']} threads, batch {row['batch']}"
+        about = f"{where}: {what} at {least} of the dense speed or more"
         return Claim(about, f"{row[key]:.2f}", row[key] >= least)
 
     claims: list[Claim] = []
     for row in rows:
         if (row["kind"], row["share"]) == ("tanh", 1):
             claims += [claim(row, f"{phase}, all kept,", f"relative_{phase}", 0.9) for phase in ("decode", "prefill")]
-        if row["model"] == REAL and row["kind"] != "dense":
+        if row["model"] == REAL and row["kind"].endswith("bits"):
             claims += [
                 claim(row, "decode", "relative_decode", DECODE_TARGETS.get(row["batch"], 0.5)),
                 claim(row, f"prefill of {config.real_prompts} tokens", "relative_prefill", 0.8),
@@ -338,7 +401,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def make_clock(config: ServingConfig) -> Callable[[], float]:
     """Seconds: the process's own on one CPU thread, else those that pass until the device is done."""
     if config.device == "cpu":
-        return time.process_time if config.threads == 1 else time.perf_counter
+        return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
     def clock() -> float:
         torch.accelerator.synchronize()
@@ -368,24 +431,38 @@ def measure(
     return rows
 
 
+def measure_real_rows(config: ServingConfig) -> list[dict[str, Any]]:
+    """Coded experts of real sizes beside what else is done about memory, by threads."""
+    dense = synthetic_model(config, config.real_intermediate_size, config.real_hidden_size)
+    rows, kinds = list[dict[str, Any]](), coded_kinds(dense, config)
+    with tempfile.TemporaryDirectory() as folder:
+        if config.device == "cpu":
+            kinds += [(INT4, in_int4(dense), (0.0,)), (OFFLOADED, offloaded(dense, folder), (0.0,))]
+        for num_threads in config.threads:
+            torch.set_num_threads(num_threads)
+            rows += measure(REAL, dense, kinds, config, config.real_prompts)
+    return rows
+
+
 def main(config: ServingConfig) -> None:
     # oneDNN compiles a bfloat16 kernel for every number of rows and keeps 1024, fewer than all variants use: whoever
     # is the first of a round would compile for the others
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100000")
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads[0])
     logging.disable_progress_bar()
     rows: list[dict[str, Any]] = []
     for name, make in (("shipped", shipped_models), ("synthetic", synthetic_models)):
-        dense, compressed = make(config)
-        kinds = bank_kinds(compressed, config) + coded_kinds(dense, config)
-        rows += measure(name, dense, kinds, config)
-    real = synthetic_model(config, config.real_intermediate_size, config.real_hidden_size)
-    rows += measure(REAL, real, coded_kinds(real, config), config, config.real_prompts)
+        if name in config.models:
+            dense, compressed = make(config)
+            kinds = bank_kinds(compressed, config) + coded_kinds(dense, config)
+            rows += measure(name, dense, kinds, config)
+    if REAL in config.models:
+        rows += measure_real_rows(config)
     claims = judge_claims(rows, config)
-    print_table(f"Serving, {config.threads} threads, medians of {config.repeats} rounds", rows, COLUMNS)
+    print_table(f"Serving, medians of {config.repeats} rounds", rows, COLUMNS)
     print_claims(claims)
     write_record(config.output, "serving", config, rows, claims)
-    draw(rows, config.output.with_suffix(".png"))
+    draw([row for row in rows if row["threads"] == config.threads[0]], config.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
