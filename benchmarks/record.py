@@ -41,7 +41,11 @@ def write_record(
             "benchmark": benchmark,
             "settings": settings,
             "versions": versions(),
-            "machine": {"architecture": platform.machine(), "processor": _processor(), "threads": torch.get_num_threads()},
+            "machine": {
+                "architecture": platform.machine(),
+                "processor": _processor(),
+                "threads": torch.get_num_threads(),
+            },
             "claims": [dataclasses.asdict(claim) for claim in claims],
             "rows": list(rows),
         },

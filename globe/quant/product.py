@@ -3,7 +3,8 @@
 On the CPU, numba decodes into the cache what is multiplied next. Few tokens of an expert are multiplied by a few rows
 at a time, while these are in the first cache; for more, a block of outputs is decoded in the tokens' own precision, and
 left to the matrix product of PyTorch, which each thread runs by itself: what one core has written is slow to read for
-another. Outputs are rotated back in place. Elsewhere, and without numba, experts are decoded in torch.
+another. Outputs are rotated back in place. On a GPU, Triton decodes in registers. Elsewhere, and without numba, experts
+are decoded in torch.
 """
 
 # what `custom_op` returns has no type stubs
@@ -70,6 +71,9 @@ def coded_product(
     """`multiply` without a bank, in float32 at least, with the parts of what is coded."""
     coded = CodedExperts(payload, side_of_parts(side), num_outputs, Outputs(exponents))
     out = x.new_zeros(len(x), num_outputs, dtype=torch.promote_types(x.dtype, torch.float32))
+    if x.is_cuda and x.dtype != torch.float64 and (on_gpu := _triton()) is not None:
+        on_gpu.multiply(x, ends, coded, out)
+        return coded.outputs.undo_products(out, _owners(ends, len(x)))
     runs = _runs(ends)
     if not runs:
         return out
@@ -173,6 +177,16 @@ def _decoded(coded: CodedExperts, rows: PackedRows, dtype: torch.dtype) -> Itera
     ):
         found = packing.decode(coded.payload, offsets.flatten(), widths.flatten(), steps.flatten(), coded.length)
         yield from found[:, : coded.num_outputs].to(dtype).unflatten(0, offsets.shape)
+
+
+@functools.cache
+def _triton() -> Any:
+    """`triton_product`, or None without Triton."""
+    try:
+        from globe.quant import triton_product
+    except ImportError:
+        return None
+    return triton_product
 
 
 @functools.cache
