@@ -1,8 +1,8 @@
 """Compressed models inside vLLM: what its `vllm.general_plugins` load.
 
 vLLM's own loader fills everything but the factors, which each layer reads by name. They stay in memory as they are
-stored, and the experts that a batch hits are composed and run by the code that does so in transformers. Written for
-vLLM 0.32; the interfaces used are not promised to stay.
+stored, and the experts that a batch hits are run by the code that does so in transformers: coded ones by the operation
+`globe::coded_product`, others composed. Written for vLLM 0.32; the interfaces used are not promised to stay.
 """
 
 # vLLM is not among the dependencies:
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
+from vllm.lora.utils import is_in_target_modules
 from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -244,7 +245,8 @@ def _refuse_unsupported(layer: RoutedExperts) -> None:
         f"the activation {moe.activation.value}": moe.activation is not MoEActivation.SILU,
         "a limit or slope in the gate": (moe.swiglu_limit, moe.swiglu_alpha, moe.swiglu_beta) != (None, None, None),
         "router weights applied to the input": layer.apply_router_weight_on_input,
-        "LoRA": moe.is_lora_enabled,
+        "LoRA on experts (give --lora-target-modules of the attention)": moe.is_lora_enabled
+        and is_in_target_modules(layer.layer_name, get_current_vllm_config().lora_config.target_modules),
         "redundant experts": moe.num_experts != moe.num_logical_experts,
     }
     if unsupported := [problem for problem, is_there in problems.items() if is_there]:

@@ -1,6 +1,7 @@
-"""Run by the servers' Python: continue prompts of token ids greedily by vLLM; JSON on the last line.
+"""Run by the servers' Python: continue prompts of token ids greedily by vLLM.
 
-It holds the continuations, the bytes of the routed experts' parameters, and the bytes of the process in memory.
+Further settings of `LLM` are given as JSON; `adapter` among them is a LoRA that the prompts are for. JSON on the last
+line holds the continuations, the bytes of the routed experts' parameters, and the bytes of the process in memory.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": 
 
 from torch import nn
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 
 def expert_bytes(model: nn.Module) -> int:
@@ -28,10 +30,14 @@ def resident_bytes() -> int:
     return int(fields["RssAnon"].removesuffix("kB")) * 1024
 
 
-def main(model: str, dtype: str, prompts: str, num_tokens: str) -> None:
-    server = LLM(model, dtype=dtype, enforce_eager=True, max_model_len=64, skip_tokenizer_init=True)
+def main(model: str, dtype: str, prompts: str, num_tokens: str, further: str) -> None:
+    settings = json.loads(further)
+    adapter = settings.pop("adapter", None)
+    lora = None if adapter is None else LoRARequest("adapter", 1, adapter)
+    server = LLM(model, dtype=dtype, enforce_eager=True, max_model_len=64, skip_tokenizer_init=True, **settings)
     greedy = SamplingParams(temperature=0, max_tokens=int(num_tokens), ignore_eos=True, detokenize=False)
-    outputs = server.generate([{"prompt_token_ids": ids} for ids in json.loads(prompts)], greedy)
+    asked = [{"prompt_token_ids": ids} for ids in json.loads(prompts)]
+    outputs = server.generate(asked, greedy, lora_request=lora)
     answer = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "expert_bytes": server.apply_model(expert_bytes)[0],

@@ -31,11 +31,11 @@ def serving(command: Sequence[object], environment: Mapping[str, str], log: Path
             server.terminate()
 
 
-def complete(address: str, model: Path, prompts: Sequence[Any], num_tokens: int) -> list[str]:
+def complete(address: str, model: Path, prompts: Sequence[Any], num_tokens: int, **further: Any) -> list[str]:
     """Greedy continuations, each asked for by a client of its own, all at once."""
 
     def ask(prompt: Any) -> str:
-        asked = {"model": str(model), "prompt": prompt, "max_tokens": num_tokens, "temperature": 0}
+        asked = {"model": str(model), "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, **further}
         request = urllib.request.Request(
             f"{address}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
         )

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
-import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from globe import CompressConfig, compress
 from globe.checkpoint.shipped import MODEL
 from globe.measure.texts import read_text
 from tests.model import compressed
+from tests.servers.over_http import complete, serving
 
 ROOT = Path(__file__).parents[2]
 SERVERS = ROOT / ".venv-servers" / "bin"
@@ -32,14 +31,14 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     assert SERVERS.exists(), "run `make test-servers`, which sets up the servers"
     site = tmp_path_factory.mktemp("site")
     pip = [SERVERS / "python", "-m", "pip", "install", "--quiet", "--no-deps"]
-    subprocess.run([*pip, "--target", site, ROOT, "entmax"], check=True)
+    subprocess.run([*pip, "--target", site, ROOT, "entmax", "tyro", "typeguard"], check=True)
     return os.environ | {"PYTHONPATH": str(site), "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
-def served(environment: dict[str, str], model: Path, prompts: list[list[int]], dtype: str = "float32") -> Any:
+def served(environment: dict[str, str], model: Path, prompts: list[list[int]], **settings: Any) -> Any:
     """What `native_vllm.py` says of a model."""
     script = Path(__file__).with_name("native_vllm.py")
-    command = [SERVERS / "python", script, model, dtype, json.dumps(prompts), str(NUM_TOKENS)]
+    command = [SERVERS / "python", script, model, "float32", json.dumps(prompts), str(NUM_TOKENS), json.dumps(settings)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr[-4000:] + result.stdout[-4000:]
     return json.loads(result.stdout.splitlines()[-1])
@@ -50,10 +49,13 @@ def text_prompts(model: Path) -> list[list[int]]:
     return [ids[start : start + 32] for start in (0, 300, 600)]
 
 
-@torch.no_grad()
 def greedy(path: Path, prompts: list[list[int]]) -> list[list[int]]:
     """What transformers continues with, in float32, end of text or not."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return continued(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), prompts)
+
+
+@torch.no_grad()
+def continued(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     continuations = []
     for prompt in prompts:
         ids = list(prompt)
@@ -111,36 +113,51 @@ def test_less_memory_than_dense(tmp_path: Path, environment: dict[str, str], mon
     assert answer["resident_bytes"] < dense["resident_bytes"] - 0.5 * expert_bytes
 
 
-def test_over_http(tmp_path: Path, environment: dict[str, str]) -> None:
-    model = tmp_path / "small"
-    compress(MODEL, model, CompressConfig(keep=0.5, steps=10))
-    prompt = text_prompts(model)[0]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # what `vllm serve` runs; vllm-cpu's own `vllm` looks for the version of a package called vllm, and stops
-    command = [SERVERS / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--dtype", "float32"]
-    command += ["--enforce-eager", "--max-model-len", "256", "--host", "127.0.0.1", "--port", str(port)]
-    asked = {"model": str(model), "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
-    )
-    log = (tmp_path / "log").open("w")
-    with log, subprocess.Popen(command, env=environment, stdout=log, stderr=log) as server:
-        try:
-            while not answers(port):
-                assert server.poll() is None, (tmp_path / "log").read_text()[-4000:]
-                time.sleep(1)
-            with urllib.request.urlopen(request) as response:
-                text = json.load(response)["choices"][0]["text"]
-        finally:
-            server.terminate()
-    assert text == AutoTokenizer.from_pretrained(model).decode(greedy(model, [prompt])[0])
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped model, coded."""
+    folder = tmp_path_factory.mktemp("coded") / "small"
+    compress(MODEL, folder, CompressConfig(bits=4, calibrate="none", allocation="uniform"))
+    return folder
 
 
-def answers(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as response:
-            return response.status == 200
-    except OSError:
-        return False
+def test_chunked_prefill_and_prefix_caching(environment: dict[str, str], coded: Path) -> None:
+    first, second, _ = text_prompts(coded)
+    prompts = [first + second[:4], first + second[4:8], first[:10] + second[:20]]
+    settings = {"enable_chunked_prefill": True, "max_num_batched_tokens": 16, "max_num_seqs": 1, "block_size": 32}
+    answer = served(environment, coded, prompts, enable_prefix_caching=True, **settings)
+    assert answer["tokens"] == greedy(coded, prompts)
+
+
+def test_lora_on_attention(tmp_path: Path, environment: dict[str, str], coded: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(coded, dtype=torch.float32).eval()
+    prompts, rank, tensors = text_prompts(coded), 8, dict[str, torch.Tensor]()
+    plain = continued(model, prompts)
+    for name, module in model.named_modules():
+        if name.endswith("q_proj"):
+            first, second = torch.randn(rank, module.in_features), 0.1 * torch.randn(module.out_features, rank)
+            module.weight.data += second @ first
+            tensors |= {
+                f"base_model.model.{name}.lora_A.weight": first,
+                f"base_model.model.{name}.lora_B.weight": second,
+            }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj"], "bias": "none"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    targets = {"enable_lora": True, "max_lora_rank": rank, "lora_target_modules": ["qkv_proj"]}
+    answer = served(environment, coded, prompts, adapter=str(tmp_path), **targets)
+    assert answer["tokens"] == continued(model, prompts) != plain
+
+
+def test_lora_on_experts_is_refused(environment: dict[str, str], coded: Path) -> None:
+    with pytest.raises(AssertionError, match="do not support LoRA on experts"):
+        served(environment, coded, PROMPTS, enable_lora=True)
+
+
+def test_over_http(tmp_path: Path, environment: dict[str, str], coded: Path) -> None:
+    tokenizer, prompts = AutoTokenizer.from_pretrained(coded), text_prompts(coded)[:2]
+    command = [SERVERS / "python", "-m", "globe", "serve", coded, "--dtype", "float32", "--max-model-len", "256"]
+    with serving(command, environment, tmp_path / "log") as address:
+        texts = complete(address, coded, prompts, NUM_TOKENS, ignore_eos=True)
+    assert "vLLM 0.32" in (tmp_path / "log").read_text()
+    assert texts == [tokenizer.decode(ids) for ids in greedy(coded, prompts)]
