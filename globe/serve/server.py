@@ -61,7 +61,7 @@ def find_server(folder: Path, arguments: Sequence[str] = ()) -> Server:
     if not import_utils.is_serve_available():
         raise SettingsError(
             f"globe serve starts vLLM or `transformers serve`. {reason or 'vLLM is not installed'}, and for the other "
-            "fastapi, uvicorn, openai or pydantic is missing: pip install 'globe-moe[serve]'"
+            "fastapi, uvicorn, openai or pydantic is missing: pip install 'transformers[serving]'"
         )
     command = (sys.executable, *_TRANSFORMERS, "serve", str(folder), *arguments)
     return Server(f"transformers {importlib.metadata.version('transformers')}", command, reason)

@@ -124,7 +124,7 @@ def test_mistakes_are_told(
 
     install(monkeypatch, serving=False)
     assert "vLLM is not installed, and" in told(folders["small"])
-    assert "pip install 'globe-moe[serve]'" in told(folders["dense"])
+    assert "pip install 'transformers[serving]'" in told(folders["dense"])
     install(monkeypatch, serving=True)
     assert "does not exist" in told(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()

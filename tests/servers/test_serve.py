@@ -18,7 +18,7 @@ from tests.servers.over_http import complete, serving
 NUM_TOKENS = 16
 PROMPTS = ["import os\n", "def read(self, size=-1):\n", "class Error(Exception):\n"]
 
-pytestmark = pytest.mark.skipif(not is_serve_available(), reason="globe-moe[serve] is not installed")
+pytestmark = pytest.mark.skipif(not is_serve_available(), reason="transformers[serving] is not installed")
 
 
 @pytest.fixture(scope="module")
