@@ -90,6 +90,8 @@ class CalibrationReport:
     """By layer, the experts that no token was routed to; they are weighed as the layer's mean."""
     on_cpu_because: str | None = None
     """Why the model was run there and not on the device of the fits; None where it was not."""
+    streamed_because: str | None = None
+    """Why the model was run a layer at a time, and so not on samples of its own; None where it was not."""
 
     @property
     def num_unreached(self) -> int:

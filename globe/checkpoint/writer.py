@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -56,10 +56,18 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         TensorInfo(name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), path.name, 0, tensor.nbytes)
         for name, tensor in tensors.items()
     )
+    return save_each(path, infos, (tensors[info.name] for info in infos), metadata)
+
+
+def save_each(
+    path: Path, infos: Sequence[TensorInfo], tensors: Iterable[Tensor], metadata: Mapping[str, str] | None = None
+) -> str:
+    """The same with a tensor at a time in memory, as they come; names, dtypes and shapes are told before."""
     with replacing(path, sum(info.nbytes for info in infos)) as file:
         file.write(build_header(infos, {**_METADATA, **(metadata or {})}))
-        for info in infos:
-            file.write(tensor_bytes(tensors[info.name]))
+        for info, tensor in zip(infos, tensors, strict=True):
+            assert (tuple(tensor.shape), _DTYPE_NAMES[tensor.dtype]) == (info.shape, info.dtype), info.name
+            file.write(tensor_bytes(tensor))
     return file.sha256
 
 
@@ -76,11 +84,7 @@ def copy_tensors(checkpoint: Checkpoint, shard: str, names: Collection[str], pat
         lacking = sorted(set(names) - {tensor.name for tensor in kept})
         raise CheckpointError(f"{shard} holds no tensor {lacking[0]!r}")
     if not checkpoint.stored_plainly:
-        with replacing(path, sum(tensor.nbytes for tensor in kept)) as file:
-            file.write(build_header(kept, _METADATA))
-            for _, tensor in checkpoint.read_many(info.name for info in kept):
-                file.write(tensor_bytes(tensor))
-        return file.sha256
+        return save_each(path, kept, (tensor for _, tensor in checkpoint.read_many(info.name for info in kept)))
     with (
         checkpoint.shard_path(shard).open("rb") as source,
         replacing(path, sum(tensor.nbytes for tensor in kept)) as file,

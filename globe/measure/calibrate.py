@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from globe.checkpoint.gate_up import split_gate_up
-from globe.checkpoint.writer import save_tensors
+from globe.checkpoint.header import TensorInfo
+from globe.checkpoint.writer import save_each
 from globe.errors import CheckpointError
 from globe.experts.metric import LayerStatistics
 from globe.machine.memory import explained_exhaustion
@@ -81,11 +83,12 @@ def routed_tokens(layout: ExpertsLayout, arguments: tuple[Tensor, ...]) -> tuple
     return repeated[routed], experts, torch.ones_like(experts, dtype=repeated.dtype)
 
 
-class _Sums:
-    """Sums over the tokens of one layer, on the device of its experts."""
+class LayerSums:
+    """Sums over the tokens of one layer, on the device of its experts: a forward pre-hook of them."""
 
     def __init__(self, experts: RoutedExperts, *, inner: bool) -> None:
-        self._layout = layout = experts.layout
+        self._layer, self._layout = experts.layer, experts.layout
+        layout = experts.layout
         like = next(experts.module.parameters())
         E, P, D = layout.num_experts, layout.intermediate_size, layout.hidden_size
 
@@ -117,8 +120,14 @@ class _Sums:
                 self._inner[expert].addmm_(weighted.mT, weighted)
 
     def statistics(self) -> LayerStatistics:
+        """Of all tokens so far; `CheckpointError` naming the layer where they are not finite."""
         rows: dict[Family, Tensor] = {family: self._rows[family].cpu() for family in FAMILIES}
         inputs = self._inputs / self._num_tokens
+        if not all(bool(tensor.isfinite().all()) for tensor in (inputs, *rows.values())):
+            raise CheckpointError(
+                f"the experts of layer {self._layer} compute with NaN or infinite values on the calibration text: mend "
+                "the model's weights, or compress them alone with --calibrate none --allocation uniform"
+            )
         inner = None if self._inner is None else self._inner.cpu()
         return LayerStatistics(self._num_tokens, inputs.cpu(), self._counts.cpu(), rows, inner)
 
@@ -173,17 +182,10 @@ def calibrate(
     check_vocabulary(windows, model, "the model")
     with explained_exhaustion(f"calibrating on {model.device}", OUT_OF_MEMORY):
         sums = {
-            experts.layer: _Sums(experts, inner=inner) for experts in find_experts(model) if experts.layer in layers
+            experts.layer: LayerSums(experts, inner=inner) for experts in find_experts(model) if experts.layer in layers
         }
         run_hooked(model, windows, sums, batch)
-    by_layer = {layer: total.statistics() for layer, total in sums.items()}
-    for layer, statistics in by_layer.items():
-        if not all(bool(tensor.isfinite().all()) for tensor in (statistics.inputs, *statistics.rows.values())):
-            raise CheckpointError(
-                f"the experts of layer {layer} compute with NaN or infinite values on the calibration text: mend the "
-                "model's weights, or compress them alone with --calibrate none --allocation uniform"
-            )
-    return by_layer
+    return {layer: total.statistics() for layer, total in sums.items()}
 
 
 def run_hooked(model: Any, windows: Tensor, hooks: Mapping[int, Callable[..., None]], batch: int) -> None:
@@ -201,34 +203,69 @@ def run_hooked(model: Any, windows: Tensor, hooks: Mapping[int, Callable[..., No
             handle.remove()
 
 
-def save_statistics(path: Path, layers: Mapping[int, LayerStatistics]) -> str:
-    """Write the statistics to a safetensors file; returns its SHA-256. Raises `OutputError` when the disk is full."""
-    return save_tensors(
-        path,
-        {
-            f"{layer}.{name}": tensor
-            for layer, statistics in layers.items()
-            for name, tensor in {
-                "num_tokens": torch.tensor(statistics.num_tokens),
-                "inputs": statistics.inputs,
-                "counts": statistics.counts,
-                **({} if statistics.inner is None else {"inner": statistics.inner}),
-                **{f"rows.{family}": rows for family, rows in statistics.rows.items()},
-            }.items()
-        },
-    )
+class ExpertSizes(Protocol):
+    """How large a layer's experts are."""
+
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
 
 
-def load_statistics(path: Path) -> dict[int, LayerStatistics]:
-    """Read what `save_statistics` wrote."""
-    tensors = load_file(path)
-    return {
-        layer: LayerStatistics(
-            int(tensors[f"{layer}.num_tokens"]),
-            tensors[f"{layer}.inputs"],
-            tensors[f"{layer}.counts"],
-            {family: tensors[f"{layer}.rows.{family}"] for family in FAMILIES},
-            tensors.get(f"{layer}.inner"),
-        )
-        for layer in sorted({int(name.partition(".")[0]) for name in tensors})
-    }
+def save_statistics(
+    path: Path,
+    sizes: Mapping[int, ExpertSizes],
+    layers: Iterable[tuple[int, LayerStatistics]],
+    *,
+    inner: bool,
+) -> str:
+    """Write the statistics of the layers in `sizes`, as they come, in this order, to a safetensors file.
+
+    Returns its SHA-256. Raises `OutputError` when the disk is full.
+    """
+    infos: list[TensorInfo] = []
+    for layer, each in sizes.items():
+        E, P, D = each.num_experts, each.intermediate_size, each.hidden_size
+        shapes = {"num_tokens": (), "inputs": (D, D), "counts": (E,), **({"inner": (E, P, P)} if inner else {})}
+        for name, shape in {**shapes, **{f"rows.{family}": (E, P) for family in FAMILIES}}.items():
+            infos.append(TensorInfo(f"{layer}.{name}", "F32", shape, path.name, 0, 4 * math.prod(shape)))
+    return save_each(path, infos, (tensor for _, statistics in layers for tensor in _tensors(statistics)))
+
+
+def _tensors(statistics: LayerStatistics) -> Iterator[Tensor]:
+    yield torch.tensor(float(statistics.num_tokens))
+    yield statistics.inputs
+    yield statistics.counts
+    if statistics.inner is not None:
+        yield statistics.inner
+    yield from (statistics.rows[family] for family in FAMILIES)
+
+
+class StoredStatistics(Mapping[int, LayerStatistics]):
+    """What `save_statistics` wrote; a layer is read whenever it is asked for, and not kept."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, framework="pt") as file:
+            self._names = frozenset(file.keys())
+        self._layers = sorted({int(name.partition(".")[0]) for name in self._names})
+
+    def __getitem__(self, layer: int) -> LayerStatistics:
+        if layer not in self._layers:
+            raise KeyError(layer)
+        with safe_open(self._path, framework="pt") as file:
+            return LayerStatistics(
+                int(file.get_tensor(f"{layer}.num_tokens")),
+                file.get_tensor(f"{layer}.inputs"),
+                file.get_tensor(f"{layer}.counts"),
+                {family: file.get_tensor(f"{layer}.rows.{family}") for family in FAMILIES},
+                file.get_tensor(inner) if (inner := f"{layer}.inner") in self._names else None,
+            )
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)

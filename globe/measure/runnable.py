@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections import Counter
+
+import torch
 
 from globe.checkpoint.quantized import DequantizedCheckpoint
 from globe.checkpoint.reader import Checkpoint
@@ -12,6 +16,11 @@ from globe.units import byte_size
 
 MEMORY_SHARE = 0.5
 """Largest share of the memory, the machine's or the device's, that the weights of a model to be run may take."""
+STREAMED_SHARE = 0.8
+"""The same of what is in memory at once of a model that is run a layer at a time."""
+LAYERS_AT_ONCE = 2.5
+"""Of such a model, in float32: one is stacked from what was read of it, or has gradients as large as itself."""
+_LAYER = re.compile(r"(?:.*\.)?(?:layers|blocks)\.(\d+)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,25 +30,44 @@ class Place:
     device: str | None
     """None: nowhere here."""
     obstacle: str | None
-    """Why not where that was asked for."""
+    """Why not where, or not as, that was asked for."""
+    is_streamed: bool = False
+    """Run a layer at a time, its weights read as they are reached."""
 
 
 def find_place(checkpoint: Checkpoint, device: str, itemsize: int | None = None) -> Place:
     """Where the model can be run with weights of `itemsize` bytes each (None: as they are stored).
 
-    On the device if its memory allows, else on the CPU if that does.
+    As a whole, on the device if its memory allows, else on the CPU if that does; else a layer at a time, in float32,
+    on the first of them that has room for that.
     """
-    if isinstance(checkpoint, DequantizedCheckpoint):
-        return Place(None, "the source is quantised")
     tensors = checkpoint.tensors.values()
     needed = sum(tensor.nbytes if itemsize is None else itemsize * math.prod(tensor.shape) for tensor in tensors)
-    bounds: list[str] = []
-    for candidate in dict.fromkeys((device, "cpu")):
-        memory, bound = total_memory(candidate)
-        if needed <= MEMORY_SHARE * memory:
-            return Place(candidate, _obstacle(needed, bounds) if bounds else None)
+    candidates = {candidate: total_memory(candidate) for candidate in dict.fromkeys((device, "cpu"))}
+    obstacle, bounds = "the source is quantised", list[str]()
+    if not isinstance(checkpoint, DequantizedCheckpoint):
+        for candidate, (memory, bound) in candidates.items():
+            if needed <= MEMORY_SHARE * memory:
+                return Place(candidate, _obstacle(needed, bounds) if bounds else None)
+            bounds.append(bound)
+        obstacle = _obstacle(needed, bounds)
+    at_once, bounds = _bytes_at_once(checkpoint), []
+    for candidate, (memory, bound) in candidates.items():
+        if at_once <= STREAMED_SHARE * memory:
+            return Place(candidate, obstacle, is_streamed=True)
         bounds.append(bound)
-    return Place(None, _obstacle(needed, bounds))
+    least = f"a layer at a time it takes {byte_size(at_once)}, over {STREAMED_SHARE:.0%} of what there is"
+    return Place(None, f"{obstacle}; {least}: {', '.join(bounds)}")
+
+
+def _bytes_at_once(checkpoint: Checkpoint) -> int:
+    """In float32, what is outside of layers and the largest of these as often as it is there at once."""
+    layers = Counter[str]()
+    for tensor in checkpoint.tensors.values():
+        match = _LAYER.match(tensor.name)
+        layers[match[0] if match else ""] += torch.float32.itemsize * math.prod(tensor.shape)
+    outside = layers.pop("", 0)
+    return outside + math.ceil(LAYERS_AT_ONCE * max(layers.values(), default=0))
 
 
 def _obstacle(needed: int, bounds: list[str]) -> str:

@@ -23,7 +23,7 @@ from globe.checkpoint.gate_up import split_gate_up
 from globe.checkpoint.writer import save_tensors
 from globe.errors import CheckpointError
 from globe.machine.memory import explained_exhaustion
-from globe.model.expert_modules import ExpertsLayout, find_experts
+from globe.model.expert_modules import ExpertsLayout, RoutedExperts, find_experts
 from globe.model.loading import OUT_OF_MEMORY, text_tokens, window_length
 from globe.terms import FAMILIES, Family
 
@@ -49,33 +49,50 @@ def measure_sensitivities(model: Any, windows: Tensor, layers: Collection[int], 
     activations and one layer's gradient. Raises `CheckpointError` for a model whose logits are not finite.
     """
     sums: Sensitivities = {}
-    hooks: list[Any] = []
     model.requires_grad_(False)
-    for experts in find_experts(model):
-        if experts.layer in layers:
-            for name in ("gate_up_proj", "down_proj"):
-                parameter = experts.module.get_parameter(name).requires_grad_(True)
-                squares: dict[Family, Tensor] = {
-                    family: rows.square().mean() for family, rows in _families(name, parameter, experts.layout)
-                }
-                adder = _adder(sums, experts.layer, name, experts.layout, squares)
-                hooks.append(parameter.register_post_accumulate_grad_hook(adder))
+    hooks = [hook for experts in find_experts(model) if experts.layer in layers for hook in add_squares(experts, sums)]
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad(), explained_exhaustion(f"measuring sensitivities on {model.device}", OUT_OF_MEMORY):
         for window in windows:
-            logits = model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]
-            if not bool(logits.isfinite().all()):
-                raise CheckpointError(
-                    "the model computes NaN or infinite values in float32, so what errors cost it cannot be measured: "
-                    "mend its weights, or compress them alone with --calibrate none --allocation uniform"
-                )
-            log_p = logits.log_softmax(-1)
-            sampled = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
-            (-log_p.gather(1, sampled).sum()).backward()
+            logits = model(input_ids=window[None].to(model.device), use_cache=False).logits
+            sampled_loss(logits, generator).backward()
     for hook in hooks:
         hook.remove()
+    return by_token(sums, windows)
+
+
+def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """−log p(y) of a window's logits (1, length, vocabulary), summed over tokens y drawn from the model itself.
+
+    Raises `CheckpointError` for logits that are not finite.
+    """
+    if not bool(logits.isfinite().all()):
+        raise CheckpointError(
+            "the model computes NaN or infinite values in float32, so what errors cost it cannot be measured: "
+            "mend its weights, or compress them alone with --calibrate none --allocation uniform"
+        )
+    log_p = logits[0, :-1].log_softmax(-1)
+    sampled = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
+    return -log_p.gather(1, sampled).sum()
+
+
+def by_token(sums: Sensitivities, windows: Tensor) -> Sensitivities:
+    """Sensitivities from the sums that `add_squares` made on token windows (N, length)."""
     num_tokens = windows.shape[0] * (windows.shape[1] - 1)
     return {key: total.cpu() / (2 * num_tokens) for key, total in sums.items()}
+
+
+def add_squares(experts: RoutedExperts, sums: Sensitivities) -> list[Any]:
+    """Have every backward pass from now on add the squared gradients of a layer's experts to `sums`; returns hooks."""
+    hooks: list[Any] = []
+    for name in ("gate_up_proj", "down_proj"):
+        parameter = experts.module.get_parameter(name).requires_grad_(True)
+        squares: dict[Family, Tensor] = {
+            family: rows.square().mean() for family, rows in _families(name, parameter, experts.layout)
+        }
+        adder = _adder(sums, experts.layer, name, experts.layout, squares)
+        hooks.append(parameter.register_post_accumulate_grad_hook(adder))
+    return hooks
 
 
 def _adder(
@@ -84,7 +101,7 @@ def _adder(
     def add(parameter: Tensor) -> None:
         assert parameter.grad is not None
         for family, gradient in _families(name, parameter.grad, layout):
-            squared = gradient.square().sum(2) * squares[family]
+            squared = torch.linalg.vector_norm(gradient, dim=2).square() * squares[family]
             sums[layer, family] = sums.get((layer, family), torch.zeros_like(squared)) + squared
         parameter.grad = None
 

@@ -14,11 +14,13 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -57,7 +59,7 @@ _RAISED = (
 _FLOAT = "__float__"
 """transformers' key for a number that JSON cannot carry: {"__float__": "Infinity"}."""
 _LAYER = re.compile(r"(?P<stem>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?P<rest>.+)")
-_AGAIN = "download the checkpoint again, or take a release of transformers that loads it"
+AGAIN = "download the checkpoint again, or take a release of transformers that loads it"
 _LISTED = 4
 _TRIAL = 4
 """Tokens on which a model is tried when it is loaded."""
@@ -194,9 +196,26 @@ def empty_language_model(checkpoint: Checkpoint) -> PreTrainedModel:
     return _build(checkpoint, build, config)
 
 
-def _build(checkpoint: Checkpoint, build: Any, config: PreTrainedConfig) -> PreTrainedModel:
+def hollow_language_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """What `load` loads, in float32: its parameters on the meta device, the buffers that it computes itself on the CPU.
+
+    Raises as `empty_model` does.
+    """
+    config = read_config(checkpoint)
+    build = functools.partial(
+        _auto_class(config, checkpoint.folder).from_config, trust_remote_code=False, dtype=torch.float32
+    )
+    return _build(checkpoint, build, config, init_empty_weights(include_buffers=False)).eval()
+
+
+def _build(
+    checkpoint: Checkpoint,
+    build: Any,
+    config: PreTrainedConfig,
+    where: AbstractContextManager[Any] | None = None,
+) -> PreTrainedModel:
     what = f"transformers cannot build the model that {CONFIG} of {checkpoint.folder} describes"
-    with explained(what, f"correct {CONFIG}"), _quiet(), torch.device("meta"):
+    with explained(what, f"correct {CONFIG}"), quiet(), where or torch.device("meta"):
         return build(config)
 
 
@@ -218,7 +237,7 @@ def check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     transformers itself is made to load tensors of the names and shapes in the files' headers, without their data: its
     renamings, conversions and tied weights are those of the real load. The model's own experts must still be dense.
     """
-    with explained(f"the tensors of {checkpoint.folder} cannot be", _AGAIN):
+    with explained(f"the tensors of {checkpoint.folder} cannot be", AGAIN):
         headers = {
             name: torch.empty(tensor.shape, dtype=TORCH_DTYPES.get(tensor.dtype, torch.uint8), device="meta")
             for name, tensor in checkpoint.tensors.items()
@@ -263,8 +282,8 @@ def _load(checkpoint: Checkpoint, kind: Any, path: str | None, **settings: Any) 
     exhausted = "take a machine or --device with more memory, or --calibrate none --allocation uniform to compress only"
     with (
         explained_exhaustion(f"loading {folder}", exhausted),
-        explained(f"{folder} cannot be loaded by transformers", _AGAIN),
-        _quiet(),
+        explained(f"{folder} cannot be loaded by transformers", AGAIN),
+        quiet(),
     ):
         loaded, report = kind.from_pretrained(path, **settings, output_loading_info=True, ignore_mismatched_sizes=True)
     if getattr(loaded, "_hf_peft_config_loaded", False):
@@ -411,7 +430,7 @@ def explained(problem: str, advice: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' warnings and bars: what matters in its report becomes an error."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

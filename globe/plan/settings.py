@@ -49,7 +49,7 @@ class CompressConfig:
     """M / E, E counting all the matrices that share a bank, with `rank_ratio`, instead of `keep`."""
     allocation: Literal["sensitivity", "uniform"] = "sensitivity"
     """With `keep`, each bank's share of the budget: by what its error costs the model's output, measured on the text
-    of `calibrate` or else on random tokens where the model fits into memory, or the same for all."""
+    of `calibrate` or else on random tokens, or the same for all."""
     families: tuple[Family, ...] = FAMILIES
     """Matrices of an expert to compress: any of gate, up, down."""
     scope: str = "layer"
@@ -74,9 +74,10 @@ class CompressConfig:
     warm_start: WarmStartName = "procrustes"
     """Where each fit begins."""
     calibrate: str = "samples"
-    """Text on which the model is run first, to weigh errors by what they do there: `samples` of its own, where it fits
-    into memory; a file, plain text or with a field `text` in each line of JSON; `calibration`, the split that ships
-    with GloBE, which a bare --calibrate means; or `none`: the weights alone are looked at."""
+    """Text on which the model is run first, to weigh errors by what they do there: `samples` of its own, or
+    `calibration` where it does not fit into memory; a file, plain text or with a field `text` in each line of JSON;
+    `calibration`, the split that ships with GloBE, which a bare --calibrate means; or `none`: the weights alone are
+    looked at."""
     calibration_tokens: int = 65536
     """Tokens of a given text at most."""
     trust_remote_code: bool = False

@@ -75,6 +75,13 @@ def show_report(console: Terminal, report: Report, output: Path) -> None:
         )
         if calibration.on_cpu_because is not None:
             console.print(f"note            the model ran on the CPU: {calibration.on_cpu_because}", style="yellow")
+        if calibration.streamed_because is not None:
+            alone = "" if report.config["calibrate"] != "samples" else ", so not on samples of its own"
+            console.print(
+                f"note            the model ran a layer at a time{alone}: {calibration.streamed_because}",
+                style="yellow",
+                soft_wrap=True,
+            )
     fallbacks = sum(bank.metrics.get("num_fallbacks", 0) for bank in report.banks)
     if fallbacks:
         console.print(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.reader import Checkpoint
 from globe.experts.stack import read_stack
 from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
+from globe.measure.placed import placed_sensitivities
 from globe.measure.runnable import Place, find_place
-from globe.measure.sensitivity import NUM_WINDOWS, measure_sensitivities, random_windows
-from globe.model.loading import load
+from globe.measure.sensitivity import NUM_WINDOWS
 from globe.plan.allocate import REACH, ErrorCurve, allocate
 from globe.plan.budget import Keep, least_share
 from globe.plan.scopes import Scope
@@ -48,23 +49,27 @@ def allocated(
     scopes: Sequence[Scope],
     config: CompressConfig,
     windows: Tensor | None = None,
+    folder: Path | None = None,
 ) -> list[Scope]:
     """The uniform `scopes` with the budget shared out by what was measured on the weights and the model itself.
 
-    The model is run on some of the token windows (N, length) of a text, or on random tokens.
+    The model is run on some of the token windows (N, length) of a text, or on random tokens; one that does not fit into
+    memory keeps a file in the folder meanwhile.
     """
     budget = config.budget
     assert isinstance(budget, Keep)
     banks = [bank for scope in scopes for bank in scope.banks]
     with explained_exhaustion(f"planning on {config.device}", FITS_EXHAUSTED):
         curves = [measure_curve(read_stack(checkpoint, layers, bank).weights, bank.shape, config) for bank in banks]
-    device = _place(checkpoint, config).device
-    assert device is not None
-    model = load(checkpoint.fetched(), device, torch.float32)
-    if windows is None:
-        windows = random_windows(model, config.seed)
-    windows = windows[:: math.ceil(len(windows) / NUM_WINDOWS)]
-    by_family = measure_sensitivities(model, windows, {index for bank in banks for index in bank.layers}, config.seed)
+    by_family = placed_sensitivities(
+        _place(checkpoint, config),
+        checkpoint,
+        windows,
+        {index for bank in banks for index in bank.layers},
+        NUM_WINDOWS,
+        config.seed,
+        folder,
+    )
     sensitivities = [
         sum(float(by_family[index, family].sum()) for index in bank.layers for family in bank.families)
         for bank in banks

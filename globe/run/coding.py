@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,11 +19,12 @@ from globe.errors import SettingsError
 from globe.experts.coding import LONG_ROW, CodingProblem, coding_problem, damped
 from globe.experts.metric import LayerStatistics
 from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
+from globe.measure.placed import placed_sensitivities
 from globe.measure.runnable import find_place
-from globe.measure.sensitivity import Sensitivities, measure_sensitivities, random_windows
+from globe.measure.sensitivity import Sensitivities
 from globe.model.coded_spec import CodedSpec, spec_of
-from globe.model.loading import load
 from globe.plan.budget import Bits
+from globe.plan.settings import CompressConfig
 from globe.quant.banked import BankedExperts
 from globe.quant.side import side_bytes
 from globe.quant.trellis import MAX_WIDTH
@@ -71,24 +72,28 @@ def plan_from_json(record: Mapping[str, Any]) -> CodingPlan:
     return CodingPlan((first, second, third), num_bases, record["num_bytes"], record["predicted_kl"])
 
 
-def measured_sensitivities(job: Job, windows: Tensor | None) -> tuple[Sensitivities, str | None]:
+def wants_sensitivities(config: CompressConfig) -> bool:
+    """Whether it is measured what errors cost, and not every expert is to count the same."""
+    return config.is_coded and config.allocation == "sensitivity"
+
+
+def measured_sensitivities(
+    job: Job, windows: Tensor | None, folder: Path | None = None
+) -> tuple[Sensitivities, str | None]:
     """Of all experts to be coded, on some of the token windows or on random tokens; equal ones, and the reason, where
-    the model cannot be run."""
+    the model cannot be run. One that does not fit into memory keeps a file in the folder meanwhile."""
     layers = {index for scope in job.scopes for index in scope.layers}
     equal: Sensitivities = {
         (index, family): torch.ones(job.layers[index].num_experts, sides(job.layers[index], family)[1])
         for index in layers
         for family in job.config.families
     }
-    if job.config.allocation == "uniform":
+    if not wants_sensitivities(job.config):
         return equal, "that is asked for"
     place = find_place(job.checkpoint, job.config.device, torch.float32.itemsize)
     if place.device is None:
         return equal, place.obstacle
-    model = load(job.checkpoint.fetched(), place.device, torch.float32)
-    windows = random_windows(model, job.config.seed) if windows is None else windows
-    windows = windows[:: math.ceil(len(windows) / MOST_WINDOWS)]
-    found = measure_sensitivities(model, windows, layers, job.config.seed)
+    found = placed_sensitivities(place, job.checkpoint, windows, layers, MOST_WINDOWS, job.config.seed, folder)
     return {key: found[key] for key in equal}, None
 
 

@@ -36,11 +36,11 @@ def compress(
     """Compress the routed experts of `model` (a local folder, a Hub id, or "shipped") into the folder `output`.
 
     The output is a Hugging Face checkpoint that `AutoModelForCausalLM` loads after `import globe`. Memory follows the
-    largest scope, and the model itself where that is run: to calibrate and to plan, if it takes less than half of the
-    machine's. A run on the output of a killed one goes on after what that finished; what was damaged since is done
-    again. With `overwrite`, an output that GloBE wrote earlier is replaced when the new one is whole, and an unfinished
-    run with other settings is started anew. `revision` names a branch, tag or commit of a model on the Hub, `cache` the
-    folder that keeps it in place of the client's own.
+    largest scope, and the model itself where that is run: to calibrate and to plan, as a whole if it takes less than
+    half of the machine's, else a layer at a time. A run on the output of a killed one goes on after what that finished;
+    what was damaged since is done again. With `overwrite`, an output that GloBE wrote earlier is replaced when the new
+    one is whole, and an unfinished run with other settings is started anew. `revision` names a branch, tag or commit of
+    a model on the Hub, `cache` the folder that keeps it in place of the client's own.
 
     Raises, all of them `GlobeError`: `SettingsError` for settings that do not fit the model or differ from those of the
     run to go on with; `CheckpointError` for damaged files, weights that are not finite, and a source that changes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
@@ -11,22 +12,40 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from globe.checkpoint.digest import file_sha256
+from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.report import CalibrationReport
 from globe.checkpoint.writer import (
     save_tensors,
 )
-from globe.errors import UnsupportedModelError
+from globe.errors import GlobeError, UnsupportedModelError
 from globe.experts.metric import LayerStatistics
-from globe.measure.calibrate import CalibrationText, calibrate, load_statistics, save_statistics
-from globe.measure.runnable import find_place
-from globe.measure.samples import sample_windows
-from globe.measure.sensitivity import Sensitivities, load_sensitivities, save_sensitivities
-from globe.model.loading import (
-    load,
+from globe.measure.calibrate import (
+    CalibrationText,
+    StoredStatistics,
+    calibrate,
+    read_calibration_text,
+    save_statistics,
 )
+from globe.measure.placed import every
+from globe.measure.runnable import Place, find_place
+from globe.measure.samples import NUM_SAMPLES, sample_windows
+from globe.measure.sensitivity import Sensitivities, load_sensitivities, save_sensitivities
+from globe.measure.settings import EvaluateConfig
+from globe.measure.streamed import KeptStates, calibrate_streamed, sensitivities_streamed
+from globe.model.loading import load
+from globe.model.streamed import StreamedModel
 from globe.plan.scopes import Scope, scope_from_json
 from globe.run import allocation
-from globe.run.coding import CodingPlan, check_reach, measured_sensitivities, plan_coding, plan_from_json, plan_to_json
+from globe.run.coding import (
+    MOST_WINDOWS,
+    CodingPlan,
+    check_reach,
+    measured_sensitivities,
+    plan_coding,
+    plan_from_json,
+    plan_to_json,
+    wants_sensitivities,
+)
 from globe.run.folder import RunFolder
 from globe.run.job import Job
 from globe.run.observer import Observer
@@ -77,14 +96,14 @@ def prepare(
         check_reach(job)
     calibration = None if folder is None else _load_calibration(folder, watch)
     if calibration is None:
-        calibration = run_all(job, watch) if calibrated is None else calibrated()
+        calibration = run_all(job, watch, folder) if calibrated is None else calibrated()
         if folder is not None:
-            _save_calibration(folder, calibration)
+            calibration = _save_calibration(job, folder, calibration)
     record = None if folder is None else folder.records.read("plan")
     if record is None:
         watch.prepare("planning")
         began = time.monotonic()
-        record = {**share_budget(job, calibration), "seconds": time.monotonic() - began}
+        record = {**share_budget(job, calibration, folder), "seconds": time.monotonic() - began}
         if folder is not None:
             job.check_unchanged(folder.records.run["fingerprint"])
             folder.records.write("plan", record)
@@ -94,62 +113,113 @@ def prepare(
     return Preparation(calibration, scopes, coding, record["uniform_because"], calibration.seconds + record["seconds"])
 
 
-def run_all(job: Job, watch: Observer) -> Calibration:
+def run_all(job: Job, watch: Observer, folder: RunFolder | None = None) -> Calibration:
     """All that running the model is to tell."""
-    if job.config.calibrate != "none":
-        watch.prepare("running the model to calibrate")
-    calibration = run_calibration(job)
-    if not job.config.is_coded:
+    calibration = run_calibration(job, watch, folder)
+    if not job.config.is_coded or calibration.sensitivities is not None:
         return calibration
     watch.prepare("measuring what errors cost")
-    return with_sensitivities(job, calibration)
+    return with_sensitivities(job, calibration, folder)
 
 
-def run_calibration(job: Job) -> Calibration:
+def run_calibration(job: Job, watch: Observer, folder: RunFolder | None = None) -> Calibration:
     """Run the model on the calibration text, or on samples of its own, if that is asked for.
 
-    A model that cannot be run is fitted uncalibrated where the samples are no more than the default; the reason is
-    kept.
+    A model that does not fit into memory is run a layer at a time, on the split that ships with GloBE in place of
+    samples, and what errors cost is measured with it. One that cannot be run at all is fitted uncalibrated where the
+    samples are no more than the default; the reason is kept.
     """
     began, text = time.monotonic(), job.calibration_text
     if job.config.calibrate == "none":
         return Calibration(uncalibrated_because="that is asked for")
     place = find_place(job.checkpoint, job.config.device)
+    if place.is_streamed:
+        return _run_streamed(job, place, watch, folder)
     if text is None and place.device is None:
         return Calibration(uncalibrated_because=place.obstacle)
+    watch.prepare("running the model to calibrate")
     model = load(job.checkpoint.fetched(), place.device or job.config.device)
     if text is None:
         try:
             text = CalibrationText("samples", sample_windows(model, job.config.seed))
         except UnsupportedModelError as error:
             return Calibration(uncalibrated_because=str(error), seconds=time.monotonic() - began)
-    layers = {index for scope in job.scopes for index in scope.layers}
-    statistics = calibrate(model, text.windows, layers, inner=job.config.is_coded and "down" in job.config.families)
-    report = CalibrationReport(
+    statistics = calibrate(model, text.windows, _sizes(job), inner=_wants_inner(job))
+    report = _report(text, statistics)
+    if place.device is not None:
+        report = dataclasses.replace(report, on_cpu_because=place.obstacle)
+    return Calibration(statistics, report, text.windows, seconds=time.monotonic() - began)
+
+
+def _run_streamed(job: Job, place: Place, watch: Observer, folder: RunFolder | None) -> Calibration:
+    assert place.device is not None
+    began, text = time.monotonic(), job.calibration_text
+    if text is None:
+        try:
+            most = min(job.config.calibration_tokens, NUM_SAMPLES * EvaluateConfig.length)
+            text = read_calibration_text(job.checkpoint.folder, "calibration", most, job.config.trust_remote_code)
+        except GlobeError as error:
+            because = f"{place.obstacle}; run a layer at a time it would be on a text, but {error}"
+            return Calibration(uncalibrated_because=because)
+    watch.prepare("running the model to calibrate, a layer at a time")
+    model, sizes, sensitivities = StreamedModel(job.checkpoint, place.device), _sizes(job), None
+    wanted = wants_sensitivities(job.config)
+    place_of_states, one_in = folder and folder.path, every(text.windows, MOST_WINDOWS)
+    with contextlib.closing(KeptStates(place_of_states, one_in)) as kept:
+        found = calibrate_streamed(model, text.windows, sizes, kept if wanted else None, inner=_wants_inner(job))
+        if folder is None:
+            statistics = dict(found)
+        else:
+            save_statistics(folder.file(_STATISTICS), sizes, found, inner=_wants_inner(job))
+            statistics = StoredStatistics(folder.file(_STATISTICS))
+        if wanted:
+            watch.prepare("measuring what errors cost, a layer at a time")
+            by_family = sensitivities_streamed(model, text.windows, sizes, kept, job.config.seed)
+            sensitivities = {key: each for key, each in by_family.items() if key[1] in job.config.families}
+    report = dataclasses.replace(_report(text, statistics), streamed_because=place.obstacle)
+    return Calibration(statistics, report, text.windows, sensitivities=sensitivities, seconds=time.monotonic() - began)
+
+
+def _sizes(job: Job) -> dict[int, ExpertLayer]:
+    """The layers that are compressed, in order."""
+    return {index: job.layers[index] for index in sorted(index for scope in job.scopes for index in scope.layers)}
+
+
+def _wants_inner(job: Job) -> bool:
+    return job.config.is_coded and "down" in job.config.families
+
+
+def _report(text: CalibrationText, statistics: Mapping[int, LayerStatistics]) -> CalibrationReport:
+    unreached = {layer: of_layer.unreached for layer, of_layer in statistics.items()}
+    return CalibrationReport(
         text.name,
         text.fingerprint,
         text.windows.numel(),
         sum(len(of_layer.counts) for of_layer in statistics.values()),
-        {str(layer): of_layer.unreached for layer, of_layer in statistics.items() if of_layer.unreached},
-        place.obstacle if place.device is not None else None,
+        {str(layer): experts for layer, experts in unreached.items() if experts},
     )
-    return Calibration(statistics, report, text.windows, seconds=time.monotonic() - began)
 
 
-def with_sensitivities(job: Job, calibration: Calibration) -> Calibration:
+def with_sensitivities(job: Job, calibration: Calibration, folder: RunFolder | None = None) -> Calibration:
     """What errors in the experts to be coded cost, on the calibration's tokens or on random ones."""
     began, text = time.monotonic(), job.calibration_text
     windows = calibration.windows if text is None else text.windows
-    sensitivities, because = measured_sensitivities(job, windows)
+    sensitivities, because = measured_sensitivities(job, windows, folder and folder.path)
     seconds = calibration.seconds + time.monotonic() - began
     return dataclasses.replace(calibration, sensitivities=sensitivities, equal_because=because, seconds=seconds)
 
 
-def _save_calibration(folder: RunFolder, calibration: Calibration) -> None:
+def _save_calibration(job: Job, folder: RunFolder, calibration: Calibration) -> Calibration:
+    """Record it; what it holds of the layers lies on the disk from then on."""
     files: dict[str, str] = {}
-    if calibration.statistics is not None and calibration.windows is not None:
-        files[_STATISTICS] = save_statistics(folder.file(_STATISTICS), calibration.statistics)
-        files[_WINDOWS] = save_tensors(folder.file(_WINDOWS), {"windows": calibration.windows})
+    path, statistics, windows = folder.file(_STATISTICS), calibration.statistics, calibration.windows
+    if statistics is not None and windows is not None:
+        if isinstance(statistics, StoredStatistics):
+            files[_STATISTICS] = file_sha256(path)
+        else:
+            files[_STATISTICS] = save_statistics(path, _sizes(job), statistics.items(), inner=_wants_inner(job))
+            calibration = dataclasses.replace(calibration, statistics=StoredStatistics(path))
+        files[_WINDOWS] = save_tensors(folder.file(_WINDOWS), {"windows": windows})
     if calibration.sensitivities is not None:
         files[_SENSITIVITIES] = save_sensitivities(folder.file(_SENSITIVITIES), calibration.sensitivities)
     record = {
@@ -160,6 +230,7 @@ def _save_calibration(folder: RunFolder, calibration: Calibration) -> None:
         "files": files,
     }
     folder.records.write("calibration", record)
+    return calibration
 
 
 def _load_calibration(folder: RunFolder, watch: Observer) -> Calibration | None:
@@ -172,7 +243,7 @@ def _load_calibration(folder: RunFolder, watch: Observer) -> Calibration | None:
         watch.prepare("the finished calibration has been damaged since: calibrating again")
         return None
     return Calibration(
-        load_statistics(files[_STATISTICS]) if _STATISTICS in files else None,
+        StoredStatistics(files[_STATISTICS]) if _STATISTICS in files else None,
         record["report"] and CalibrationReport(**record["report"]),
         load_file(files[_WINDOWS])["windows"] if _WINDOWS in files else None,
         record["uncalibrated_because"],
@@ -182,7 +253,7 @@ def _load_calibration(folder: RunFolder, watch: Observer) -> Calibration | None:
     )
 
 
-def share_budget(job: Job, calibration: Calibration) -> dict[str, Any]:
+def share_budget(job: Job, calibration: Calibration, folder: RunFolder | None = None) -> dict[str, Any]:
     """The scopes with the budget shared out among their banks or rows, and why evenly if so: the record of the plan."""
     text = job.calibration_text
     windows = calibration.windows if text is None else text.windows
@@ -193,7 +264,9 @@ def share_budget(job: Job, calibration: Calibration) -> dict[str, Any]:
             plan_coding(job, calibration.statistics, calibration.sensitivities, measured=because is None)
         )
     elif (because := allocation.obstacle(job.checkpoint, job.config, len(job.specs(job.scopes)))) is None:
-        scopes = allocation.allocated(job.checkpoint, job.layers, job.scopes, job.config, windows)
+        scopes = allocation.allocated(
+            job.checkpoint, job.layers, job.scopes, job.config, windows, folder and folder.path
+        )
     return {
         "scopes": [dataclasses.asdict(scope) for scope in scopes],
         "coding": coding,

@@ -107,6 +107,12 @@ def test_a_coded_model_that_could_not_be_measured_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("globe.measure.runnable.MEMORY_SHARE", 0.0)
+    tokens = ("--calibration-tokens", 512)
+    status, out, _ = run(capsys, "compress", "-o", tmp_path / "streamed", "--bits", "3", "--layers", "3", *tokens)
+    assert status == 0
+    assert "calibrated      on 512 tokens of calibration; " in out
+    assert "the model ran a layer at a time, so not on samples of its own: the model takes" in out
+    monkeypatch.setattr("globe.measure.runnable.STREAMED_SHARE", 0.0)
     status, out, _ = run(capsys, "compress", "-o", tmp_path / "out", "--bits", "3", "--layers", "3")
     assert status == 0
     assert "fitted to the weights alone: the model takes" in out

@@ -79,11 +79,12 @@ def test_a_lossy_run_exports_a_plain_model_with_its_logits(
     if config.is_coded:
         assert report.bits is not None
         assert 3.95 < report.bits <= 4
-        assert report.uncalibrated_because == report.uniform_because == "the source is quantised"
+        assert report.uniform_because is None  # measured a layer at a time, on random tokens
+        assert report.uncalibrated_because is not None
+        assert "the source is quantised; run a layer at a time" in report.uncalibrated_because
     export_dense(tmp_path / "lossy", tmp_path / "dense")
-    ours = logits(load(tmp_path / "lossy", dtype=torch.bfloat16))
-    theirs = logits(load(tmp_path / "dense", dtype=torch.bfloat16))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02)
+    ours, theirs = (logits(load(tmp_path / name)) for name in ("lossy", "dense"))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.01)  # the dense experts are rounded to bfloat16
 
     dense = open_checkpoint(tmp_path / "dense")
     config = config_of(dense.folder)

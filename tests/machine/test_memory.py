@@ -17,7 +17,7 @@ from globe.machine import memory
 from globe.machine.device import usable_device
 from globe.machine.memory import explained_exhaustion, total_memory
 from globe.measure.evaluate import evaluate
-from globe.measure.runnable import Place, find_place
+from globe.measure.runnable import find_place
 from globe.measure.settings import EvaluateConfig
 from globe.sweeps.settings import SweepConfig
 from globe.sweeps.sweep import sweep
@@ -79,10 +79,12 @@ def test_memory_is_bounded_by_the_process_s_own_limit(
 @pytest.mark.parametrize(
     ("vram", "ram", "itemsize", "place"),
     [
-        (3 * WEIGHTS, WEIGHTS, None, Place("cuda", None)),
+        (3 * WEIGHTS, WEIGHTS, None, "cuda"),
         (3 * WEIGHTS, 5 * WEIGHTS, 4, "cpu"),
         (WEIGHTS, 3 * WEIGHTS, None, "cpu"),
-        (WEIGHTS, WEIGHTS, None, None),
+        (WEIGHTS, WEIGHTS, None, "cuda a layer at a time"),
+        (WEIGHTS // 2, WEIGHTS, None, "cpu a layer at a time"),
+        (WEIGHTS // 2, WEIGHTS // 2, None, "nowhere"),
     ],
 )
 def test_a_model_runs_where_it_fits(
@@ -91,18 +93,17 @@ def test_a_model_runs_where_it_fits(
     vram: int,
     ram: int,
     itemsize: int | None,
-    place: Place | str | None,
+    place: str,
 ) -> None:
     groups("0::/\n", {"memory.max": f"{ram}"})
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (vram, 100 * GB))
     found = find_place(open_checkpoint(MODEL), "cuda", itemsize)
-    if isinstance(place, Place):
-        assert found == place
-    else:
-        assert found.device == place
-        assert found.obstacle is not None
+    assert f"{found.device or 'nowhere'}{' a layer at a time' if found.is_streamed else ''}" == place
+    assert (found.obstacle is None) == (place == "cuda")
+    if found.obstacle is not None:
         assert "over 50% of what there is: cuda has" in found.obstacle
-        assert ("container" in found.obstacle) == (place is None)
+        assert ("container" in found.obstacle) == (place != "cpu")
+        assert ("a layer at a time it takes" in found.obstacle) == (place == "nowhere")
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from globe.checkpoint.digest import file_sha256
 from globe.experts.metric import LayerStatistics
-from globe.measure.calibrate import MOST_ENERGY, calibrate, load_statistics, routed_tokens, run_expert, save_statistics
+from globe.measure.calibrate import MOST_ENERGY, StoredStatistics, calibrate, routed_tokens, run_expert, save_statistics
 from globe.model.expert_modules import find_experts
 from tests.conformance.families import SETTINGS
 from tests.conformance.tiny import IDS
@@ -147,12 +148,16 @@ def test_half_precision_is_summed_in_single() -> None:
 
 @pytest.mark.parametrize("inner", [False, True])
 def test_statistics_survive_a_file(tmp_path: Path, inner: bool) -> None:
-    layers = calibrate(tiny_model("qwen3_moe"), windows(), [0, 2], inner=inner)
-    save_statistics(tmp_path / "statistics.safetensors", layers)
-    restored = load_statistics(tmp_path / "statistics.safetensors")
+    model, path = tiny_model("qwen3_moe"), tmp_path / "statistics.safetensors"
+    layers = calibrate(model, windows(), [0, 2], inner=inner)
+    sizes = {experts.layer: experts.layout for experts in find_experts(model) if experts.layer in layers}
+    assert save_statistics(path, sizes, layers.items(), inner=inner) == file_sha256(path)
+    restored = StoredStatistics(path)
     assert list(restored) == [0, 2]
     for layer, expected in layers.items():
         check_equal(restored[layer], expected)
+    with pytest.raises(KeyError):
+        restored[1]
 
 
 def check_equal(found: LayerStatistics, expected: LayerStatistics) -> None:

@@ -215,6 +215,7 @@ def test_a_model_that_cannot_be_run_is_fitted_uncalibrated_and_says_so(
 
     if reason == "takes":
         monkeypatch.setattr("globe.measure.runnable.MEMORY_SHARE", 1e-9)
+        monkeypatch.setattr("globe.measure.runnable.STREAMED_SHARE", 1e-9)
     else:
         monkeypatch.setattr("transformers.PreTrainedModel.can_generate", lambda *_: False)
     report = compress(source, tmp_path / "out", settings)

@@ -33,6 +33,7 @@ from tests.rounding import assert_equal_but_for_rounding
 from tests.tiny_sources import write_tokenizer
 
 WEIGHTS = LAYERS * 3 * E * P * D
+LETTERS = "".join(map(chr, range(ord("A"), ord("A") + 48)))
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,7 @@ def test_a_model_too_large_to_be_run_is_coded_from_its_weights_and_says_so(
     source: Path, tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runnable, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(runnable, "STREAMED_SHARE", 0.0)
     report = compress(source, tmp_path / "out", CompressConfig(bits=3))
     assert report.calibration is None
     assert "the model takes" in str(report.uncalibrated_because)
@@ -167,6 +169,65 @@ def test_a_model_too_large_to_be_run_is_coded_from_its_weights_and_says_so(
     assert contents(alone).keys() == contents(tmp_path / "out").keys()
     for name, tensor in contents(alone).items():
         assert torch.equal(tensor, contents(tmp_path / "out")[name])
+
+
+@pytest.fixture(scope="module")
+def with_text(source: Path) -> tuple[Path, CompressConfig]:
+    """A model with a tokenizer, and a calibration on a text."""
+    own = shutil.copytree(source, source.with_name("with text"))
+    write_tokenizer(own, LETTERS)
+    text = own.with_name("text.txt")
+    text.write_text(LETTERS[::3] * 100)
+    return own, CompressConfig(bits=3, calibrate=str(text), calibration_tokens=768)
+
+
+def test_a_model_larger_than_memory_is_coded_like_one_that_fits(
+    with_text: tuple[Path, CompressConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config = with_text
+    whole = compress(model, tmp_path / "whole", config)
+    monkeypatch.setattr(runnable, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(prepare_module, "load", None)
+    streamed = compress(model, tmp_path / "streamed", config)
+    assert streamed.error == pytest.approx(whole.error, rel=1e-3)
+    assert whole.calibration is not None
+    assert streamed.calibration is not None
+    assert "the model takes" in str(streamed.calibration.streamed_because)
+    assert dataclasses.replace(streamed.calibration, streamed_because=None) == whole.calibration
+    assert (streamed.uncalibrated_because, streamed.uniform_because) == (None, None)
+
+
+def test_a_model_larger_than_memory_is_calibrated_on_the_text_in_the_package(
+    with_text: tuple[Path, CompressConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runnable, "MEMORY_SHARE", 0.0)
+    model, config = with_text
+    report = compress(model, tmp_path / "out", dataclasses.replace(config, calibrate="samples"))
+    assert report.calibration is not None
+    assert (report.calibration.text, report.calibration.num_tokens) == ("calibration", 768)
+    assert report.calibration.streamed_because is not None
+
+
+@pytest.mark.parametrize("killed", ["sensitivities_streamed", "plan_coding"])
+def test_a_run_killed_on_a_model_larger_than_memory_goes_on_to_the_same_bytes(
+    with_text: tuple[Path, CompressConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: str
+) -> None:
+    def die(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(runnable, "MEMORY_SHARE", 0.0)
+    model, config = with_text
+    compress(model, tmp_path / "expected", config)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, killed, die)
+        with pytest.raises(Killed):
+            compress(model, tmp_path / "out", config)
+    unfinished = {path.name for path in (tmp_path / "out.partial" / "unfinished").iterdir()}
+    assert ("calibration.json" in unfinished) == (killed == "plan_coding")
+    if killed == "plan_coding":
+        monkeypatch.setattr(prepare_module, "StreamedModel", None)  # what was finished is taken up
+    compress(model, tmp_path / "out", config)
+    assert_same_files(tmp_path / "out", tmp_path / "expected")
 
 
 def contents(folder: Path) -> dict[str, Tensor]:
@@ -437,10 +498,9 @@ def test_a_run_killed_planning_takes_up_what_was_measured(
 
     own = shutil.copytree(source, tmp_path / "source")
     if calibrate == "text":
-        letters = "".join(map(chr, range(ord("A"), ord("A") + 48)))
-        write_tokenizer(own, letters)
+        write_tokenizer(own, LETTERS)
         calibrate = str(tmp_path / "text.txt")
-        Path(calibrate).write_text(letters[::3] * 100)
+        Path(calibrate).write_text(LETTERS[::3] * 100)
     config = CompressConfig(bits=3, calibrate=calibrate)
     compress(own, tmp_path / "expected", config)
     with monkeypatch.context() as patch:

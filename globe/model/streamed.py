@@ -1,0 +1,192 @@
+"""A causal language model of which memory holds one decoder layer at a time: for models that are larger than memory.
+
+The model's own modules compute. Its decoder is a chain: what stands before the layers makes their first input and all
+that they are told beside it (masks, positions); every layer is called with the output of the one before; what stands
+behind them makes logits of the last output. The first and the last part are run with the layers left out, the layers
+one by one, each on all tokens before the next is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from globe.checkpoint.header import FLOAT_DTYPES, TORCH_DTYPES
+from globe.checkpoint.reader import Checkpoint
+from globe.errors import CheckpointError, UnsupportedModelError
+from globe.model.expert_modules import RoutedExperts, find_experts
+from globe.model.loading import AGAIN, explained, hollow_language_model, quiet
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Of a layer: the arguments behind the hidden states, and those with names."""
+
+
+@dataclasses.dataclass
+class Passage:
+    """Token windows on their way through the layers."""
+
+    hidden: list[Tensor]
+    """What the next layer is called with, (N, length, …) for each batch of windows."""
+    others: list[list[Call]]
+    """What the layers are told beside it, by batch and layer."""
+
+    def through(self, index: int, layer: nn.Module) -> None:
+        """Go through one layer."""
+        for batch, others in enumerate(self.others):
+            arguments, keywords = others[index]
+            self.hidden[batch] = layer(self.hidden[batch], *arguments, **keywords)
+
+
+class _AtLastLayerError(Exception):
+    """The last layer has been reached: what is behind it need not be run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A tensor of the checkpoint, read when the loader asks for it."""
+
+    checkpoint: Checkpoint
+    name: str
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return self.checkpoint.read(self.name)
+
+
+class StreamedModel:
+    """A dense model, computing in float32 on a device. A quantised source is dequantised as it is read."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str) -> None:
+        """Read all but the decoder's layers.
+
+        Raises `CheckpointError` for what is missing or does not fit, and as `find_experts` does.
+        """
+        self.model: Any = hollow_language_model(checkpoint)
+        self.device = torch.device(device)
+        self.experts: dict[int, RoutedExperts] = {found.layer: found for found in find_experts(self.model)}
+        first = min(self.experts)
+        self._checkpoint = checkpoint
+        self._stem = self.experts[first].path.partition(f".{first}.")[0]
+        self._layers: Any = self.model.get_submodule(self._stem)
+        self._conversions: list[Any] = get_model_conversion_mapping(self.model)
+        self._names = self._names_by_layer()
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
+        missing = self._read(None)
+        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        inner = f"{self._stem}."
+        self._settle(self.model, {name for name, _ in self.model.named_parameters() if not name.startswith(inner)})
+
+    @contextlib.contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """A decoder layer with its weights, which are let go afterwards."""
+        module: nn.Module = self._layers[index]
+        empty = dict(module.named_parameters())
+        self._read(index)
+        try:
+            self._settle(module, empty)
+            yield module
+        finally:
+            for name, parameter in empty.items():
+                _replace(module, name, parameter)
+
+    def enter(self, windows: Tensor, batch: int) -> Passage:
+        """Token windows (N, length), so many at a time, before the first layer."""
+        entered = [self._enter(ids) for ids in windows.split(batch)]
+        return Passage([hidden for hidden, _ in entered], [others for _, others in entered])
+
+    def _enter(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
+        calls, hidden = list[Call](), list[Tensor]()
+
+        def record(index: int, *arguments: Any, **keywords: Any) -> Tensor:
+            if index != len(calls) or not arguments or (hidden and arguments[0] is not hidden[0]):
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} cannot be run layer by layer: something stands between its layers"
+                )
+            hidden[:] = arguments[:1]
+            calls.append((arguments[1:], keywords))
+            if index == len(self) - 1:
+                raise _AtLastLayerError
+            return arguments[0]
+
+        with contextlib.suppress(_AtLastLayerError):
+            self._run(ids, record)
+        return hidden[0], calls
+
+    def leave(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Logits (N, length, vocabulary) of the last layer's output for these windows."""
+        return self._run(ids, lambda index, states, **_: hidden if index == len(self) - 1 else states).logits
+
+    def __len__(self) -> int:
+        """Decoder layers."""
+        return len(self._layers)
+
+    def _run(self, ids: Tensor, instead: Callable[..., Tensor]) -> Any:
+        """Run the model with something else in place of each layer."""
+        for index, layer in enumerate(self._layers):
+            layer.forward = lambda *arguments, _index=index, **keywords: instead(_index, *arguments, **keywords)
+        try:
+            return self.model(input_ids=ids.to(self.device), use_cache=False)
+        finally:
+            for layer in self._layers:
+                del layer.forward
+
+    def _names_by_layer(self) -> dict[int | None, list[str]]:
+        """The checkpoint's tensors by the layer that they belong to, those of no layer under None.
+
+        The model's empty parameters take the dtype that is stored: so they are read, and made float32 one by one.
+        """
+        renamings = [each for each in self._conversions if isinstance(each, WeightRenaming)]
+        converters = [each for each in self._conversions if isinstance(each, WeightConverter)]
+        own, prefix = self.model.state_dict(), self.model.base_model_prefix
+        number = re.compile(rf"{re.escape(self._stem)}\.(\d+)\.")
+        names = defaultdict[int | None, list[str]](list)
+        for name, info in self._checkpoint.tensors.items():
+            target, _ = rename_source_key(name, renamings, converters, prefix, own)
+            if target not in own:  # as transformers does
+                target, _ = rename_source_key(name, [], [], prefix, own)
+            match = number.match(target)
+            names[None if match is None else int(match[1])].append(name)
+            if target in own and own[target].is_meta and info.dtype in FLOAT_DTYPES:
+                empty = torch.empty(own[target].shape, dtype=TORCH_DTYPES[info.dtype], device="meta")
+                _replace(self.model, target, nn.Parameter(empty))
+        return names
+
+    def _read(self, layer: int | None) -> set[str]:
+        """Have transformers load a layer's tensors, or those of none; returns the names of all that it did not find."""
+        tensors = {name: _Stored(self._checkpoint, name) for name in self._names[layer]}
+        settings = LoadStateDictConfig(device_map={"": self.device}, weight_mapping=[*self._conversions])
+        folder = self._checkpoint.folder
+        with explained(f"{folder} cannot be loaded by transformers", AGAIN), quiet():
+            found, _ = convert_and_load_state_dict_in_model(self.model, tensors, settings)
+        if faults := [*found.conversion_errors.values(), *map(str, found.mismatched_keys)]:
+            raise CheckpointError(f"{folder} cannot be loaded by transformers ({faults[0][-300:]}): {AGAIN}")
+        return found.missing_keys
+
+    def _settle(self, module: nn.Module, names: Collection[str]) -> None:
+        """Make what was read of a module's parameters float32 constants; raise `CheckpointError` for what was not."""
+        for name in names:
+            parameter = module.get_parameter(name)
+            if parameter.is_meta:
+                raise CheckpointError(f"{self._checkpoint.folder} lacks {name} of {type(module).__name__}: {AGAIN}")
+            parameter.requires_grad_(False).data = parameter.data.float()
+
+
+def _replace(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, parameter)
