@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from globe.measure.calibrate import run_expert, run_hooked
+from globe.measure.calibrate import run_hooked
+from globe.measure.expert_run import run_expert
 from globe.model.expert_modules import RoutedExperts, find_experts
 from globe.terms import Family
 

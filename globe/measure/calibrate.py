@@ -13,74 +13,21 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from globe.checkpoint.gate_up import split_gate_up
 from globe.checkpoint.header import TensorInfo
 from globe.checkpoint.writer import save_each
 from globe.errors import CheckpointError
 from globe.experts.metric import LayerStatistics
 from globe.machine.memory import explained_exhaustion
 from globe.measure.evaluate import read_windows
+from globe.measure.expert_run import routed_tokens, run_expert
 from globe.measure.settings import EvaluateConfig
 from globe.measure.tokenizers import check_vocabulary
-from globe.model.expert_modules import ExpertsLayout, RoutedExperts, find_experts
-from globe.model.experts import usual_gate
+from globe.model.expert_modules import RoutedExperts, find_experts
 from globe.model.loading import OUT_OF_MEMORY
 from globe.terms import FAMILIES, Family
 
 MOST_ENERGY = 16.0
 """Of a token within an expert, over the median one's, to the second moment."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ExpertRun:
-    """One expert on its tokens, float32."""
-
-    activations: Tensor
-    """h = act(gate x, up x), (T, P)."""
-    by_gate: Tensor
-    """∂h/∂(gate x), (T, P): the gate function acts element by element."""
-    by_up: Tensor
-    """∂h/∂(up x), (T, P)."""
-    outputs: Tensor
-    """down h, (T, D)."""
-    down: Tensor
-    """W_down transposed, (P, D)."""
-
-
-@torch.enable_grad()
-def run_expert(module: Any, layout: ExpertsLayout, expert: int, x: Tensor) -> ExpertRun:
-    """Run one expert of an experts module of transformers on tokens x (T, D), with its family's own gate function."""
-    parameters = dict(module.named_parameters(recurse=False))
-    gate_up, down = (parameters[name][expert].detach().float() for name in ("gate_up_proj", "down_proj"))
-    if not layout.is_transposed:
-        gate_up, down = gate_up.mT, down.mT
-    before = x.detach().float() @ gate_up
-    if layout.has_bias:
-        before = before + parameters["gate_up_proj_bias"][expert].detach().float()
-    before.requires_grad_()
-    h = module._apply_gate(before) if hasattr(module, "_apply_gate") else usual_gate(module, before)
-    (slope,) = torch.autograd.grad(h.sum(), before)
-    by_gate, by_up = split_gate_up(slope, 1, interleaved=not layout.is_concatenated)
-    outputs = h.detach() @ down
-    if layout.has_bias:
-        outputs = outputs + parameters["down_proj_bias"][expert].detach().float()
-    return ExpertRun(h.detach(), by_gate, by_up, outputs, down)
-
-
-def routed_tokens(layout: ExpertsLayout, arguments: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (T, D), experts chosen for each (T, K) and their weights (T, K), from an experts module's arguments.
-
-    A presorted module gets each token once for each expert, already weighted: its weights are 1 here. Indices from E on
-    are not of experts.
-    """
-    if not layout.presorted:
-        return arguments[0], arguments[1], arguments[2]
-    (repeated,) = arguments
-    routed = repeated.any(dim=1)
-    experts = torch.arange(layout.num_experts, device=repeated.device).repeat_interleave(
-        len(repeated) // layout.num_experts
-    )[routed, None]
-    return repeated[routed], experts, torch.ones_like(experts, dtype=repeated.dtype)
 
 
 class LayerSums:

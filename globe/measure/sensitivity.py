@@ -11,7 +11,8 @@ ones need neither a text nor a tokenizer, and tell the layers apart nearly as we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import contextlib
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from globe.checkpoint.gate_up import split_gate_up
 from globe.checkpoint.writer import save_tensors
 from globe.errors import CheckpointError
 from globe.machine.memory import explained_exhaustion
+from globe.measure.expert_run import run_experts
 from globe.model.expert_modules import ExpertsLayout, RoutedExperts, find_experts
 from globe.model.loading import OUT_OF_MEMORY, text_tokens, window_length
 from globe.terms import FAMILIES, Family
@@ -45,20 +47,49 @@ def random_windows(model: Any, seed: int) -> Tensor:
 def measure_sensitivities(model: Any, windows: Tensor, layers: Collection[int], seed: int = 0) -> Sensitivities:
     """The sensitivities of the routed experts of `layers` on token windows (N, length).
 
-    A matrix's gradient is squared and let go as soon as it is there, so the memory beside the model's is a window's
-    activations and one layer's gradient. Raises `CheckpointError` for a model whose logits are not finite.
+    The memory beside the model's is a window's activations. Raises `CheckpointError` for a model whose logits are not
+    finite.
     """
     sums: Sensitivities = {}
     model.requires_grad_(False)
-    hooks = [hook for experts in find_experts(model) if experts.layer in layers for hook in add_squares(experts, sums)]
     generator = torch.Generator().manual_seed(seed)
-    with torch.enable_grad(), explained_exhaustion(f"measuring sensitivities on {model.device}", OUT_OF_MEMORY):
+    with contextlib.ExitStack() as stack:
+        for experts in find_experts(model):
+            if experts.layer in layers:
+                stack.enter_context(adding_squares(experts, sums))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(explained_exhaustion(f"measuring sensitivities on {model.device}", OUT_OF_MEMORY))
         for window in windows:
             logits = model(input_ids=window[None].to(model.device), use_cache=False).logits
             sampled_loss(logits, generator).backward()
-    for hook in hooks:
-        hook.remove()
     return by_token(sums, windows)
+
+
+@contextlib.contextmanager
+def adding_squares(experts: RoutedExperts, sums: Sensitivities) -> Iterator[None]:
+    """Within it, every backward pass of one window adds the squared gradients of a layer's experts to `sums`.
+
+    That of an expert's matrix for a window is Xᵀ G, with its inputs X (T, N) and the gradient G (T, K) of its outputs.
+    The sums of its squares over the inputs are the diagonal of Gᵀ (X Xᵀ) G, which takes T² (N + K) operations in place
+    of T N K, and no memory of the matrix's size.
+    """
+    module: Any = experts.module
+    layout, variances = experts.layout, dict[Family, Tensor]()
+    for name in ("gate_up_proj", "down_proj"):
+        for family, rows in _families(name, module.get_parameter(name), layout):
+            variances[family] = rows.square().mean()
+            sums[experts.layer, family] = torch.zeros_like(rows[:, :, 0])
+
+    def add(expert: int, name: str, inputs: Tensor, gradient: Tensor) -> None:
+        squares = (inputs @ inputs.mT @ gradient * gradient).sum(0).clamp_min(0)
+        for family, part in _parts(name, squares, layout):
+            sums[experts.layer, family][expert] += variances[family] * part
+
+    module.forward = lambda *arguments: run_experts(module, layout, arguments, add)
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -77,45 +108,24 @@ def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def by_token(sums: Sensitivities, windows: Tensor) -> Sensitivities:
-    """Sensitivities from the sums that `add_squares` made on token windows (N, length)."""
+    """Sensitivities from the sums that `adding_squares` made on token windows (N, length)."""
     num_tokens = windows.shape[0] * (windows.shape[1] - 1)
     return {key: total.cpu() / (2 * num_tokens) for key, total in sums.items()}
 
 
-def add_squares(experts: RoutedExperts, sums: Sensitivities) -> list[Any]:
-    """Have every backward pass from now on add the squared gradients of a layer's experts to `sums`; returns hooks."""
-    hooks: list[Any] = []
-    for name in ("gate_up_proj", "down_proj"):
-        parameter = experts.module.get_parameter(name).requires_grad_(True)
-        squares: dict[Family, Tensor] = {
-            family: rows.square().mean() for family, rows in _families(name, parameter, experts.layout)
-        }
-        adder = _adder(sums, experts.layer, name, experts.layout, squares)
-        hooks.append(parameter.register_post_accumulate_grad_hook(adder))
-    return hooks
-
-
-def _adder(
-    sums: Sensitivities, layer: int, name: str, layout: ExpertsLayout, squares: dict[Family, Tensor]
-) -> Callable[[Tensor], None]:
-    def add(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        for family, gradient in _families(name, parameter.grad, layout):
-            squared = torch.linalg.vector_norm(gradient, dim=2).square() * squares[family]
-            sums[layer, family] = sums.get((layer, family), torch.zeros_like(squared)) + squared
-        parameter.grad = None
-
-    return add
-
-
 @torch.no_grad()
 def _families(name: str, stacked: Tensor, layout: ExpertsLayout) -> list[tuple[Family, Tensor]]:
-    """The families that a fused parameter, or its gradient, holds: (E, outputs, inputs) each."""
+    """The families that a fused parameter holds: (E, outputs, inputs) each."""
     rows = stacked.detach()[: layout.num_experts]
     rows = rows.mT if layout.is_transposed else rows
+    return _parts(name, rows, layout, 1)
+
+
+def _parts(name: str, outputs: Tensor, layout: ExpertsLayout, dim: int = 0) -> list[tuple[Family, Tensor]]:
+    """What of the outputs of a fused parameter is of which family."""
     if name == "down_proj":
-        return [("down", rows)]
-    gate, up = split_gate_up(rows, 1, interleaved=not layout.is_concatenated)
+        return [("down", outputs)]
+    gate, up = split_gate_up(outputs, dim, interleaved=not layout.is_concatenated)
     return [("gate", gate), ("up", up)]
 
 

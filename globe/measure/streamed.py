@@ -7,6 +7,7 @@ the gradient of its output on to its input. Memory holds a layer, the hidden sta
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 from collections.abc import Collection, Iterator
@@ -19,7 +20,7 @@ from globe.checkpoint.writer import tensor_bytes
 from globe.experts.metric import LayerStatistics
 from globe.machine.memory import explained_exhaustion
 from globe.measure.calibrate import LayerSums
-from globe.measure.sensitivity import Sensitivities, add_squares, by_token, sampled_loss
+from globe.measure.sensitivity import Sensitivities, adding_squares, by_token, sampled_loss
 from globe.measure.tokenizers import check_vocabulary
 from globe.model.loading import OUT_OF_MEMORY
 from globe.model.streamed import StreamedModel
@@ -107,9 +108,10 @@ def sensitivities_streamed(
             states.copy_(hidden.grad[0])
         for index in range(len(model) - 1, min(layers) - 1, -1):
             inputs = kept.read(index)
-            with model.layer(index) as layer:
+            with contextlib.ExitStack() as stack:
+                layer = stack.enter_context(model.layer(index))
                 if index in layers:
-                    add_squares(model.experts[index], sums)
+                    stack.enter_context(adding_squares(model.experts[index], sums))
                 for states, gradient, calls in zip(inputs, gradients, others, strict=True):
                     hidden = states[None].to(model.device).requires_grad_(index > min(layers))
                     arguments, keywords = calls[index]

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from globe.checkpoint.digest import file_sha256
 from globe.experts.metric import LayerStatistics
-from globe.measure.calibrate import MOST_ENERGY, StoredStatistics, calibrate, routed_tokens, run_expert, save_statistics
+from globe.measure.calibrate import MOST_ENERGY, StoredStatistics, calibrate, save_statistics
+from globe.measure.expert_run import routed_tokens, run_expert
 from globe.model.expert_modules import find_experts
 from tests.conformance.families import SETTINGS
 from tests.conformance.tiny import IDS

@@ -52,15 +52,18 @@ def test_sensitivities_predict_what_small_noise_does(tmp_path: Path, model_type:
 
 
 def matrices(model_type: str, gate_up: Tensor, down: Tensor) -> dict[Family, Tensor]:
-    """By family (E, inputs, outputs): as torch.nn.Linear stores them, or, of gpt_oss, products from the left, gate and
-    up in turns."""
+    """By family (E, inputs, outputs): as torch.nn.Linear stores them, or, of gpt_oss and Llama 4, products from the
+    left, of gpt_oss gate and up in turns."""
     if model_type == "gpt_oss":
         return {"gate": gate_up[:, :, ::2], "up": gate_up[:, :, 1::2], "down": down}
-    middle = gate_up.shape[1] // 2
-    return {"gate": gate_up[:, :middle].mT, "up": gate_up[:, middle:].mT, "down": down.mT}
+    if model_type == "llama4_text":
+        gate, up = gate_up.chunk(2, dim=2)
+        return {"gate": gate, "up": up, "down": down}
+    gate, up = gate_up[: len(down)].chunk(2, dim=1)  # LongCat has unused rows for its identity experts
+    return {"gate": gate.mT, "up": up.mT, "down": down.mT}
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "llama4_text", "longcat_flash"])
 def test_sensitivities_are_squared_gradients_by_output(model_type: str) -> None:
     """Against autograd in float64, window after window and output after output."""
     model = tiny_model(model_type, torch.float64)
