@@ -99,7 +99,7 @@ def row(shape: tuple[int, int, int], bits: float, seed: int) -> dict[str, Any]:
     missed = whole.X - decoded
     loss, none = (float((((whole.second_moment @ x) * x).sum(1) * whole.importance).sum()) for x in (missed, whole.X))
     prices = torch.empty_like(whole.order.prices).scatter_(1, whole.order.inputs, whole.order.prices)
-    costs = (whole.row_importance[:, None] * prices * whole.coded_rows.square().mean(2)).double()
+    costs = (whole.row_importance[:, None] * prices * whole.mean_squares).double()
     path_bits = 8 * coded.payload.numel() / whole.X.numel()
     least = limit(costs, path_bits) * K / none
     microseconds = 1e6 * (done - ordered) / whole.X.numel()

@@ -67,9 +67,9 @@ class CodingProblem:
         return fit_outputs(self.X, self.importance)
 
     @functools.cached_property
-    def coded_rows(self) -> Tensor:
-        """(E, N, K): as they are coded."""
-        return self.outputs.apply(self.X)
+    def mean_squares(self) -> Tensor:
+        """(E, N): of the rows as they are coded."""
+        return self.outputs.apply(self.X).square().mean(2)
 
     @functools.cached_property
     def row_importance(self) -> Tensor:
@@ -86,8 +86,7 @@ class CodingProblem:
         E, N, K = self.X.shape
         if K >= LONG_ROW:
             return "own"
-        mean_squares = self.coded_rows.square().mean(2)
-        lost = misfit(row_costs(mean_squares, self.row_importance, self.order), mean_squares)
+        lost = misfit(row_costs(self.mean_squares, self.row_importance, self.order), self.mean_squares)
         saved = 8 * (side_bytes(E, N, is_shared=False) - side_bytes(E, N, is_shared=True)) / (E * N * K)
         return "own" if lost > saved else "shared"
 
@@ -103,7 +102,7 @@ class CodingProblem:
 
     def rows(self) -> Rows:
         """What water-filling sees first: the rows as they are."""
-        return _rows(self.costs(self.coded_rows.square().mean(2)), self.X.shape[2])
+        return _rows(self.costs(self.mean_squares), self.X.shape[2])
 
     def bank(self, multiplier: int, num_bases: int | None = None) -> CodedBank | None:
         """What the experts share, if it pays at a multiplier, or as many bases as were found before."""
@@ -115,7 +114,8 @@ class CodingProblem:
 
     def rehearsed(self, multiplier: int) -> Rehearsed:
         """With the rows as feedback will make them at about this multiplier."""
-        return Rehearsed(self, rehearse(self.coded_rows, self.order, widths_at(self.rows().costs, multiplier)))
+        widths = widths_at(self.rows().costs, multiplier)
+        return Rehearsed(self, rehearse(self.outputs.apply(self.X), self.order, widths))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -154,7 +154,8 @@ def rehearse(rows: Tensor, order: Order, widths: Tensor, seed: int = 0) -> Rehea
         noise = torch.randn(E, K, generator=generator, device=rows.device)
         return (1 - lost)[:, None] * now + (lost * (1 - lost) * mean_squares).sqrt()[:, None] * noise
 
-    code_inputs(order.sort(rows.float()), order, lose)
+    rows = order.sort(rows.float())
+    code_inputs(rows, order, lose)
     return Rehearsal(order.unsort(found), order.unsort(exponents))
 
 
@@ -223,5 +224,6 @@ def _code(
             decoded[who] = levels[states[:, :K]].float() * step[who]
         return decoded
 
-    decoded = code_inputs(order.sort(rows.float()), order, code_rows)
+    rows = order.sort(rows.float())
+    decoded = code_inputs(rows, order, code_rows)
     return order.unsort(symbols), order.unsort(chosen), order.unsort(decoded)

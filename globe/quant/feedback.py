@@ -76,17 +76,19 @@ def order_inputs(second_moments: Tensor) -> Order:
 def code_inputs(rows: Tensor, order: Order, code_rows: Callable[[int, Tensor], Tensor], block: int = BLOCK) -> Tensor:
     """Code rows (E, N, K), in the order of coding, one input after the other with feedback; what they became.
 
-    `code_rows(i, rows (E, K))` returns the i-th input's rows as they are decoded. The result is in the order of coding.
+    `code_rows(i, rows (E, K))` returns the i-th input's rows as they are decoded. The result is in the order of coding,
+    and takes the place of the rows, which can be as large as the layer.
     """
-    now, coded = rows.clone(), torch.empty_like(rows)
-    num_inputs = rows.shape[1]
+    now, num_inputs = rows, rows.shape[1]
     for start in range(0, num_inputs, block):
         stop = min(start + block, num_inputs)
+        coded = torch.empty_like(now[:, start:stop])
         for i in range(start, stop):
-            coded[:, i] = code_rows(i, now[:, i])
-            now[:, i] -= coded[:, i]  # the error, from here on
+            coded[:, i - start] = code_rows(i, now[:, i])
+            now[:, i] -= coded[:, i - start]  # the error, until the block is done
             now[:, i + 1 : stop] -= order.shares[:, i, i + 1 : stop, None] * now[:, i, None]
         if stop < num_inputs:
             shares = order.shares[:, start:stop, stop:].mT.expand(len(rows), -1, -1)
             now[:, stop:].baddbmm_(shares, now[:, start:stop], alpha=-1)
-    return coded
+        now[:, start:stop] = coded
+    return now

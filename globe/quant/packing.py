@@ -13,8 +13,8 @@ from torch import Tensor
 
 from globe.quant import trellis
 
-CHUNK = 2**22
-"""Entries that are packed or unpacked at a time, each of their bits in an integer."""
+CHUNK = 2**20
+"""Entries that are packed or unpacked at a time, each of their bits in an integer of 8 bytes."""
 
 
 def row_bytes(widths: Tensor, length: int) -> Tensor:

@@ -184,7 +184,8 @@ def code_layer(
         problem = whole.without(bank)
         rest, decoded = problem.rehearsed(plan.multipliers[1]).code(plan.multipliers[2])
         coded = BankedExperts(rest, bank)
-        missed, energies = (x.double().square().sum((1, 2)) for x in (problem.X - decoded, whole.X))
+        missed = torch.stack([(x - y).double().square().sum() for x, y in zip(problem.X, decoded, strict=True)])
+        energies = torch.stack([x.double().square().sum() for x in whole.X])
         widths = rest.side.widths()
         report = CodedReport(
             index,
