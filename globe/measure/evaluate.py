@@ -20,14 +20,18 @@ from globe.checkpoint.manifest import read_manifest, verify_model
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.shipped import resolve_model
 from globe.errors import CheckpointError, OutputError, SettingsError
+from globe.machine.device import usable_device
 from globe.measure.kept_logits import About, KeptLogits, keep_logits, open_logits
-from globe.measure.reference import Reference, kept_reference, named_reference
+from globe.measure.reference import Reference, is_compressed, kept_reference, named_reference
+from globe.measure.runnable import find_place
 from globe.measure.settings import EvaluateConfig
+from globe.measure.streamed_logits import StreamedLogits
 from globe.measure.texts import read_text
 from globe.measure.tokenizers import check_same_tokenizer, check_vocabulary, encode, load_tokenizer
 from globe.model.compose_cache import ComposeCache
-from globe.model.loading import load, running
+from globe.model.loading import load, open_source, running
 from globe.model.serving import set_compose_cache
+from globe.model.streamed import StreamedModel
 
 
 def token_windows(tokenizer: Any, text: str, config: EvaluateConfig) -> tuple[Tensor, float]:
@@ -55,12 +59,12 @@ def evaluate_model(
     model: Any, windows: Tensor, bytes_per_token: float, *, batch: int = 8, reference: Any | None = None
 ) -> Evaluation:
     """Evaluate causal language model `model` on token windows (N, length), against `reference` where given, a model or
-    `KeptLogits` of one on these windows.
+    `KeptLogits` or `StreamedLogits` of one on these windows.
 
     Raises `CheckpointError` for tokens that a model does not know and for vocabularies of different sizes.
     """
     for one, name in ((model, "the model"), (reference, "the reference")):
-        if one is not None and not isinstance(one, KeptLogits):
+        if one is not None and not isinstance(one, KeptLogits | StreamedLogits):
             check_vocabulary(windows, one, name)
     nats = their_nats = agreed = 0.0
     divergences = list[float]()
@@ -104,7 +108,7 @@ def _log_probabilities(
 
 def _logits(model: Any, ids: Tensor, first: int) -> Tensor:
     """Of the next tokens in windows ids (count, length), of which the first is number `first`."""
-    if isinstance(model, KeptLogits):
+    if isinstance(model, KeptLogits | StreamedLogits):
         return model.batch(first, len(ids))
     with running(model):
         return model(input_ids=ids.to(model.device)).logits[:, :-1]
@@ -141,7 +145,7 @@ class Judged:
     model: Any
     """Loaded."""
     reference: Any | None
-    """The reference, if it is loaded."""
+    """The reference, if it is loaded, or its `StreamedLogits`."""
     cache: ComposeCache | None
     """Of composed experts."""
     unrecorded: str | None
@@ -187,18 +191,29 @@ def judge(
 def _reference(
     against: Reference, model: str | Path, windows: Tensor, config: EvaluateConfig, logits: Path | None, about: About
 ) -> Any:
-    """The reference loaded, or its logits."""
+    """The reference loaded, or its logits: kept, or streamed where it does not fit into memory or is quantised."""
     if logits is not None and logits.exists():
         kept = open_logits(logits)
         kept.check(about, windows)
         return kept
     check_reference(against, model, windows, config)
-    other = load(against.model, config.device)
+    other = _loaded_or_streamed(against.model, windows, config)
     if logits is None:
         return other
-    check_vocabulary(windows, other, "the reference")
-    batches = (_logits(other, ids, 0).cpu() for ids in windows.split(config.batch))
+    if not isinstance(other, StreamedLogits):
+        check_vocabulary(windows, other, "the reference")
+    starts = range(0, len(windows), config.batch)
+    batches = (_logits(other, windows[first : first + config.batch], first).cpu() for first in starts)
     return keep_logits(logits, batches, len(windows), dataclasses.replace(about, reference=Path(against.model).name))
+
+
+def _loaded_or_streamed(model: str, windows: Tensor, config: EvaluateConfig) -> Any:
+    if not is_compressed(model):
+        checkpoint = open_source(model)
+        place = find_place(checkpoint, usable_device(config.device))
+        if place.is_streamed and place.device is not None:
+            return StreamedLogits(StreamedModel(checkpoint, place.device), windows, config.batch)
+    return load(model, config.device)
 
 
 def windows_fingerprint(windows: Tensor) -> str:
@@ -217,7 +232,8 @@ def evaluate(
 
     The files of a folder that GloBE wrote are compared with its manifest first, unless `verify` is off, and what was
     measured is recorded in its evaluation.json. The file `reference_logits` keeps the logits of the reference: where it
-    is there, they are read from it, and the reference need be neither named nor at hand.
+    is there, they are read from it, and the reference need be neither named nor at hand. A dense reference that does
+    not fit into memory, or is quantised, is run a layer at a time, in float32.
 
     Raises `CheckpointError` for what cannot be loaded or compared, `SettingsError` for a text that is missing, too
     short or none and for logits of another text or reference, and `OutputError` where the disk has no room for them.

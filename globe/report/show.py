@@ -33,6 +33,7 @@ from globe.measure.reference import (
     source_reference,
 )
 from globe.measure.settings import EvaluateConfig
+from globe.measure.streamed_logits import StreamedLogits
 from globe.measure.tokenizers import load_tokenizer
 from globe.plan.scopes import Scope, compact, make_plan
 from globe.plan.settings import CompressConfig
@@ -140,6 +141,9 @@ def show_evaluation(
     console.print(table)
     if against is not None and against.is_original:
         console.print(f"original: {against.model}", soft_wrap=True)
+    if isinstance(judged.reference, StreamedLogits):
+        told = "what it is compared with does not fit into memory: it ran a layer at a time, in float32"
+        console.print(f"note: {told}", style="yellow", soft_wrap=True)
     if judged.unrecorded is not None:
         console.print(f"note: not recorded: {judged.unrecorded}", style="yellow", soft_wrap=True)
     if judged.cache is not None:
@@ -150,7 +154,8 @@ def show_evaluation(
         )
     if prompt is not None:
         tokenizer = load_tokenizer(checkpoint.folder, config.trust_remote_code)
-        loaded = [one for one in (judged.reference, judged.model) if one is not None]
+        both = (judged.reference, judged.model)
+        loaded = [one for one in both if one is not None and not isinstance(one, StreamedLogits)]
         texts = Table(show_lines=True)
         for name in names[-len(loaded) :]:
             texts.add_column(name, ratio=1, overflow="fold")

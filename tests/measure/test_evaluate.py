@@ -10,8 +10,12 @@ import torch
 from globe import EvaluateConfig, SettingsError, evaluate
 from globe.checkpoint.shipped import MODEL
 from globe.measure.evaluate import evaluate_model, token_windows
+from globe.measure.streamed_logits import StreamedLogits
 from globe.measure.texts import read_text
+from globe.model.loading import load, open_source
+from globe.model.streamed import StreamedModel
 from tests.model.compressed import tiny_model
+from tests.tiny_sources import write_source
 
 
 def test_perplexity_and_divergence_equal_a_naive_loop() -> None:
@@ -45,6 +49,24 @@ def test_a_model_has_no_divergence_from_itself() -> None:
     result = evaluate_model(model, windows, 3.0, reference=model)
     assert result.kl == pytest.approx(0, abs=1e-6)
     assert result.agreement == 1
+
+
+def test_a_reference_that_runs_a_layer_at_a_time_is_that_which_is_loaded(tmp_path: Path) -> None:
+    write_source(tmp_path)
+    loaded, streamed = load(tmp_path, "cpu"), StreamedModel(open_source(tmp_path), "cpu")
+    model = tiny_model("qwen2_moe", seed=1)
+    windows = torch.randint(3, 48, (5, 8), generator=torch.Generator().manual_seed(0))
+    expected = evaluate_model(model, windows, 3.0, batch=2, reference=loaded)
+    assert evaluate_model(model, windows, 3.0, batch=2, reference=StreamedLogits(streamed, windows, 2)) == expected
+
+
+def test_a_reference_that_does_not_fit_runs_a_layer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EvaluateConfig(max_tokens=256, length=64)
+    assert evaluate("shipped", config, reference="shipped").kl == 0
+    monkeypatch.setattr("globe.measure.runnable.MEMORY_SHARE", 0.0)
+    found = evaluate("shipped", config, reference="shipped")
+    assert found.kl is not None
+    assert 0 < found.kl < 1e-3  # one is rounded to bfloat16
 
 
 class Bytes:
