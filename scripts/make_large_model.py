@@ -28,7 +28,7 @@ DECAY = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class LargeConfig:
+class LargeModel:
     """How large the model is."""
 
     output: Path
@@ -62,7 +62,7 @@ class LargeConfig:
         )
 
 
-def make_large_model(config: LargeConfig) -> Path:
+def make_large_model(config: LargeModel) -> Path:
     """Write the model, unless it is there already; returns its folder."""
     folder = config.output
     if (folder / CONFIG).exists():
@@ -124,4 +124,4 @@ def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 if __name__ == "__main__":
-    print(make_large_model(tyro.cli(LargeConfig)))
+    print(make_large_model(tyro.cli(LargeModel)))

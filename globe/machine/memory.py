@@ -30,17 +30,18 @@ def total_memory(device: str = "cpu") -> tuple[int, str]:
     """Bytes that may be used at most for what is on the device, and whose bound that is.
 
     Of a GPU, what is free on it; else the smallest of the machine's memory, the limits of the process's control group
-    and of those above it (a container's), and the process's own limit of address space.
+    and of those above it (a container's), and the process's own limits of address space and of data.
     """
     if torch.device(device).type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free, f"{device} has {byte_size(free)} free"
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     group = min(_group_limits(), default=machine)
-    process, _ = resource.getrlimit(resource.RLIMIT_AS)
     bounds = [(machine, "this machine has {}"), (group, "this container or control group may use {}")]
-    if process != resource.RLIM_INFINITY:
-        bounds.append((process, "this process may use {} (ulimit -v)"))
+    for kind, option in ((resource.RLIMIT_AS, "-v"), (resource.RLIMIT_DATA, "-d")):
+        process, _ = resource.getrlimit(kind)
+        if process != resource.RLIM_INFINITY:
+            bounds.append((process, f"this process may use {{}} (ulimit {option})"))
     least, whose = min(bounds, key=lambda bound: bound[0])
     return least, whose.format(byte_size(least))
 

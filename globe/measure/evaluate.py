@@ -27,7 +27,7 @@ from globe.measure.runnable import find_place
 from globe.measure.settings import EvaluateConfig
 from globe.measure.streamed_logits import StreamedLogits
 from globe.measure.texts import read_text
-from globe.measure.tokenizers import check_same_tokenizer, check_vocabulary, encode, load_tokenizer
+from globe.measure.tokenizers import chat_writer, check_same_tokenizer, check_vocabulary, encode, load_tokenizer
 from globe.model.compose_cache import ComposeCache
 from globe.model.loading import load, open_source, running
 from globe.model.serving import set_compose_cache
@@ -117,7 +117,7 @@ def _logits(model: Any, ids: Tensor, first: int) -> Tensor:
 def read_windows(folder: Path, config: EvaluateConfig) -> tuple[Tensor, float]:
     """The configured text as `token_windows` of the tokenizer in a model's folder."""
     tokenizer = load_tokenizer(folder, config.trust_remote_code)
-    return token_windows(tokenizer, read_text(config.text, config.num_characters), config)
+    return token_windows(tokenizer, read_text(config.text, config.num_characters, chat_writer(tokenizer)), config)
 
 
 def check_reference(reference: Reference, model: str | Path, windows: Tensor, config: EvaluateConfig) -> None:

@@ -15,8 +15,8 @@ class EvaluateConfig:
     """What a model is evaluated on."""
 
     text: str = "heldout"
-    """Text to predict: a shipped split (heldout, calibration) or a file, plain or with a field `text` in each line of
-    JSON."""
+    """Text to predict: a shipped split (heldout, calibration) or a file, plain or with a field `text`, or a chat in
+    `messages`, in each line of JSON."""
     max_tokens: int = 32768
     """Tokens predicted at most."""
     length: int = 256

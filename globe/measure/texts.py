@@ -10,7 +10,7 @@ import errno
 import gzip
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +21,10 @@ SPLITS = ("calibration", "heldout")
 
 _SEPARATOR = "\n\n"
 """Between the texts of a data set."""
-_READ = "read are plain text (UTF-8, or UTF-16 with its mark) and .json or .jsonl records with a field `text`"
+_READ = (
+    "read are plain text (UTF-8, or UTF-16 with its mark) and .json or .jsonl records with a field `text`, or with a "
+    "chat in `messages`"
+)
 _RECORDS = {".json", ".jsonl", ".ndjson"}
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -81,11 +84,16 @@ _LONGEST_RECORD = 1 << 25
 """Characters of one record of a data set."""
 
 
-def read_text(source: str | Path, most: int | None = None) -> str:
+WriteChat = Callable[[list[Any]], str]
+"""Makes the text of a chat of its messages."""
+
+
+def read_text(source: str | Path, most: int | None = None, write_chat: WriteChat | None = None) -> str:
     """At most the first `most` characters of a shipped split (`calibration` or `heldout`) or of the text in a file.
 
     Of a file no more is read than they take. Plain text is UTF-8, or begins with the mark of UTF-8, UTF-16 or UTF-32.
-    Of .json and .jsonl files, the `text` of each record counts, with a blank line in between.
+    Of .json and .jsonl files, the `text` of each record counts, or what `write_chat` makes of its `messages`, with a
+    blank line in between.
 
     Raises `SettingsError` for what is missing, empty, not a regular file or not text.
     """
@@ -96,7 +104,7 @@ def read_text(source: str | Path, most: int | None = None) -> str:
         kind = "a folder" if path.is_dir() else "a device or a pipe" if path.exists() and not path.is_file() else None
         if kind is not None:
             raise SettingsError(f"text {str(source)!r} is {kind}: save the text to a file and give that")
-        text = _read(path, most)
+        text = _read(path, most, write_chat)
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise SettingsError(
             f"text {str(source)!r} is not {error.encoding.upper()} ({error.reason}): convert it first, for example "
@@ -116,7 +124,7 @@ def read_text(source: str | Path, most: int | None = None) -> str:
     return text
 
 
-def _read(path: Path, most: int | None) -> str:
+def _read(path: Path, most: int | None, write_chat: WriteChat | None) -> str:
     with path.open("rb") as file:
         beginning = file.read(64)
     kind = next((kind for magic, kind in _MAGIC if beginning.startswith(magic)), _SUFFIXES.get(path.suffix.lower()))
@@ -125,7 +133,7 @@ def _read(path: Path, most: int | None) -> str:
     encoding = next((encoding for mark, encoding in _MARKS if beginning.startswith(mark)), "utf-8")
     with path.open(encoding=encoding) as reader:
         if path.suffix.lower() in _RECORDS:
-            return _joined(path, reader, most)
+            return _joined(path, reader, most, write_chat)
         text = reader.read(-1 if most is None else most)
     if "\0" in text:
         raise SettingsError(f"text {str(path)!r} holds NUL: it is binary, or UTF-16 without its mark; {_READ}")
@@ -134,11 +142,11 @@ def _read(path: Path, most: int | None) -> str:
     return text
 
 
-def _joined(path: Path, reader: IO[str], most: int | None) -> str:
+def _joined(path: Path, reader: IO[str], most: int | None, write_chat: WriteChat | None) -> str:
     """The texts of the records, until there is enough of them."""
     parts, length = list[str](), 0
     for number, record in enumerate(_records(path, reader), 1):
-        part = _text_of(path, number, record)
+        part = _text_of(path, number, record, write_chat)
         if not part:
             continue
         parts.append(part)
@@ -148,8 +156,14 @@ def _joined(path: Path, reader: IO[str], most: int | None) -> str:
     return _SEPARATOR.join(parts)[:most]
 
 
-def _text_of(path: Path, number: int, record: Any) -> str:
+def _text_of(path: Path, number: int, record: Any, write_chat: WriteChat | None) -> str:
     text = record.get("text") if isinstance(record, dict) else None
+    messages = record.get("messages") if isinstance(record, dict) and "text" not in record else None
+    if write_chat and isinstance(messages, list):
+        try:
+            text = write_chat(messages)
+        except SettingsError as error:
+            raise SettingsError(f"the chat in record {number} of {str(path)!r} is not read: {error}") from error
     if isinstance(text, str):
         text.encode()  # a lone surrogate is no character
         return text
@@ -160,8 +174,8 @@ def _text_of(path: Path, number: int, record: Any) -> str:
         raise SettingsError(f"the field `text` of {place} is a {type(text).__name__}, not a string")
     if chat := next((name for name in _CHATS if name in record), None):
         raise SettingsError(
-            f"{place} holds a chat ({chat}): chats are not read; write them out with the model's chat template "
-            "(apply_chat_template) as the field `text` first"
+            f"{place} holds a chat ({chat}) that is not read: {_READ}, a list of objects with `role` and `content`; or "
+            "write it out with the model's chat template (apply_chat_template) as the field `text` first"
         )
     names = ", ".join(_short(str(name)) for name in list(record)[:6]) or "none"
     raise SettingsError(f"{place} has no field `text` (its fields: {names}); {_READ}: rename the field that holds text")

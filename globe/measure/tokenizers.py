@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from globe.checkpoint.side_files import foreign_code, named_code
-from globe.errors import CheckpointError, UntrustedCodeError
+from globe.errors import CheckpointError, SettingsError, UntrustedCodeError
 
 _WHOLE = ("tokenizer.json", "tekken.json", "*.model", "*.model.v*", "*.tiktoken")
 """Files of which one is a tokenizer's vocabulary, whatever the class."""
@@ -60,6 +60,26 @@ def encode(tokenizer: Any, text: str, **settings: Any) -> Any:
             f"the tokenizer cannot read the text ({type(error).__name__}: {error}): its files are damaged; copy them "
             "from where the model came from"
         ) from error
+
+
+def chat_writer(tokenizer: Any) -> Callable[[list[Any]], str]:
+    """Makes the text of a chat of its messages by the model's chat template.
+
+    It raises `SettingsError` where the model has none, or the template does not take the messages.
+    """
+
+    def write(messages: list[Any]) -> str:
+        if not getattr(tokenizer, "chat_template", None):
+            raise SettingsError("the model has no chat template; give its text as the field `text`")
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # whatever a template raises
+            raise SettingsError(
+                f"the model's chat template does not take it ({type(error).__name__}: {error}); a chat is a list of "
+                "objects with `role` and `content`"
+            ) from error
+
+    return write
 
 
 def check_same_tokenizer(ids: Sequence[int], others: Sequence[int], model: str, reference: str) -> None:

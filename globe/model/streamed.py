@@ -64,7 +64,7 @@ class _Stored:
     name: str
 
     def __getitem__(self, _: Any) -> Tensor:
-        return self.checkpoint.read(self.name)
+        return self.checkpoint.read(self.name).clone()  # what is read is a view of its file, which stays mapped with it
 
 
 class StreamedModel:
@@ -174,8 +174,8 @@ class StreamedModel:
         folder = self._checkpoint.folder
         with explained(f"{folder} cannot be loaded by transformers", AGAIN), quiet():
             found, _ = convert_and_load_state_dict_in_model(self.model, tensors, settings)
-        if faults := [*found.conversion_errors.values(), *map(str, found.mismatched_keys)]:
-            raise CheckpointError(f"{folder} cannot be loaded by transformers ({faults[0][-300:]}): {AGAIN}")
+            if faults := [*found.conversion_errors.values(), *map(str, found.mismatched_keys)]:
+                raise RuntimeError(faults[0][-300:])
         return found.missing_keys
 
     def _settle(self, module: nn.Module, names: Collection[str]) -> None:

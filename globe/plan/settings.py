@@ -75,9 +75,9 @@ class CompressConfig:
     """Where each fit begins."""
     calibrate: str = "samples"
     """Text on which the model is run first, to weigh errors by what they do there: `samples` of its own, or
-    `calibration` where it does not fit into memory; a file, plain text or with a field `text` in each line of JSON;
-    `calibration`, the split that ships with GloBE, which a bare --calibrate means; or `none`: the weights alone are
-    looked at."""
+    `calibration` where it does not fit into memory; a file, plain text or with a field `text`, or a chat in `messages`,
+    in each line of JSON; `calibration`, the split that ships with GloBE, which a bare --calibrate means; or `none`: the
+    weights alone are looked at."""
     calibration_tokens: int = 65536
     """Tokens of a given text at most."""
     trust_remote_code: bool = False

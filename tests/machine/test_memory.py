@@ -68,12 +68,13 @@ def test_memory_is_the_container_s(
     assert ("container" in bound) == (expected < 8 * GB)
 
 
-def test_memory_is_bounded_by_the_process_s_own_limit(
-    groups: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("kind", "option"), [(resource.RLIMIT_AS, "-v"), (resource.RLIMIT_DATA, "-d")])
+def test_memory_is_bounded_by_the_process_s_own_limits(
+    groups: Callable[..., None], monkeypatch: pytest.MonkeyPatch, kind: int, option: str
 ) -> None:
     groups("0::/\n", {"memory.max": f"{4 * GB}"})
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (GB, resource.RLIM_INFINITY))
-    assert total_memory() == (GB, "this process may use 1.00 GB (ulimit -v)")
+    monkeypatch.setattr(resource, "getrlimit", lambda asked: (GB if asked == kind else resource.RLIM_INFINITY, 0))
+    assert total_memory() == (GB, f"this process may use 1.00 GB (ulimit {option})")
 
 
 @pytest.mark.parametrize(

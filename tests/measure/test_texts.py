@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from globe import SettingsError
 from globe.measure.texts import read_text
+from globe.measure.tokenizers import chat_writer
 
 ACCENTS = "Der Übergang über die Brücke – für 5 €.\n" * 3
 
@@ -111,6 +114,39 @@ def test_what_is_no_text_is_refused_by_name(tmp_path: Path, name: str, content: 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SettingsError, match=message):
         read_text(tmp_path / name, 1000)
+
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if not loop.last %}|{% endif %}{% endfor %}"
+
+
+def tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({"x": 0}, unk_token="x"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
+
+
+def test_chats_are_written_out_by_the_chat_template(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    lines = ({"messages": chat}, {"text": "in between"}, {"messages": chat[:1], "source": "elsewhere"})
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = read_text(tmp_path / "a.jsonl", write_chat=chat_writer(tokenizer(TEMPLATE)))
+    assert found == "<user>What?|<assistant>That.\n\nin between\n\n<user>What?"
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        (None, [], "the chat in record 1 of .* the model has no chat template"),
+        (TEMPLATE, [3], "chat template does not take it .* `role` and `content`"),
+        ("{{ raise_exception('must alternate') }}", [{"role": "user", "content": ""}], "must alternate"),
+        (TEMPLATE, "x", "holds a chat .* that is not read"),
+    ],
+)
+def test_a_chat_that_cannot_be_written_out_is_named(
+    tmp_path: Path, template: str | None, messages: object, message: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
+    with pytest.raises(SettingsError, match=message):
+        read_text(tmp_path / "a.jsonl", write_chat=chat_writer(tokenizer(template)))
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:

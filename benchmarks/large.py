@@ -1,0 +1,149 @@
+"""A model larger than the memory, compressed, evaluated and exported, each in a process of its own.
+
+    python -m benchmarks.large
+
+The model has the layers of Qwen3-30B-A3B, few of them and few experts in each, and random weights with a planted
+spectrum (`scripts/make_large_model.py`). Every process is held to less memory than the model takes, by the limit of its
+data segment (RLIMIT_DATA): all memory that it allocates, and each of the model's files while that is open, count, and
+what exceeds the limit is not given. `peak` is the largest resident memory, which counts torch's and Python's own code
+too. The first compression is killed (SIGKILL) in its backward pass, and the second goes on with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks.record import RESULTS, Claim, write_record
+from benchmarks.tables import Column, print_claims, print_table
+from globe.checkpoint.reader import open_checkpoint
+from globe.checkpoint.report import Report
+from scripts.make_large_model import LargeModel, make_large_model
+
+COLUMNS = (
+    Column("command", "command"),
+    Column("seconds", "s", ".0f"),
+    Column("peak", "peak, GB", ".2f"),
+    Column("of_model", "of the model", ".2f"),
+)
+BACKWARD = "measuring what errors cost, a layer at a time"
+
+
+@dataclasses.dataclass(frozen=True)
+class LargeConfig:
+    """How large the model and the memory are."""
+
+    layers: int = 13
+    """Decoder layers."""
+    experts: int = 6
+    """Experts of each."""
+    vocabulary: int = 8192
+    """Tokens."""
+    memory: float = 1.2
+    """GB that a process may allocate."""
+    bits: float = 3
+    """Stored bits per weight of the experts."""
+    calibration_tokens: int = 1024
+    """Tokens on which the model is run to calibrate; by default GloBE would take 16,384."""
+    evaluation_tokens: int = 512
+    """Tokens on which original and compressed model are compared."""
+    folder: Path = Path("runs/large")
+    """Where the models are written."""
+    output: Path = RESULTS / "large.json"
+    """Where the record is written."""
+
+
+def main(config: LargeConfig) -> None:
+    """Run everything, print the table, write the record."""
+    source = config.folder / f"{config.layers}x{config.experts}x{config.vocabulary}"
+    make_large_model(LargeModel(source, config.layers, config.experts, config.vocabulary))
+    size = sum(tensor.nbytes for tensor in open_checkpoint(source).tensors.values())
+    small, dense = config.folder / "small", config.folder / "dense"
+    for path in (small, small.with_name("small.partial"), dense, dense.with_name("dense.partial")):
+        shutil.rmtree(path, ignore_errors=True)
+    compress = ["compress", str(source), "-o", str(small), "--bits", f"{config.bits:g}"]
+    compress += ["--calibration-tokens", f"{config.calibration_tokens}"]
+    evaluate = ["evaluate", str(small), "--reference", str(source), "--batch", "1"]
+    evaluate += ["--max-tokens", f"{config.evaluation_tokens}"]
+    rows = [
+        _run("compress, killed", compress, config.memory, size, stop_at=BACKWARD),
+        _run("compress, resumed", compress, config.memory, size),
+        _run("evaluate", evaluate, config.memory, size),
+        _run("export", ["export", str(small), "-o", str(dense)], config.memory, size),
+    ]
+    report = Report.read(small)
+    kl = next(line.split()[-2] for line in rows[2]["said"] if "KL to the original" in line)
+    for row in rows:
+        del row["said"]
+    assert report.calibration is not None
+    claims = [
+        Claim(
+            "the model is larger than the memory",
+            f"{size / 1e9:.2f} GB, {config.memory:g} GB",
+            size > 1e9 * config.memory,
+        ),
+        Claim(
+            "it is measured nevertheless, a layer at a time",
+            f"on {report.calibration.num_tokens} tokens of {report.calibration.text}",
+            report.calibration.streamed_because is not None and report.uniform_because is None,
+        ),
+        Claim(
+            "every command ends, the killed one resumed",
+            ", ".join(f"{row['command']} {row['status']}" for row in rows),
+            [row["status"] for row in rows] == [-signal.SIGKILL, 0, 0, 0],
+        ),
+        Claim("the compressed model is near the original", f"KL {kl}", float(kl) < 1),
+    ]
+    print_table(f"{size / 1e9:.2f} GB of weights, {config.memory:g} GB of memory", rows, COLUMNS)
+    print_claims(claims)
+    write_record(config.output, "large", config, rows, claims)
+
+
+def _run(name: str, arguments: list[str], memory: float, size: int, stop_at: str | None = None) -> dict[str, Any]:
+    """Run a command of GloBE in a process with so many GB, and kill it when it says something."""
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "globe", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=_held_to(memory),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+    )
+    assert process.stdout is not None
+    said: list[str] = []
+    for line in process.stdout:
+        said.append(line.replace("│", " ").rstrip())
+        print(said[-1], flush=True)
+        if stop_at is not None and stop_at in line:
+            time.sleep(1)
+            process.kill()
+    _, status, usage = os.wait4(process.pid, 0)
+    peak = 1024 * usage.ru_maxrss
+    return {
+        "command": name,
+        "status": os.waitstatus_to_exitcode(status),
+        "seconds": time.monotonic() - began,
+        "peak": peak / 1e9,
+        "of_model": peak / size,
+        "said": said,
+    }
+
+
+def _held_to(memory: float) -> Callable[[], None]:
+    bound = int(1e9 * memory)
+    return lambda: resource.setrlimit(resource.RLIMIT_DATA, (bound, bound))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(LargeConfig))
