@@ -172,16 +172,23 @@ def save_statistics(
 
     Returns its SHA-256. Raises `OutputError` when the disk is full.
     """
+    infos = layer_infos(path.name, sizes, inner=inner)
+    return save_each(path, infos, (tensor for _, statistics in layers for tensor in layer_tensors(statistics)))
+
+
+def layer_infos(file: str, sizes: Mapping[int, ExpertSizes], *, inner: bool) -> list[TensorInfo]:
+    """What a file has of the statistics of layers, in order."""
     infos: list[TensorInfo] = []
     for layer, each in sizes.items():
         E, P, D = each.num_experts, each.intermediate_size, each.hidden_size
         shapes = {"num_tokens": (), "inputs": (D, D), "counts": (E,), **({"inner": (E, P, P)} if inner else {})}
         for name, shape in {**shapes, **{f"rows.{family}": (E, P) for family in FAMILIES}}.items():
-            infos.append(TensorInfo(f"{layer}.{name}", "F32", shape, path.name, 0, 4 * math.prod(shape)))
-    return save_each(path, infos, (tensor for _, statistics in layers for tensor in _tensors(statistics)))
+            infos.append(TensorInfo(f"{layer}.{name}", "F32", shape, file, 0, 4 * math.prod(shape)))
+    return infos
 
 
-def _tensors(statistics: LayerStatistics) -> Iterator[Tensor]:
+def layer_tensors(statistics: LayerStatistics) -> Iterator[Tensor]:
+    """The tensors of one layer, in the order of `layer_infos`."""
     yield torch.tensor(float(statistics.num_tokens))
     yield statistics.inputs
     yield statistics.counts
@@ -191,18 +198,19 @@ def _tensors(statistics: LayerStatistics) -> Iterator[Tensor]:
 
 
 class StoredStatistics(Mapping[int, LayerStatistics]):
-    """What `save_statistics` wrote; a layer is read whenever it is asked for, and not kept."""
+    """What `save_statistics` wrote, whatever else the file holds; a layer is read when it is asked for, not kept."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         with safe_open(path, framework="pt") as file:
             self._names = frozenset(file.keys())
-        self._layers = sorted({int(name.partition(".")[0]) for name in self._names})
+        numbers = {name.partition(".")[0] for name in self._names}
+        self._layers = sorted(int(number) for number in numbers if number.isdigit())
 
     def __getitem__(self, layer: int) -> LayerStatistics:
         if layer not in self._layers:
             raise KeyError(layer)
-        with safe_open(self._path, framework="pt") as file:
+        with safe_open(self.path, framework="pt") as file:
             return LayerStatistics(
                 int(file.get_tensor(f"{layer}.num_tokens")),
                 file.get_tensor(f"{layer}.inputs"),

@@ -80,6 +80,10 @@ class CompressConfig:
     weights alone are looked at."""
     calibration_tokens: int = 65536
     """Tokens of a given text at most."""
+    save_statistics: str | None = None
+    """File in which to keep what running the model says of its experts, for other runs on the same model."""
+    statistics: str | None = None
+    """Such a file, from which that is taken, with `bits` without running the model; its text stands for `calibrate`."""
     trust_remote_code: bool = False
     """Run the code of a tokenizer that brings its own, to read the text."""
     steps: int = 500
@@ -110,6 +114,10 @@ class CompressConfig:
             raise SettingsError(
                 f"{said[0]} is a setting of banks, which bits has none of: give keep with it, or leave it out"
             )
+        if self.statistics is not None and self.calibrate != _default("calibrate"):
+            raise SettingsError("statistics come with the text that they were measured on: leave calibrate out")
+        if self.save_statistics is not None and self.calibrate == "none":
+            raise SettingsError("there are no statistics to save where calibrate is none: the model is not run")
         fit = self.fit_config(BankShape(1, 1, 1, rank=1, num_bases=self.support or 1))
         if self.stream:
             fit.check_streamed()

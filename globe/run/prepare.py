@@ -6,10 +6,10 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import Tensor
 
 from globe.checkpoint.digest import file_sha256
 from globe.checkpoint.layout import ExpertLayer
@@ -29,13 +29,14 @@ from globe.measure.calibrate import (
 from globe.measure.placed import every
 from globe.measure.runnable import Place, find_place
 from globe.measure.samples import NUM_SAMPLES, sample_windows
-from globe.measure.sensitivity import Sensitivities, load_sensitivities, save_sensitivities
+from globe.measure.sensitivity import load_sensitivities, save_sensitivities
 from globe.measure.settings import EvaluateConfig
 from globe.measure.streamed import KeptStates, calibrate_streamed, sensitivities_streamed
 from globe.model.loading import load
 from globe.model.streamed import StreamedModel
 from globe.plan.scopes import Scope, scope_from_json
 from globe.run import allocation
+from globe.run.calibration import Calibration, keep_statistics, kept_statistics, wants_inner
 from globe.run.coding import (
     MOST_WINDOWS,
     CodingPlan,
@@ -54,22 +55,6 @@ from globe.run.records import as_json
 _STATISTICS, _WINDOWS = "calibration.safetensors", "windows.safetensors"
 _SENSITIVITIES = "sensitivities.safetensors"
 """In an unfinished output: what the calibration text said of the layers, its tokens, and what errors cost."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Calibration:
-    """What running the model said of its experts, or the reason why it was not run."""
-
-    statistics: Mapping[int, LayerStatistics] | None = None
-    report: CalibrationReport | None = None
-    windows: Tensor | None = None
-    """The tokens (N, length)."""
-    uncalibrated_because: str | None = None
-    sensitivities: Sensitivities | None = None
-    """Of experts that are to be coded."""
-    equal_because: str | None = None
-    """Why these are all alike; None where they were measured."""
-    seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +99,9 @@ def prepare(
 
 
 def run_all(job: Job, watch: Observer, folder: RunFolder | None = None) -> Calibration:
-    """All that running the model is to tell."""
-    calibration = run_calibration(job, watch, folder)
+    """All that running the model is to tell, or a file of what it told."""
+    kept = job.config.statistics
+    calibration = run_calibration(job, watch, folder) if kept is None else kept_statistics(Path(kept), job)
     if not job.config.is_coded or calibration.sensitivities is not None:
         return calibration
     watch.prepare("measuring what errors cost")
@@ -144,7 +130,7 @@ def run_calibration(job: Job, watch: Observer, folder: RunFolder | None = None) 
             text = CalibrationText("samples", sample_windows(model, job.config.seed))
         except UnsupportedModelError as error:
             return Calibration(uncalibrated_because=str(error), seconds=time.monotonic() - began)
-    statistics = calibrate(model, text.windows, _sizes(job), inner=_wants_inner(job))
+    statistics = calibrate(model, text.windows, _sizes(job), inner=wants_inner(job))
     report = _report(text, statistics)
     if place.device is not None:
         report = dataclasses.replace(report, on_cpu_because=place.obstacle)
@@ -166,11 +152,11 @@ def _run_streamed(job: Job, place: Place, watch: Observer, folder: RunFolder | N
     wanted = wants_sensitivities(job.config)
     place_of_states, one_in = folder and folder.path, every(text.windows, MOST_WINDOWS)
     with contextlib.closing(KeptStates(place_of_states, one_in)) as kept:
-        found = calibrate_streamed(model, text.windows, sizes, kept if wanted else None, inner=_wants_inner(job))
+        found = calibrate_streamed(model, text.windows, sizes, kept if wanted else None, inner=wants_inner(job))
         if folder is None:
             statistics = dict(found)
         else:
-            save_statistics(folder.file(_STATISTICS), sizes, found, inner=_wants_inner(job))
+            save_statistics(folder.file(_STATISTICS), sizes, found, inner=wants_inner(job))
             statistics = StoredStatistics(folder.file(_STATISTICS))
         if wanted:
             watch.prepare("measuring what errors cost, a layer at a time")
@@ -183,10 +169,6 @@ def _run_streamed(job: Job, place: Place, watch: Observer, folder: RunFolder | N
 def _sizes(job: Job) -> dict[int, ExpertLayer]:
     """The layers that are compressed, in order."""
     return {index: job.layers[index] for index in sorted(index for scope in job.scopes for index in scope.layers)}
-
-
-def _wants_inner(job: Job) -> bool:
-    return job.config.is_coded and "down" in job.config.families
 
 
 def _report(text: CalibrationText, statistics: Mapping[int, LayerStatistics]) -> CalibrationReport:
@@ -214,10 +196,12 @@ def _save_calibration(job: Job, folder: RunFolder, calibration: Calibration) -> 
     files: dict[str, str] = {}
     path, statistics, windows = folder.file(_STATISTICS), calibration.statistics, calibration.windows
     if statistics is not None and windows is not None:
-        if isinstance(statistics, StoredStatistics):
+        if isinstance(statistics, StoredStatistics) and statistics.path == path:
             files[_STATISTICS] = file_sha256(path)
         else:
-            files[_STATISTICS] = save_statistics(path, _sizes(job), statistics.items(), inner=_wants_inner(job))
+            sizes = _sizes(job)
+            found = ((layer, statistics[layer]) for layer in sizes)
+            files[_STATISTICS] = save_statistics(path, sizes, found, inner=wants_inner(job))
             calibration = dataclasses.replace(calibration, statistics=StoredStatistics(path))
         files[_WINDOWS] = save_tensors(folder.file(_WINDOWS), {"windows": windows})
     if calibration.sensitivities is not None:
@@ -229,6 +213,8 @@ def _save_calibration(job: Job, folder: RunFolder, calibration: Calibration) -> 
         "seconds": calibration.seconds,
         "files": files,
     }
+    if job.config.save_statistics is not None:
+        keep_statistics(Path(job.config.save_statistics), job, calibration)
     folder.records.write("calibration", record)
     return calibration
 
