@@ -51,7 +51,7 @@ def find_place(checkpoint: Checkpoint, device: str, itemsize: int | None = None)
                 return Place(candidate, _obstacle(needed, bounds) if bounds else None)
             bounds.append(bound)
         obstacle = _obstacle(needed, bounds)
-    at_once, bounds = _bytes_at_once(checkpoint), []
+    at_once, bounds = bytes_at_once(checkpoint), []
     for candidate, (memory, bound) in candidates.items():
         if at_once <= STREAMED_SHARE * memory:
             return Place(candidate, obstacle, is_streamed=True)
@@ -60,7 +60,7 @@ def find_place(checkpoint: Checkpoint, device: str, itemsize: int | None = None)
     return Place(None, f"{obstacle}; {least}: {', '.join(bounds)}")
 
 
-def _bytes_at_once(checkpoint: Checkpoint) -> int:
+def bytes_at_once(checkpoint: Checkpoint) -> int:
     """In float32, what is outside of layers and the largest of these as often as it is there at once."""
     layers = Counter[str]()
     for tensor in checkpoint.tensors.values():

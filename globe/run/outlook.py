@@ -11,7 +11,7 @@ import torch
 
 from globe.machine.device import multiply_add_rate
 from globe.machine.memory import total_memory
-from globe.measure.runnable import find_place
+from globe.measure.runnable import bytes_at_once, find_place
 from globe.plan.settings import CompressConfig
 from globe.run.job import Outline, outline
 from globe.run.observer import clock
@@ -49,6 +49,8 @@ class Outlook:
     device: str
     unmeasured_because: str | None
     """Why the model will not be run to be measured, although that is asked for."""
+    streamed_because: str | None
+    """Why it will be run a layer at a time."""
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -69,6 +71,8 @@ class Outlook:
                 f"note: {self.unmeasured_because}: errors will be weighed by the weights alone, at a higher loss, "
                 "unless the machine has more memory"
             )
+        if self.streamed_because is not None:
+            said.append(f"note: {self.streamed_because}: it will be measured a layer at a time")
         if self.memory > self.available:
             said.append("note: the memory is too small for that: choose --scope layer or --stream, or another machine")
         return said
@@ -100,7 +104,8 @@ def look_ahead(outline: Outline, output: Path | None = None) -> Outlook:
     measured = config.calibrate != "none" or config.allocation != "uniform"
     place = find_place(checkpoint, config.device, torch.float32.itemsize)
     runs = measured and place.device is not None
-    needed = 4 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()) if runs else 0
+    whole = 4 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    needed = runs * (bytes_at_once(checkpoint) if place.is_streamed else whole)
     working = max(needed, _statistics(outline) * runs + 4 * _COPIES * _widest(outline))
     available, bound = total_memory("cpu")
     return Outlook(
@@ -115,6 +120,7 @@ def look_ahead(outline: Outline, output: Path | None = None) -> Outlook:
         _multiply_adds(outline) / multiply_add_rate(config.device),
         config.device,
         place.obstacle if measured and place.device is None else None,
+        place.obstacle if measured and place.is_streamed else None,
     )
 
 
