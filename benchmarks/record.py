@@ -58,8 +58,9 @@ def _processor() -> dict[str, str]:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     found = {"name": names[0] if names else platform.processor(), "torch": torch.backends.cpu.get_cpu_capability()}
-    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-    found["numba"] = " ".join(sorted(x[1:] for x in features if x.startswith(("+avx", "+neon", "+sve"))))
+    _, compiled_for, features = cpu_target.target_context.codegen().magic_tuple()
+    vectors = sorted(x[1:] for x in features.split(",") if x.startswith(("+avx", "+neon", "+sve")))
+    found["numba"] = " ".join([compiled_for, *vectors])
     return found
 
 

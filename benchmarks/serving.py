@@ -2,7 +2,7 @@
 
     python -m benchmarks.serving
     NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES= ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \\
-        python -m benchmarks.serving --models 'real rows' --output benchmarks/results/serving_avx2.json
+        python -m benchmarks.serving --models 'real rows' --threads 1 --output benchmarks/results/serving_avx2.json
 
 The second line is for a CPU with AVX2 and no more. Three models: the shipped one, fitted for a few steps, and two
 synthetic ones of few layers with random weights: a small one with random factors too, all families of a layer in one

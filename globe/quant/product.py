@@ -1,10 +1,10 @@
 """Tokens times coded experts, which are never stored decoded: an operation that torch.compile and autograd see.
 
 On the CPU, numba decodes into the cache what is multiplied next. Few tokens of an expert are multiplied by a few rows
-at a time, while these are in the first cache; for more, a block of outputs is decoded in the tokens' own precision, and
-left to the matrix product of PyTorch, which each thread runs by itself: what one core has written is slow to read for
-another. Outputs are rotated back in place. On a GPU, Triton decodes in registers. Elsewhere, and without numba, experts
-are decoded in torch.
+at a time, while these are in the first cache; for more, a block of outputs is decoded, in bfloat16 where that is fast,
+and left to the matrix product of PyTorch, which each thread runs by itself: what one core has written is slow to read
+for another. Outputs are rotated back in place. On a GPU, Triton decodes in registers. Elsewhere, and without numba,
+experts are decoded in torch.
 """
 
 # what `custom_op` returns has no type stubs
@@ -230,7 +230,7 @@ class _Compiled:
 
     def _multiply_many(self, runs: Sequence[int]) -> None:
         """Each thread decodes a block of an expert's outputs, and multiplies it while it is in the thread's cache."""
-        x = self.x if self.x.dtype == torch.bfloat16 else self.x.float()
+        x = self.x if self.x.dtype == torch.bfloat16 and _is_fast_in_bfloat16() else self.x.float()
         N, K = x.shape[1], self.out.shape[1]
         size = min(K, _up_to_lanes(BLOCK_BYTES // (N * x.itemsize)))
         starts = cast(list[int], self.starts.tolist())
@@ -270,6 +270,12 @@ class _Compiled:
             "num_outputs": self.out.shape[1],
         }
         return trellis.compiled().Job(**common, **fields)
+
+
+@functools.cache
+def _is_fast_in_bfloat16() -> bool:
+    """Whether torch's products are; with AVX2 and no more they take several times what they take in float32."""
+    return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
 
 
 def _up_to_lanes(size: int) -> int:

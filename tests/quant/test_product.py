@@ -113,13 +113,14 @@ def test_every_width(width: int, K: int) -> None:
 
 ON_ANY_CPU = """
 import torch
-from globe.quant import packing, trellis
+from globe.quant import packing, product, trellis
 from globe.quant.product import coded_product
 from globe.quant.side import parts_of_side
 from tests.quant.test_product import N, random_experts
 
 coded = random_experts(272)
 decoded = coded.decode()
+product._is_fast_in_bfloat16 = lambda: True
 ones = torch.eye(N, dtype=torch.bfloat16)
 products = coded_product(ones, torch.tensor([0] * 3 + [N] * 4), coded.payload, parts_of_side(coded.side), None, 272)
 trellis.compiled = lambda: None
@@ -135,6 +136,13 @@ def test_the_same_bits_on_a_cpu_without_extensions() -> None:
         pytest.skip("numba is not installed")
     settings = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
     subprocess.run([sys.executable, "-c", ON_ANY_CPU], env=settings, cwd=Path(__file__).parents[2], check=True)
+
+
+def test_bfloat16_by_way_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "_is_fast_in_bfloat16", lambda: False)
+    coded, (x, ends) = random_experts(131), tokens(torch.bfloat16)
+    found = coded_product(x, ends, coded.payload, parts_of_side(coded.side), None, 131)
+    assert_close(found, expected(x, decoded(coded)), torch.float32)
 
 
 @pytest.mark.usefixtures("way")
