@@ -51,17 +51,17 @@ BACKWARD = "measuring what errors cost, a layer at a time"
 class LargeConfig:
     """How large the model and the memory are."""
 
-    layers: int = 8
+    layers: int = 12
     """Decoder layers."""
-    experts: int = 4
+    experts: int = 16
     """Experts of each."""
     vocabulary: int = 8192
     """Tokens."""
-    memory: float = 1.0
+    memory: float = 2.2
     """GB that the processes are told of."""
     bits: float = 3
     """Stored bits per weight of the experts."""
-    calibration_tokens: int = 512
+    calibration_tokens: int = 2048
     """Tokens on which the model is run to calibrate; by default GloBE would take 16,384."""
     evaluation_tokens: int = 512
     """Tokens on which original and compressed model are compared."""

@@ -61,7 +61,8 @@ def find_place(checkpoint: Checkpoint, device: str, itemsize: int | None = None)
 
 
 def bytes_at_once(checkpoint: Checkpoint) -> int:
-    """In float32, what is outside of layers and the largest of these as often as it is there at once."""
+    """Of a model that is run a layer at a time, in float32: all outside of its layers, and the largest of these as
+    often as it is there at once."""
     layers = Counter[str]()
     for tensor in checkpoint.tensors.values():
         match = _LAYER.match(tensor.name)

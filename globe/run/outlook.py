@@ -72,7 +72,10 @@ class Outlook:
                 "unless the machine has more memory"
             )
         if self.streamed_because is not None:
-            said.append(f"note: {self.streamed_because}: it will be measured a layer at a time")
+            said.append(
+                f"note: {self.streamed_because}: it is run a layer at a time, and not on samples of its own; give text "
+                "like your use with --calibrate"
+            )
         if self.memory > self.available:
             said.append("note: the memory is too small for that: choose --scope layer or --stream, or another machine")
         return said
@@ -103,10 +106,12 @@ def look_ahead(outline: Outline, output: Path | None = None) -> Outlook:
         absent = sum(tensor.nbytes for tensor in checkpoint.tensors.values() if tensor.shard not in here)
     measured = config.calibrate != "none" or config.allocation != "uniform"
     place = find_place(checkpoint, config.device, torch.float32.itemsize)
-    runs = measured and place.device is not None
-    whole = 4 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    needed = runs * (bytes_at_once(checkpoint) if place.is_streamed else whole)
-    working = max(needed, _statistics(outline) * runs + 4 * _COPIES * _widest(outline))
+    runs, statistics = measured and place.device is not None, _statistics(outline)
+    if place.is_streamed:
+        needed = bytes_at_once(checkpoint) + max(statistics)
+    else:
+        needed = 4 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()) + sum(statistics)
+    working = max(needed * runs, max(statistics) * runs + 4 * _COPIES * _widest(outline))
     available, bound = total_memory("cpu")
     return Outlook(
         outline.source,
@@ -134,14 +139,14 @@ def _widest(outline: Outline) -> int:
     return max(weights) * (1 if outline.config.is_coded else len(outline.config.families))
 
 
-def _statistics(outline: Outline) -> int:
-    """Bytes of what is known of all layers when the model was run."""
-    total = 0
+def _statistics(outline: Outline) -> list[int]:
+    """Bytes of what is known of each layer when the model was run."""
+    found: list[int] = []
     for index in {index for scope in outline.scopes for index in scope.layers}:
         layer = outline.layers[index]
         E, P, D = layer.num_experts, layer.intermediate_size, layer.hidden_size
-        total += D * D + 3 * E * P + (E * P * P if outline.config.is_coded else 0)
-    return 4 * total
+        found.append(4 * (D * D + 3 * E * P + (E * P * P if outline.config.is_coded else 0)))
+    return found
 
 
 def _multiply_adds(outline: Outline) -> float:
