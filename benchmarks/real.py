@@ -51,7 +51,9 @@ from globe.errors import SettingsError
 from globe.measure.evaluate import token_windows
 from globe.measure.texts import read_text
 from globe.run import prepare
+from globe.run.folder import RunFolder
 from globe.run.job import Job
+from globe.run.observer import Observer
 
 NAMED = {"smollm2": Path("runs/smollm2-moe"), "upcycled": Path("runs/upcycled-moe")}
 CALIBRATION = "calibration"
@@ -201,18 +203,15 @@ _CALIBRATIONS: dict[str, prepare.Calibration] = {}
 @contextlib.contextmanager
 def calibrated_once() -> Iterator[None]:
     """Within it, GloBE takes up the calibration of an earlier budget, and the seconds that it took."""
-    measured = prepare.run_calibration, prepare.with_sensitivities
+    measure = prepare.run_all
 
-    def run(job: Job) -> prepare.Calibration:
+    def run_all(job: Job, watch: Observer, folder: RunFolder | None = None) -> prepare.Calibration:  # noqa: ARG001
         name = job.config.calibrate
         if name not in _CALIBRATIONS:
-            _CALIBRATIONS[name] = measured[1](job, measured[0](job))
+            _CALIBRATIONS[name] = measure(job, watch)
         return _CALIBRATIONS[name]
 
-    with (
-        mock.patch.object(prepare, "run_calibration", run),
-        mock.patch.object(prepare, "with_sensitivities", lambda _, calibration: calibration),
-    ):
+    with mock.patch.object(prepare, "run_all", run_all):
         yield
 
 

@@ -212,7 +212,7 @@ def test_a_model_larger_than_memory_is_calibrated_on_the_text_in_the_package(
 def test_a_run_killed_on_a_model_larger_than_memory_goes_on_to_the_same_bytes(
     with_text: tuple[Path, CompressConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: str
 ) -> None:
-    def die(*_: object) -> None:
+    def die(*_: object, **__: object) -> None:
         raise Killed
 
     monkeypatch.setattr(runnable, "MEMORY_SHARE", 0.0)

@@ -164,7 +164,7 @@ def test_a_configuration_that_does_not_fit_is_one_sentence(
     with pytest.raises(CheckpointError, match=message):
         compress(source, tmp_path / "out", UNRUN)
     capsys.readouterr()
-    assert main(["inspect", str(source)]) == 1
+    assert main(["inspect", str(source), "--plan"]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert len(said) < 600 + len(str(source))

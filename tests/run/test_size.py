@@ -84,7 +84,7 @@ def test_the_smallest_within_a_loss_is_checked_and_measured_once(
     (tmp_path / "text.txt").write_text("a line of letters, and one more.\n" * 40)
     text = EvaluateConfig(text=str(tmp_path / "text.txt"), length=32, max_tokens=128)
     calls, real = list[int](), prepare_module.run_calibration
-    monkeypatch.setattr(prepare_module, "run_calibration", lambda job: calls.append(1) or real(job))
+    monkeypatch.setattr(prepare_module, "run_calibration", lambda *given: calls.append(1) or real(*given))
     report = compress_within(source, tmp_path / "out", 0.02, CompressConfig(layers=(0,)), text)
     (found,) = read_evaluations(tmp_path / "out")
     assert found.kl is not None
