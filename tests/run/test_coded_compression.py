@@ -73,7 +73,7 @@ def experts(folder: Path, layer: int, family: str) -> Tensor:
 
 def test_no_more_is_stored_than_was_asked_for_and_hardly_less(source: Path, tmp_path: Path) -> None:
     errors: list[float] = []
-    for bits in (1.5, 2.3, 4.0, 6.0, 8.0):
+    for bits in (1.5, 4.0, 8.0):
         out = tmp_path / f"{bits:g}"
         report = compress(source, out, dataclasses.replace(ALONE, bits=bits))
         stored = bytes_of_experts(out)
@@ -257,8 +257,7 @@ def test_statistics_and_sensitivities_are_each_left_out_alone(
 # odd models
 
 
-@pytest.mark.parametrize("bits", [2, 8])
-@pytest.mark.parametrize("zeros", ["an expert", "a family", "a layer", "all"])
+@pytest.mark.parametrize(("zeros", "bits"), [("an expert", 8), ("a family", 8), ("a layer", 2), ("all", 8)])
 def test_zeros_stay_zeros_however_many_bits_there_are(source: Path, tmp_path: Path, zeros: str, bits: float) -> None:
     own = shutil.copytree(source, tmp_path / "source")
     part = {"an expert": "experts.3.", "a family": "layers.1.mlp.experts.", "a layer": "layers.0.mlp.experts."}
