@@ -30,6 +30,19 @@ def readable(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
 
 
+def unfinished(folder: Path) -> str | None:
+    """What to say of an output that is not there because its run has not ended; None otherwise."""
+    with readable(folder):
+        if folder.exists() or not (partial := folder.with_name(f"{folder.name}.partial")).is_dir():
+            return None
+    return f"its run is not finished and lies in {partial}; the command that began it goes on with it"
+
+
+def unwritten(folder: Path) -> str | None:
+    """Why a folder has nothing of what a run writes, where that is plain: it is not there."""
+    return unfinished(folder) or (None if folder.exists() else "there is no such folder")
+
+
 def regular_size(path: Path) -> int:
     """Bytes of a file; `CheckpointError` unless it is there and a regular one: a pipe or a device has no end."""
     with readable(path):

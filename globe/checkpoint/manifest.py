@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from globe.checkpoint.digest import file_sha256
+from globe.checkpoint.files import unwritten
 from globe.checkpoint.writer import TEMPORARY, write_file, write_json
 from globe.errors import CheckpointError
 
@@ -110,9 +111,8 @@ def verify_files(folder: Path, names: Iterable[str] | None = None) -> Verificati
     """
     manifest = read_manifest(folder)
     if manifest is None:
-        raise CheckpointError(
-            f"{folder} has no {MANIFEST}, so its bytes cannot be proved: only what GloBE's commands write has one"
-        )
+        why = unwritten(folder) or "only what GloBE's commands write has one"
+        raise CheckpointError(f"{folder} has no {MANIFEST}, so its bytes cannot be proved: {why}")
     chosen = manifest.files if names is None else {name: manifest.files[name] for name in names}
     missing = [name for name in chosen if not (folder / name).is_file()]
     changed = [name for name in chosen if name not in missing and file_sha256(folder / name) != chosen[name]]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from globe.checkpoint.bounds import check_counts
 from globe.checkpoint.digest import settled_sha256
-from globe.checkpoint.files import check_contained, read_json, readable
+from globe.checkpoint.files import check_contained, read_json, readable, unfinished
 from globe.checkpoint.header import TensorInfo, check_entries, read_header
 from globe.checkpoint.hub import HubRepo, open_repo
 from globe.checkpoint.redirects import refuse_redirects
@@ -139,6 +139,8 @@ def open_checkpoint(model: str | Path, revision: str | None = None, cache: Path 
     if exists:
         kind = "holds weights as GGUF, which is not read" if folder.suffix == ".gguf" else "is a file"
         raise CheckpointError(f"{folder} {kind}; give the folder with {CONFIG} and the safetensors files")
+    if (why := unfinished(folder)) is not None:
+        raise CheckpointError(f"{folder} is not there: {why}")
     repo_id = str(model).rstrip("/")
     if repo_id.startswith(_HUB):
         owner_and_name = "/".join(repo_id.removeprefix(_HUB).split("/")[:2])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from globe.bank_shape import BankShape
-from globe.checkpoint.files import read_json
+from globe.checkpoint.files import read_json, unwritten
 from globe.errors import CheckpointError, SettingsError
 from globe.terms import FAMILIES
 from globe.typed import documented, parsed, shown
@@ -232,7 +232,9 @@ class Report:
         """
         path = folder / REPORT
         if not path.exists():
-            raise CheckpointError(f"{folder} has no {REPORT}; is it the output of globe compress?")
+            raise CheckpointError(
+                f"{folder} has no {REPORT}; {unwritten(folder) or 'is it the output of globe compress?'}"
+            )
         report = parsed(cls, read_json(path), str(path), CheckpointError)
         if fault := next(report.faults(), None):
             raise CheckpointError(f"{path}: {fault}; is it the output of globe compress?")

@@ -7,12 +7,13 @@ import hashlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from globe.bank_shape import ExpertSizes
 from globe.checkpoint.header import TensorInfo
 from globe.checkpoint.writer import save_each
 from globe.errors import CheckpointError
@@ -148,17 +149,6 @@ def run_hooked(model: Any, windows: Tensor, hooks: Mapping[int, Callable[..., No
     finally:
         for handle in handles:
             handle.remove()
-
-
-class ExpertSizes(Protocol):
-    """How large a layer's experts are."""
-
-    @property
-    def num_experts(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
 
 
 def save_statistics(

@@ -62,7 +62,7 @@ class Outlook:
             f"reads       {byte_size(self.read)} of {self.source}{absent}",
             f"writes      {byte_size(self.written)} ({self.written / self.read:.1%}); {byte_size(self.free)} are free",
             f"needs       about {byte_size(self.memory)} of memory and at least {clock(self.seconds)} on this "
-            f"{self.device}; {self.bound}",
+            f"{self.device}, measuring not counted; {self.bound}",
         ]
         if self.written + self.absent > self.free:
             said.append("note: the disk is too small for that: make room, or choose another folder")

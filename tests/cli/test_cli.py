@@ -210,7 +210,8 @@ def test_env_names_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
         (("evaluate", "--length", "1"), "at least 2"),
         (("evaluate", "--device", "nowhere"), "choose auto, cpu, cuda, cuda:1 or mps"),
         (("evaluate", "./nothing"), "does not exist"),
-        (("report", "nothing"), "has no report.json"),
+        (("report", "nothing"), "has no report.json; there is no such folder"),
+        (("verify", "nothing"), "cannot be proved: there is no such folder"),
         (("export", "shipped", "-o", "x"), "not compressed"),
     ],
 )
@@ -227,6 +228,17 @@ def test_mistakes_are_told_in_one_line_and_leave_nothing(
     assert err.startswith("error: ")
     assert message in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["evaluate", "verify", "report", "export"])
+def test_a_run_that_has_not_ended_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("small.partial").mkdir()
+    status, _, err = run(capsys, command, "small", *(("-o", "dense") if command == "export" else ()))
+    assert status == 1
+    assert "its run is not finished and lies in small.partial" in " ".join(err.split())
 
 
 def test_an_interrupted_run_says_how_to_go_on(
