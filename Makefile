@@ -36,11 +36,11 @@ test-latest:  ## the test suite with the newest releases of everything but torch
 
 .venv-tools/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-tools
-	.venv-tools/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,lm-eval,serve]' peft==0.21.2
+	.venv-tools/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,lm-eval,serve]' peft==0.21.2 triton==3.9.0
 	touch $@
 
 test-servers: .venv-servers/ready .venv-tools/ready  ## real servers and tools: gigabytes of packages, minutes
-	.venv-tools/bin/python -m pytest tests/servers
+	.venv-tools/bin/python -m pytest tests/servers tests/quant/test_triton_product.py
 
 check: .venv/ready  ## style, types, and the direction of the imports
 	$(BIN)/ruff check .
