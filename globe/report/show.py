@@ -287,8 +287,8 @@ def _show_coding(console: Terminal, job: Job, plan: CodingPlan) -> None:
     console.print(f"experts     in {bits:.3f} bits a weight, everything counted")
     if plan.predicted_kl is not None:
         console.print(
-            f"loss        about {plan.predicted_kl:.2g} nats a token by second-order theory; on two models, measured was "
-            "1.3 to 2.4 times what theory says",
+            f"loss        about {plan.predicted_kl:.2g} nats a token by second-order theory; two models that were "
+            "judged had 1.3 to 2.4 times what it says",
             soft_wrap=True,
         )
     if shared:
