@@ -23,7 +23,9 @@ from torch import Tensor
 from globe.quant.coded import CodedExperts, code_own, rehearse
 from globe.quant.feedback import Order, order_inputs
 from globe.quant.outputs import Outputs
-from globe.quant.trellis import DISTORTION
+from globe.quant.packing import row_bytes
+from globe.quant.side import side_bytes
+from globe.quant.trellis import DISTORTION, path_length
 from globe.quant.water_fill import UNIT, log_costs, widths_at
 
 CODE_UNIT = 2.0**-12
@@ -104,25 +106,57 @@ def share_bank(
     def row_costs(x: Tensor) -> Tensor:
         return log_costs(importance[:, None] * prices * x.square().mean(2))
 
-    def bank_of(count: int) -> CodedBank:
+    def fit(count: int) -> _Fitted:
         codes = vectors[:, :count] / roots[:, None]
         codes = (codes / codes.abs().amax(0) * (_LARGEST_CODE / CODE_UNIT)).round().to(torch.int16)
         bases = _fit_bases(X, codes, weights)
-        return _code_bases(X, bases, codes, second_moment, importance[:, None] * prices, multiplier)
+        return _Fitted(bases, codes, _widths(X, bases, codes, importance[:, None] * prices, multiplier))
 
     def total(rest: Tensor) -> float:
         return float(bits_and_loss(row_costs(rest), multiplier).sum()) * X.shape[2]
 
     if num_bases is not None:
-        return bank_of(num_bases)
+        return fit(num_bases).coded(second_moment)
     least, best, count = total(X), None, 1
     while count <= min(MOST_BASES, len(X) // 2):
-        bank = bank_of(count)
+        fitted = fit(count)
+        if total(X - fitted.mixtures()) + 8 * fitted.num_bytes >= least:
+            break  # it would not pay either if coding it lost nothing
+        bank = fitted.coded(second_moment)
         found = total(X - bank.add_to(torch.zeros_like(X))) + 8 * bank.num_bytes
         if found >= least:
             break
         least, best, count = found, bank, 2 * count
     return best
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fitted:
+    """A bank before its bases are coded."""
+
+    bases: Tensor
+    """(M, N, K)."""
+    codes: Tensor
+    """(E, M) int16."""
+    widths: Tensor
+    """(M, N) uint8, of the bases' rows."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What the bank will take."""
+        M, N, K = self.bases.shape
+        payload = int(row_bytes(self.widths, path_length(K)).sum())
+        return payload + side_bytes(M, N, is_shared=False) + 2 * self.codes.numel()
+
+    def mixtures(self) -> Tensor:
+        """(E, N, K), of the bases as they are."""
+        return _mixtures(self.bases, self.codes)
+
+    def coded(self, second_moment: Tensor) -> CodedBank:
+        """With bases coded in the metric C (N, N)."""
+        order, outputs = order_inputs(second_moment[None]), Outputs()
+        expected = rehearse(outputs.apply(self.bases), order, self.widths)
+        return CodedBank(code_own(self.bases, outputs, order, self.widths, expected)[0], self.codes)
 
 
 def _fit_bases(X: Tensor, codes: Tensor, weights: Tensor) -> Tensor:
@@ -133,16 +167,14 @@ def _fit_bases(X: Tensor, codes: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("me,enk->mnk", mixing.to(X), X)
 
 
-def _code_bases(
-    X: Tensor, bases: Tensor, codes: Tensor, second_moment: Tensor, row_importance: Tensor, multiplier: int
-) -> CodedBank:
-    """Code the bases as precisely as what they leave asks for."""
-    a = codes.float() * CODE_UNIT
-    rest = (X - torch.einsum("em,mnk->enk", a, bases)).square().mean(2)
+def _mixtures(bases: Tensor, codes: Tensor) -> Tensor:
+    return torch.einsum("em,mnk->enk", codes.float() * CODE_UNIT, bases)
+
+
+def _widths(X: Tensor, bases: Tensor, codes: Tensor, row_importance: Tensor, multiplier: int) -> Tensor:
+    """Widths (M, N) uint8 with which bases are as precise as what they leave asks for."""
+    rest = (X - _mixtures(bases, codes)).square().mean(2)
     uncoded = 2.0 ** (multiplier / UNIT) / row_importance.clamp_min(torch.finfo(rest.dtype).tiny)
+    a = codes.float() * CODE_UNIT
     tolerated = 1 / (a.square().mT @ (1 / torch.maximum(rest, uncoded).clamp_min(torch.finfo(rest.dtype).tiny)))
-    order = order_inputs(second_moment[None])
-    widths = widths_at(log_costs(bases.square().mean(2) / tolerated), 0)
-    outputs = Outputs()
-    coded, _ = code_own(bases, outputs, order, widths, rehearse(outputs.apply(bases), order, widths))
-    return CodedBank(coded, codes)
+    return widths_at(log_costs(bases.square().mean(2) / tolerated), 0)

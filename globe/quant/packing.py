@@ -74,7 +74,10 @@ def decode(payload: Tensor, offsets: Tensor, widths: Tensor, steps: Tensor, leng
 def rows_by_width(widths: Tensor, length: int) -> Iterator[tuple[int, Tensor]]:
     """Each width above 0 among `widths` (n,) with the rows (m,) that have it, a few million entries at a time."""
     most = max(1, CHUNK // length)
+    counts = torch.bincount(widths, minlength=trellis.MAX_WIDTH + 1)
     for width in range(trellis.LEAST_WIDTH, trellis.MAX_WIDTH + 1):
+        if not counts[width]:
+            continue
         rows = torch.where(widths == width)[0]
         for start in range(0, len(rows), most):
             yield width, rows[start : start + most]

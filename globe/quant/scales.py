@@ -43,8 +43,8 @@ def fit_exponents(rows: Tensor, widths: Tensor) -> Tensor:
     beyond = (rows.abs() - reach[:, None]).clamp_min(0).square().mean(1)
     who = torch.where((beyond > within * (growth[1] ** 2 - 1)) & (widths > 0))[0]  # no larger scale pays for others
     large = rows[who].abs()
-    left = [(large - reach[who, None] * g).clamp_min(0).square().mean(1) for g in growth]
-    found[who] += (within[who, None] * growth.square() + torch.stack(left, 1)).argmin(1).to(torch.int32)
+    left = (large[:, None] - (reach[who, None] * growth)[..., None]).clamp_min(0).square().mean(2)
+    found[who] += (within[who, None] * growth.square() + left).argmin(1).to(torch.int32)
     return found
 
 

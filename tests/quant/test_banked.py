@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from globe.quant import trellis
-from globe.quant.banked import CODE_UNIT, BankedExperts, CodedBank, bits_and_loss, share_bank
+from globe.quant import banked, trellis
+from globe.quant.banked import CODE_UNIT, BankedExperts, CodedBank, _Fitted, bits_and_loss, share_bank
 from globe.quant.coded import code_own, rehearse, row_costs
 from globe.quant.feedback import Order, order_inputs
 from globe.quant.outputs import Outputs
@@ -88,9 +88,18 @@ def test_what_is_shared_is_found(num_shared: int) -> None:
     assert torch.equal(again.codes, bank.codes)
 
 
-def test_experts_that_share_nothing_have_no_bank() -> None:
+def test_a_bank_takes_what_was_foreseen() -> None:
+    """Odd numbers of inputs and outputs, and rows that are left out."""
+    widths = torch.tensor([[0, 3, 5], [16, 2, 0]], dtype=torch.uint8)
+    fitted = _Fitted(normal(2, 3, 17, seed=1).float(), torch.ones(E, 2, dtype=torch.int16), widths)
+    assert fitted.num_bytes == fitted.coded(torch.eye(3)).num_bytes
+
+
+def test_experts_that_share_nothing_have_no_bank(monkeypatch: pytest.MonkeyPatch) -> None:
     X, C, order, importance = problem(0)
-    assert share_bank(X, C, order, importance, MULTIPLIER) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(banked, "code_own", None)  # bases that cannot pay are not coded
+        assert share_bank(X, C, order, importance, MULTIPLIER) is None
     X, C, order, importance = problem(1)
     assert share_bank(X, C, order, importance, MULTIPLIER, 0) is None
     assert share_bank(X[:1], C, order, importance[:1], MULTIPLIER) is None
