@@ -429,13 +429,13 @@ def fuzz(
     nowhere = io.StringIO()
     with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         subjects = [subject for builder in builders for subject in builder(folder)]
-        for subject in subjects:  # each command runs to its end, and what is imported late is imported here
-            for _, command in subject.commands:
-                shutil.copytree(subject.folder, folder / "whole")
-                os.chdir(folder / "whole")
-                assert _run(command) == 0, f"{subject.folder.name}: {' '.join(command)} fails unmutated"
-                os.chdir(folder)
-                shutil.rmtree(folder / "whole")
+        # each command runs to its end, and what is imported late is imported here
+        for place, command in {(subject.folder, command) for subject in subjects for _, command in subject.commands}:
+            shutil.copytree(place, folder / "whole")
+            os.chdir(folder / "whole")
+            assert _run(command) == 0, f"{place.name}: {' '.join(command)} fails unmutated"
+            os.chdir(folder)
+            shutil.rmtree(folder / "whole")
     gc.freeze()  # or every fork copies what its collector touches
     baseline = forked(lambda: 0, folder, folder / "told")[2]
     for number in numbers:

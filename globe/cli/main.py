@@ -314,10 +314,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     command, go_on = None, ""
-    if given == ["--version"]:
-        print(f"globe {__version__}")
-        return 0
     try:
+        if given == ["--version"]:
+            print(f"globe {__version__}", flush=True)
+            return 0
         with stoppable():
             command = _parse(given)
             go_on = getattr(command, "go_on", "")

@@ -20,14 +20,15 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from globe.checkpoint.reader import open_checkpoint
-from globe.cli.main import main
+from globe.cli.main import _parse, main
 from globe.measure.evaluate import generate
 from globe.measure.settings import EvaluateConfig
 from globe.plan.settings import CompressConfig
 from globe.run import scope as scope_module
 from globe.sweeps.settings import SweepConfig
 from globe.version import __version__
-from tests.tiny_sources import write_source
+from tests import coded
+from tests.tiny_sources import write_source, write_tokenizer
 
 SETTINGS = {
     "compress": (CompressConfig,),
@@ -35,6 +36,7 @@ SETTINGS = {
     "evaluate": (EvaluateConfig,),
     "inspect": (CompressConfig,),
 }
+LETTERS = "".join(map(chr, range(ord("A"), ord("A") + 48)))
 BANKS = ("--steps", "2", "--keep", "0.75")
 FAST = ("--steps", "3", "--keep", "0.7", "--layers", "3")
 
@@ -106,26 +108,25 @@ def test_the_commands_take_a_coded_model(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_coded_model_that_could_not_be_measured_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    source, tokens = tmp_path / "source", ("--calibration-tokens", 512)
+    coded.write_source(source)
+    write_tokenizer(source, LETTERS)
     monkeypatch.setattr("globe.measure.runnable.MEMORY_SHARE", 0.0)
-    tokens = ("--calibration-tokens", 512)
-    status, out, _ = run(capsys, "compress", "-o", tmp_path / "streamed", "--bits", "3", "--layers", "3", *tokens)
+    status, out, _ = run(capsys, "compress", source, "-o", tmp_path / "streamed", "--bits", "3", *tokens)
     assert status == 0
     assert "calibrated      on 512 tokens of calibration; " in out
     assert "the model ran a layer at a time, so not on samples of its own: the model takes" in out
     monkeypatch.setattr("globe.measure.runnable.STREAMED_SHARE", 0.0)
-    status, out, _ = run(capsys, "compress", "-o", tmp_path / "out", "--bits", "3", "--layers", "3")
+    status, out, _ = run(capsys, "compress", source, "-o", tmp_path / "out", "--bits", "3")
     assert status == 0
     assert "fitted to the weights alone: the model takes" in out
     assert "every expert counts the same: the model takes" in out
 
 
-@pytest.mark.parametrize("value", [(), ("calibration",)])
-def test_a_bare_calibrate_means_the_shipped_split(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: tuple[str, ...]
-) -> None:
-    status, out, _ = run(
-        capsys, "compress", "-o", tmp_path / "out", *FAST, "--calibration-tokens", 512, "--calibrate", *value
-    )
+def test_a_bare_calibrate_means_the_shipped_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("compress", "-o", str(tmp_path / "out"), *FAST, "--calibration-tokens", "512", "--calibrate")
+    assert _parse(command) == _parse((*command, "calibration"))
+    status, out, _ = run(capsys, *command)
     assert status == 0
     assert "calibrated      on 512 tokens of calibration; " in out
 
@@ -313,13 +314,16 @@ def test_a_fault_of_its_own_is_said_in_a_paragraph_with_the_traceback_in_a_file(
     assert "KeyError: 'x'" in saved.read_text()
 
 
-def test_a_closed_pipe_ends_it_quietly() -> None:
-    command = [sys.executable, "-m", "globe", "inspect", "--calibrate", "none", "--allocation", "uniform"]
+@pytest.mark.parametrize("arguments", [("env",), ("--version",), ("compress", "--help")])
+def test_a_closed_pipe_ends_it_quietly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
-    os.close(write)
-    assert (done.returncode, done.stderr) == (141, b"")
+    with os.fdopen(write, "w") as pipe:  # closing it writes what is left, as the end of a process does
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(arguments) == 141
+    assert capsys.readouterr().err == ""
 
 
 def test_where_index_and_files_disagree_is_said_by_inspect_and_in_the_report(
