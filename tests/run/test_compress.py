@@ -31,10 +31,11 @@ from globe.run import scope as scope_module
 from globe.run.export import export_dense
 from globe.run.observer import Observers
 from globe.train.result import StepRecord
-from tests.model.compressed import FAMILY_SETTINGS, LAYERS
+from tests.model.compressed import LAYERS
 from tests.tiny_sources import write_source
 
-QUICK = CompressConfig(keep=0.8, steps=5)
+QUICK = CompressConfig(keep=0.8, steps=5, calibrate="none", allocation="uniform")
+MEASURED = CompressConfig(keep=0.8, steps=5)
 LAYOUTS = ("per_expert", "fused")
 IDS = torch.tensor([[3, 5, 7, 11, 13, 17, 19, 23]])
 
@@ -53,31 +54,15 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model_type", FAMILY_SETTINGS)
-def test_a_bank_that_compresses_nothing_away_leaves_the_logits(tmp_path: Path, model_type: str, layout: str) -> None:
-    model = write_source(tmp_path / "source", model_type, layout)
+def test_a_bank_that_compresses_nothing_away_leaves_the_logits(tmp_path: Path, layout: str) -> None:
+    """Of a model that is run, too; the conformance suite has all families."""
+    model = write_source(tmp_path / "source", layout=layout)
     config = CompressConfig(rank_ratio=1, basis_ratio=1, activation="identity", steps=5)
     report = compress(tmp_path / "source", tmp_path / "out", config)
     assert report.error < 1e-4
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
     torch.testing.assert_close(logits(tmp_path / "out"), expected, rtol=0, atol=1e-3)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model_type", FAMILY_SETTINGS)
-def test_the_compressed_model_has_the_logits_of_its_dense_export(tmp_path: Path, model_type: str, layout: str) -> None:
-    write_source(tmp_path / "source", model_type, layout)
-    compress(tmp_path / "source", tmp_path / "out", QUICK)
-    export_dense(tmp_path / "out", tmp_path / "dense")
-    torch.testing.assert_close(logits(tmp_path / "out"), logits(tmp_path / "dense"), rtol=0, atol=1e-5)
-
-    before, after = open_checkpoint(tmp_path / "source"), open_checkpoint(tmp_path / "dense")
-    assert {key: value for key, value in after.config.items() if key != "globe_export"} == before.config
-    assert after.shards == before.shards
-    for shard in before.shards:
-        described = {(t.name, t.dtype, t.shape) for t in before.shard_tensors(shard)}
-        assert {(t.name, t.dtype, t.shape) for t in after.shard_tensors(shard)} == described
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -105,6 +90,8 @@ def test_every_choice_of_scope_and_families_loads_as_it_exports(
 ) -> None:
     write_source(tmp_path / "source", layout=layout)
     config = CompressConfig(keep=0.7, steps=3, **settings)
+    if layout == "fused":  # what is measured does not depend on it
+        config = dataclasses.replace(config, calibrate="none", allocation="uniform")
     report = compress(tmp_path / "source", tmp_path / "out", config)
     assert 0 < report.error < 1
     assert 0.5 < report.kept <= 0.7
@@ -165,7 +152,7 @@ def test_the_report_holds_the_errors_of_the_weights_as_stored(source: Path, tmp_
 
 def test_the_same_seed_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        compress(source, tmp_path / name, QUICK)
+        compress(source, tmp_path / name, MEASURED)
     for shard in open_checkpoint(tmp_path / "one").shards:
         assert (tmp_path / "one" / shard).read_bytes() == (tmp_path / "two" / shard).read_bytes()
 
@@ -191,17 +178,17 @@ def fail_after(monkeypatch: pytest.MonkeyPatch, num_banks: int, fault: BaseExcep
 def test_a_killed_run_goes_on_after_its_last_finished_scope(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException
 ) -> None:
-    compress(source, tmp_path / "whole", QUICK)
+    compress(source, tmp_path / "whole", MEASURED)
     with monkeypatch.context() as patch:
         fail_after(patch, 2, fault)
         with pytest.raises(type(fault)):
-            compress(source, tmp_path / "out", QUICK)
+            compress(source, tmp_path / "out", MEASURED)
     assert not (tmp_path / "out").exists()
     with pytest.raises(CheckpointError):  # nothing half-written is loadable
         open_checkpoint(tmp_path / "out.partial")
     with monkeypatch.context() as patch:
         fail_after(patch, 1, InjectedError())  # one scope is left, so one fit is enough
-        compress(source, tmp_path / "out", QUICK)
+        compress(source, tmp_path / "out", MEASURED)
     assert not (tmp_path / "out.partial").exists()
     for shard in open_checkpoint(tmp_path / "whole").shards:
         assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "whole" / shard).read_bytes()
@@ -213,7 +200,7 @@ def test_going_on_with_other_settings_is_refused(source: Path, tmp_path: Path, m
         with pytest.raises(InjectedError):
             compress(source, tmp_path / "out", QUICK)
     with pytest.raises(SettingsError, match=r"steps was 5, now 6"):
-        compress(source, tmp_path / "out", CompressConfig(keep=0.8, steps=6))
+        compress(source, tmp_path / "out", dataclasses.replace(QUICK, steps=6))
     changed = load_file(next(source.glob("*.safetensors")))
     save_file({k: v + 1 for k, v in changed.items()}, next(source.glob("*.safetensors")), metadata={"format": "pt"})
     with pytest.raises(SettingsError, match="fingerprint"):
