@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +16,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from globe.model import experts, set_compose_cache
 from globe.model.autoload import AUTOLOAD
+from tests.fresh_process import FreshProcess
 from tests.model.compressed import FAMILY_SETTINGS, logits, token_ids
 from tests.model.conftest import Make
 from tests.rounding import assert_equal_but_for_rounding
 
-ROOT = Path(__file__).parents[2]
 IN_ANOTHER_PROCESS = """
 import pickle, sys
 import torch
@@ -73,16 +70,15 @@ def test_the_twin_is_whole_and_its_own(
     assert not [name for name, _ in twin.named_modules() if "globe" in name]
 
 
-def test_its_classes_are_made_where_it_is_loaded(compressed: Make, tmp_path: Path) -> None:
+def test_its_classes_are_made_where_it_is_loaded(compressed: Make, fresh: FreshProcess, tmp_path: Path) -> None:
     """Another process, which imports what the pickles import and nothing else."""
     paths = list[Path]()
     models = [AutoModelForCausalLM.from_pretrained(compressed(family).path) for family in ("qwen2_moe", "mixtral")]
     for model in models:
         paths.append(tmp_path / str(len(paths)))
         paths[-1].write_bytes(pickle.dumps((model, token_ids())))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", IN_ANOTHER_PROCESS, *map(str, paths)]
-    subprocess.run(command, check=True, capture_output=True, env=environment)
+    result = fresh.run(IN_ANOTHER_PROCESS, *paths)
+    assert result.returncode == 0, result.stderr
     for model, path in zip(models, paths, strict=True):
         assert_equal_but_for_rounding(torch.load(f"{path}.logits"), logits(model))
         saved = AutoModelForCausalLM.from_pretrained(f"{path}.saved")
