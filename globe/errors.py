@@ -34,3 +34,7 @@ class FinishedError(OutputError):
 
 class OutOfMemoryError(GlobeError, MemoryError):
     """The machine, the container or the device has too little memory for what was asked."""
+
+
+class RankError(GlobeError, ConnectionError):
+    """Another of the processes that share a run has ended."""

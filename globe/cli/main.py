@@ -19,6 +19,7 @@ from globe.errors import FinishedError, GlobeError, SettingsError
 from globe.measure.settings import EvaluateConfig
 from globe.plan.recipe import BUDGET, read_recipe
 from globe.plan.settings import CompressConfig
+from globe.run.ranks import ALONE, Ranks, with_ranks
 from globe.sweeps.settings import SweepConfig
 from globe.terminal import Terminal, tame_logging
 from globe.terms import Track
@@ -54,7 +55,7 @@ class Compress:
     settings anew."""
     go_on: ClassVar[str] = "the same command goes on after the last finished scope"
 
-    def run(self, console: Terminal) -> None:
+    def run(self, console: Terminal, ranks: Ranks = ALONE) -> None:
         from globe.cli.progress import LiveProgress, PlainProgress
         from globe.cli.track import make_tracker
         from globe.report.show import fitted_config, show_outlook, show_report
@@ -83,6 +84,7 @@ class Compress:
             overwrite=self.overwrite,
             revision=self.revision,
             cache=self.cache_dir,
+            ranks=ranks,
         )
         show_report(console, report, self.output)
 
@@ -313,16 +315,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     SIGTERM, 129 by SIGHUP), 141 when nobody reads what is printed; wrong arguments leave with 2.
     """
     given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    return with_ranks(functools.partial(_main, given))
+
+
+def _main(given: Sequence[str], ranks: Ranks) -> int:
     command, go_on = None, ""
     try:
         if given == ["--version"]:
             print(f"globe {__version__}", flush=True)
             return 0
         with stoppable():
+            if ranks.is_follower:
+                return ranks.serve()
+            if given == ["--version"]:
+                print(f"globe {__version__}")
+                return 0
             command = _parse(given)
             go_on = getattr(command, "go_on", "")
             tame_logging()
-            command.run(Terminal())
+            if isinstance(command, Compress):
+                command.run(Terminal(), ranks)
+            elif ranks.size == 1:
+                command.run(Terminal())
+            else:
+                raise SettingsError(f"{given[0]} runs in one process: give it without torchrun, which is for compress")
             sys.stdout.flush()
     except FinishedError as error:
         tell("finished", str(error), "green")

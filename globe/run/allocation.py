@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,8 +21,9 @@ from globe.measure.runnable import Place, find_place
 from globe.measure.sensitivity import NUM_WINDOWS
 from globe.plan.allocate import REACH, ErrorCurve, allocate
 from globe.plan.budget import Keep, least_share
-from globe.plan.scopes import Scope
+from globe.plan.scopes import BankPlan, Scope
 from globe.plan.settings import CompressConfig
+from globe.run.ranks import ALONE, Ranks
 from globe.train.fit_banks import fit_bank
 
 SHORT_STEPS, SHORT_ALIGNMENTS = 20, 32
@@ -50,6 +52,7 @@ def allocated(
     config: CompressConfig,
     windows: Tensor | None = None,
     folder: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Scope]:
     """The uniform `scopes` with the budget shared out by what was measured on the weights and the model itself.
 
@@ -59,8 +62,7 @@ def allocated(
     budget = config.budget
     assert isinstance(budget, Keep)
     banks = [bank for scope in scopes for bank in scope.banks]
-    with explained_exhaustion(f"planning on {config.device}", FITS_EXHAUSTED):
-        curves = [measure_curve(read_stack(checkpoint, layers, bank).weights, bank.shape, config) for bank in banks]
+    curves = ranks.map(functools.partial(_curve, checkpoint, layers, config), banks)
     by_family = placed_sensitivities(
         _place(checkpoint, config),
         checkpoint,
@@ -75,6 +77,13 @@ def allocated(
         for bank in banks
     ]
     return allocate(scopes, curves, sensitivities, budget)
+
+
+def _curve(
+    checkpoint: Checkpoint, layers: Mapping[int, ExpertLayer], config: CompressConfig, bank: BankPlan
+) -> ErrorCurve:
+    with explained_exhaustion(f"planning on {config.device}", FITS_EXHAUSTED):
+        return measure_curve(read_stack(checkpoint, layers, bank).weights, bank.shape, config)
 
 
 def measure_curve(weights: Tensor, bank: BankShape, config: CompressConfig) -> ErrorCurve:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,12 +25,16 @@ from globe.measure.sensitivity import Sensitivities
 from globe.model.coded_spec import CodedSpec, spec_of
 from globe.plan.budget import Bits
 from globe.plan.settings import CompressConfig
-from globe.quant.banked import BankedExperts
+from globe.quant.banked import BankedExperts, CodedBank
 from globe.quant.side import side_bytes
 from globe.quant.trellis import MAX_WIDTH
 from globe.quant.water_fill import Rows, water_fill
 from globe.run.job import Job, Outline
+from globe.run.ranks import ALONE, Ranks
 from globe.terms import Family
+
+_Key = tuple[int, Family]
+_Problem = Callable[[int, Family], CodingProblem]
 
 MOST_WINDOWS = 64
 """On which sensitivities are measured: single experts want more tokens than whole banks; measured, see docs/log.md."""
@@ -98,7 +102,11 @@ def measured_sensitivities(
 
 
 def plan_coding(
-    job: Job, statistics: Mapping[int, LayerStatistics] | None, sensitivities: Sensitivities, measured: bool = True
+    job: Job,
+    statistics: Mapping[int, LayerStatistics] | None,
+    sensitivities: Sensitivities,
+    measured: bool = True,
+    ranks: Ranks = ALONE,
 ) -> CodingPlan:
     """The least multiplier at which everything that is stored of the coded families fits the budget of bits.
 
@@ -117,33 +125,46 @@ def plan_coding(
             raise _out_of_reach(asked, 8 * other_bytes / original)
         return budget - other_bytes
 
-    with explained_exhaustion("planning", FITS_EXHAUSTED):
-        problems = {key: functools.partial(_problem, job, statistics, importance, *key) for key in importance}
-        whole, side = _rows_and_side(problem() for problem in problems.values())
-        first = second = water_fill(whole, payload(side)).multiplier
-        banks = {key: problem().bank(first) for key, problem in problems.items()}
-        num_bases = {key: 0 if bank is None else bank.codes.shape[1] for key, bank in banks.items()}
-        if in_banks := sum(bank.num_bytes for bank in banks.values() if bank is not None):
-            left, side = _rows_and_side(problem().without(banks[key]) for key, problem in problems.items())
-            second = water_fill(left, payload(side + in_banks)).multiplier
-        rows, stakes = list[Rows](), list[Tensor]()
-        for key, problem in problems.items():
-            rehearsed = problem().without(banks[key]).rehearsed(second)
-            rows.append(rehearsed.rows())
-            stakes.append(rehearsed.stakes(sensitivities[key]))
-        filled = water_fill(rows, payload(side + in_banks))
-    lost = sum(each.loss(stake, filled.multiplier) for each, stake in zip(rows, stakes, strict=True))
-    multipliers, num_bytes = (first, second, filled.multiplier), filled.num_bytes + side + in_banks
+    keys, problem = [*importance], functools.partial(_problem, job, statistics, importance)
+    rows_and_side = functools.partial(_rows_and_side, problem)
+    rows, sides = zip(*ranks.map(rows_and_side, keys, [None] * len(keys)), strict=True)
+    first = second = water_fill(rows, payload(sum(sides))).multiplier
+    banks = ranks.map(functools.partial(_bank, problem, first), keys)
+    if in_banks := sum(bank.num_bytes for bank in banks if bank is not None):
+        rows, sides = zip(*ranks.map(rows_and_side, keys, banks), strict=True)
+        second = water_fill(rows, payload(sum(sides) + in_banks)).multiplier
+    costs = [sensitivities[key] for key in keys]
+    rehearsals = ranks.map(functools.partial(_rehearsed, problem, second), keys, banks, costs)
+    filled = water_fill([each for each, _ in rehearsals], payload(sum(sides) + in_banks))
+    lost = sum(each.loss(stake, filled.multiplier) for each, stake in rehearsals)
+    num_bases = {key: 0 if bank is None else bank.codes.shape[1] for key, bank in zip(keys, banks, strict=True)}
+    multipliers, num_bytes = (first, second, filled.multiplier), filled.num_bytes + sum(sides) + in_banks
     return CodingPlan(multipliers, num_bases, num_bytes, lost if measured else None)
 
 
-def _rows_and_side(problems: Iterable[CodingProblem]) -> tuple[list[Rows], int]:
-    """What is to be shared out, and the bytes of what is stored beside it; one problem in memory at a time."""
-    rows, side = list[Rows](), 0
-    for problem in problems:
-        rows.append(problem.rows())
-        side += problem.side_bytes
-    return rows, side
+_exhausted = explained_exhaustion("planning", FITS_EXHAUSTED)
+
+
+@_exhausted
+def _rows_and_side(problem: _Problem, key: _Key, bank: CodedBank | None) -> tuple[Rows, int]:
+    """What of a problem is to be shared out when the bank's mixtures are taken from it, and the bytes of what is stored
+    beside that."""
+    left = problem(*key).without(bank)
+    return left.rows(), left.side_bytes
+
+
+@_exhausted
+def _bank(problem: _Problem, multiplier: int, key: _Key) -> CodedBank | None:
+    return problem(*key).bank(multiplier)
+
+
+@_exhausted
+def _rehearsed(
+    problem: _Problem, multiplier: int, key: _Key, bank: CodedBank | None, sensitivities: Tensor
+) -> tuple[Rows, Tensor]:
+    """What is to be shared out in the end, and what leaving it out costs."""
+    rehearsed = problem(*key).without(bank).rehearsed(multiplier)
+    return rehearsed.rows(), rehearsed.stakes(sensitivities)
 
 
 def check_reach(job: Outline) -> None:

@@ -6,6 +6,7 @@ SHA-256; a killed run goes on after what is finished, and only the whole output 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from globe.checkpoint.report import Report
 from globe.checkpoint.writer import (
     require_space,
 )
-from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.plan.settings import CompressConfig
 from globe.run.assemble import assemble
 from globe.run.folder import RunFolder, open_run
 from globe.run.job import Job, make_job
 from globe.run.observer import Observer, Observers
 from globe.run.prepare import Calibration, prepare
+from globe.run.ranks import ALONE, Ranks
 from globe.run.scope import fit_scope, is_finished
 
 
@@ -32,6 +33,7 @@ def compress(
     overwrite: bool = False,
     revision: str | None = None,
     cache: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Report:
     """Compress the routed experts of `model` (a local folder, a Hub id, or "shipped") into the folder `output`.
 
@@ -40,7 +42,8 @@ def compress(
     half of the machine's, else a layer at a time. A run on the output of a killed one goes on after what that finished;
     what was damaged since is done again. With `overwrite`, an output that GloBE wrote earlier is replaced when the new
     one is whole, and an unfinished run with other settings is started anew. `revision` names a branch, tag or commit of
-    a model on the Hub, `cache` the folder that keeps it in place of the client's own.
+    a model on the Hub, `cache` the folder that keeps it in place of the client's own. `ranks` are the processes that
+    share planning and scopes.
 
     Raises, all of them `GlobeError`: `SettingsError` for settings that do not fit the model or differ from those of the
     run to go on with; `CheckpointError` for damaged files, weights that are not finite, and a source that changes
@@ -49,7 +52,8 @@ def compress(
     """
     watch = Observers(observers)
     try:
-        return run_job(make_job(model, config, revision, cache), Path(output), watch, overwrite=overwrite)
+        job = make_job(model, config, revision, cache)
+        return run_job(job, Path(output), watch, overwrite=overwrite, ranks=ranks)
     finally:
         watch.stop()
 
@@ -61,6 +65,7 @@ def run_job(
     *,
     overwrite: bool = False,
     calibrated: Callable[[], Calibration] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Report:
     """Do a job; `calibrated` gives what running the model told already."""
     for note in job.notes:
@@ -70,22 +75,21 @@ def run_job(
     source = job.checkpoint.folder if job.checkpoint.repo is None else None
     with open_run(output, run, overwrite=overwrite, source=source) as folder:
         if not folder.whole():
-            _work(job, folder, watch, calibrated)
+            _work(job, folder, watch, calibrated, ranks)
         folder.publish()
     return Report.read(folder.output)
 
 
-def _work(job: Job, folder: RunFolder, watch: Observer, calibrated: Callable[[], Calibration] | None) -> None:
+def _work(
+    job: Job, folder: RunFolder, watch: Observer, calibrated: Callable[[], Calibration] | None, ranks: Ranks
+) -> None:
     """All phases that are not finished yet."""
     written = sum(path.stat().st_size for path in folder.path.glob("model-*.safetensors"))
     require_space(folder.path, job.predicted_bytes(job.scopes) - written)
-    preparation = prepare(job, watch, folder, calibrated)
+    preparation = prepare(job, watch, folder, calibrated, ranks)
     scopes = preparation.scopes
     left = [number for number in range(len(scopes)) if not is_finished(folder, number, watch)]
     finished = [number for number in range(len(scopes)) if number not in left]
     watch.start([scopes[number] for number in (*finished, *left)], len(finished))
-    for number in left:
-        with explained_exhaustion(f"fitting scope {number + 1} on {job.config.device}", FITS_EXHAUSTED):
-            fit_scope(job, preparation, folder, number, watch)
-        watch.scope(scopes[number])
+    ranks.map(functools.partial(fit_scope, job, preparation, folder), left, watch=watch)
     assemble(job, preparation, folder)

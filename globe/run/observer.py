@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from globe.checkpoint.report import CodedReport
@@ -98,6 +98,28 @@ class Observers(Observer):
     def stop(self) -> None:
         for observer in self._observers:
             observer.stop()
+
+
+class Told(Observer):
+    """Passes what is told of a scope on to a function, as the name of the method and its arguments."""
+
+    def __init__(self, tell: Callable[..., None]) -> None:
+        self._tell = tell
+
+    def prepare(self, task: str) -> None:
+        self._tell("prepare", task)
+
+    def step(self, bank: BankPlan, record: StepRecord) -> None:
+        self._tell("step", bank, record)
+
+    def bank(self, bank: BankPlan, error: float, seconds: float) -> None:
+        self._tell("bank", bank, error, seconds)
+
+    def coded(self, families: Sequence[CodedReport]) -> None:
+        self._tell("coded", families)
+
+    def scope(self, scope: Scope) -> None:
+        self._tell("scope", scope)
 
 
 class ServingBank(Protocol):

@@ -50,6 +50,7 @@ from globe.run.coding import (
 from globe.run.folder import RunFolder
 from globe.run.job import Job
 from globe.run.observer import Observer
+from globe.run.ranks import ALONE, Ranks
 from globe.run.records import as_json
 
 _STATISTICS, _WINDOWS = "calibration.safetensors", "windows.safetensors"
@@ -73,7 +74,11 @@ class Preparation:
 
 
 def prepare(
-    job: Job, watch: Observer, folder: RunFolder | None = None, calibrated: Callable[[], Calibration] | None = None
+    job: Job,
+    watch: Observer,
+    folder: RunFolder | None = None,
+    calibrated: Callable[[], Calibration] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Preparation:
     """Calibrate, or take what `calibrated` gives, and make the plan, or take up those that are finished in the
     `folder`."""
@@ -88,7 +93,7 @@ def prepare(
     if record is None:
         watch.prepare("planning")
         began = time.monotonic()
-        record = {**share_budget(job, calibration, folder), "seconds": time.monotonic() - began}
+        record = {**share_budget(job, calibration, folder, ranks), "seconds": time.monotonic() - began}
         if folder is not None:
             job.check_unchanged(folder.records.run["fingerprint"])
             folder.records.write("plan", record)
@@ -239,19 +244,20 @@ def _load_calibration(folder: RunFolder, watch: Observer) -> Calibration | None:
     )
 
 
-def share_budget(job: Job, calibration: Calibration, folder: RunFolder | None = None) -> dict[str, Any]:
+def share_budget(
+    job: Job, calibration: Calibration, folder: RunFolder | None = None, ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """The scopes with the budget shared out among their banks or rows, and why evenly if so: the record of the plan."""
     text = job.calibration_text
     windows = calibration.windows if text is None else text.windows
     scopes, coding = job.scopes, None
     if calibration.sensitivities is not None:
         because = calibration.equal_because
-        coding = plan_to_json(
-            plan_coding(job, calibration.statistics, calibration.sensitivities, measured=because is None)
-        )
+        measured = because is None
+        coding = plan_to_json(plan_coding(job, calibration.statistics, calibration.sensitivities, measured, ranks))
     elif (because := allocation.obstacle(job.checkpoint, job.config, len(job.specs(job.scopes)))) is None:
         scopes = allocation.allocated(
-            job.checkpoint, job.layers, job.scopes, job.config, windows, folder and folder.path
+            job.checkpoint, job.layers, job.scopes, job.config, windows, folder and folder.path, ranks
         )
     return {
         "scopes": [dataclasses.asdict(scope) for scope in scopes],

@@ -16,6 +16,7 @@ from globe.checkpoint.writer import (
 from globe.experts.stack import read_stack
 from globe.experts.storage import StoredFactors, to_storage
 from globe.experts.streamed import StreamedExperts, is_intact
+from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.model.coded_spec import stored_parts
 from globe.model.factor_check import RUN_METADATA
 from globe.model.names import dense_halves, tripwire_tensor
@@ -44,6 +45,12 @@ def is_finished(folder: RunFolder, number: int, watch: Observer) -> bool:
 
 def fit_scope(job: Job, preparation: Preparation, folder: RunFolder, number: int, watch: Observer) -> None:
     """Fit the banks of one scope, or code its experts, and write what is stored of them, then the record of it."""
+    with explained_exhaustion(f"fitting scope {number + 1} on {job.config.device}", FITS_EXHAUSTED):
+        _fit_scope(job, preparation, folder, number, watch)
+    watch.scope(preparation.scopes[number])
+
+
+def _fit_scope(job: Job, preparation: Preparation, folder: RunFolder, number: int, watch: Observer) -> None:
     scope, record = preparation.scopes[number], ScopeRecord()
     work = _code if job.config.is_coded else _stream if job.config.stream else _fit
     run = work(job, preparation, folder, number, watch, record)
@@ -57,7 +64,7 @@ def fit_scope(job: Job, preparation: Preparation, folder: RunFolder, number: int
         record.files[file] = {"sha256": sha256, "tensors": {name: tensor.nbytes for name, tensor in tensors.items()}}
     job.check_unchanged(folder.records.run["fingerprint"])
     folder.records.write(scope_record(number), dataclasses.asdict(record))
-    for path in folder.records.folder.glob("state-*.safetensors"):
+    for path in folder.records.folder.glob(f"state-{number}-*.safetensors"):
         path.unlink()
 
 

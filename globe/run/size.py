@@ -26,6 +26,7 @@ from globe.run.folder import check_vacant
 from globe.run.job import Outline, make_job
 from globe.run.observer import Observer, Observers
 from globe.run.prepare import run_all
+from globe.run.ranks import ALONE, Ranks
 from globe.units import byte_size
 
 _STEP = 0.05
@@ -110,6 +111,7 @@ def compress_within(
     overwrite: bool = False,
     revision: str | None = None,
     cache: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Report:
     """The smallest compression of `model` whose KL to it is at most `max_kl` nats per token on a text.
 
@@ -136,7 +138,7 @@ def compress_within(
         def loss(bits: float) -> float:
             folder, job = trials / f"{bits:.2f}", make_job(model, _at(config, bits), revision, cache)
             with contextlib.suppress(FinishedError):  # by an earlier try
-                run_job(job, folder, watch, overwrite=overwrite, calibrated=calibrated)
+                run_job(job, folder, watch, overwrite=overwrite, calibrated=calibrated, ranks=ranks)
             known = of_original(read_evaluations(folder))
             found = judge(folder, evaluate, reference).evaluation if known is None else known
             assert found.kl is not None

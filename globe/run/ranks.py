@@ -1,0 +1,193 @@
+"""Several processes of one run, started by torchrun: rank 0 runs the command, the others do work that it hands out.
+
+What is handed out are calls of a function that do not depend on each other: each is made by whichever process is free,
+and gives what it would give in one process alone. Functions, arguments and results travel by torch.distributed, with
+gloo on GPUs too, since what is large lies in files, which all processes see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from globe.errors import RankError
+
+if TYPE_CHECKING:
+    from globe.run.observer import Observer
+
+T = TypeVar("T")
+_LONGEST = datetime.timedelta(days=20)
+"""That one process may wait for another: a call can take long, and gloo counts milliseconds in 32 bits."""
+_NAP = 0.01
+"""Seconds between two looks at whether all have arrived."""
+"""Seconds between two looks at whether all have arrived; in between signals are heard."""
+_FAILED = 1
+
+
+class Ranks:
+    """Who makes calls that do not depend on each other: this process alone."""
+
+    size = 1
+    is_follower = False
+
+    def map(self, function: Callable[..., T], *arguments: Iterable[Any], watch: Observer | None = None) -> list[T]:
+        """What the builtin `map` gives, as a list. With `watch` the function has an observer as its last argument, and
+        what is told to that reaches `watch`."""
+        calls = zip(*arguments, strict=True)
+        return [function(*call) if watch is None else function(*call, watch) for call in calls]
+
+    def serve(self) -> int:
+        """Make the calls that rank 0 hands out, until it ends the run; returns its exit status."""
+        raise NotImplementedError
+
+
+ALONE = Ranks()
+
+
+def with_ranks(command: Callable[[Ranks], int]) -> int:
+    """Call the command with the processes that torchrun has started, in each of them, or else with this one alone.
+
+    It gives the ranks to what can use them, or has a follower `serve`. Returns the exit status, which is the same in
+    all unless one of them fails.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        return command(ALONE)
+    ranks = _Started()
+    try:
+        status = command(ranks)
+    except SystemExit as leaving:  # of the command line, with its help or for wrong arguments
+        status = leaving.code if isinstance(leaving.code, int) else _FAILED
+    if not ranks.end(status):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # gloo would wait for those that are still at work
+    return status
+
+
+class _Started(Ranks):
+    """One of several processes."""
+
+    def __init__(self) -> None:
+        import torch
+        from torch import distributed
+        from torch.distributed.rendezvous import rendezvous
+
+        if torch.cuda.is_available():  # what settings call cuda is another GPU in each process of a machine
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        self._torch = distributed
+        self._store, rank, self.size = next(rendezvous("env://", timeout=_LONGEST))
+        distributed.init_process_group("gloo", store=self._store, rank=rank, world_size=self.size, timeout=_LONGEST)
+        self.is_follower = rank > 0
+        self._watch: Observer | None = None
+        self._num_maps = self._num_heard = 0
+        self._is_idle, self._is_over = True, False
+
+    def map(self, function: Callable[..., T], *arguments: Iterable[Any], watch: Observer | None = None) -> list[T]:
+        calls = list(zip(*arguments, strict=True))
+        self._watch, self._is_idle = watch, False
+        self._hand_out((function, calls, watch is not None))
+        results = self._share(function, calls, is_watched=watch is not None)
+        self._is_idle = True
+        return [results[place] for place in range(len(calls))]
+
+    def serve(self) -> int:
+        try:
+            while not isinstance(work := self._hand_out(None), int):
+                function, calls, is_watched = work
+                self._share(function, calls, is_watched=is_watched)
+        except (RankError, KeyboardInterrupt):  # rank 0 tells of it, or the process that failed
+            return _FAILED
+        self._is_over = True
+        return work
+
+    def end(self, status: int) -> bool:
+        """End the run in all processes, unless they are at work; returns whether that was done."""
+        if self._is_idle and not self.is_follower:
+            with contextlib.suppress(RankError):
+                self._hand_out(status)
+                self._is_over = True
+        if self._is_over:
+            self._torch.destroy_process_group()
+        return self._is_over
+
+    def _hand_out(self, work: Any) -> Any:
+        """What rank 0 gives, to all."""
+        given = [work]
+        self._meet()
+        with _explained():
+            self._torch.broadcast_object_list(given)
+        return given[0]
+
+    def _share(self, function: Callable[..., T], calls: list[tuple[Any, ...]], *, is_watched: bool) -> dict[int, T]:
+        """Make calls until none is left; rank 0 gets the results of all, by their places."""
+        from globe.run.observer import Told
+
+        self._num_maps += 1
+        extra = (Told(self._tell),) if is_watched else ()
+        made, of_all = dict[int, T](), [dict[int, T]() for _ in range(self.size)]
+        while (place := self._take()) < len(calls):
+            made[place] = function(*calls[place], *extra)
+        self._meet()
+        with _explained():
+            self._torch.gather_object(made, None if self.is_follower else of_all)
+        return {place: result for results in of_all for place, result in results.items()}
+
+    def _take(self) -> int:
+        """The place of a call that nobody has taken."""
+        with _explained():
+            return self._store.add(f"taken {self._num_maps}", 1) - 1
+
+    def _tell(self, method: str, *arguments: Any) -> None:
+        """Call a method of the observer that watches, in rank 0."""
+        if not self.is_follower:
+            self._hear()
+            getattr(self._watch, method)(*arguments)
+            return
+        with _explained():
+            call: Any = pickle.dumps((method, arguments))  # a store takes bytes, whatever its stubs say
+            self._store.set(f"told {self._store.add('told', 1)}", call)
+
+    def _hear(self) -> None:
+        """In rank 0, make the calls that the others have sent."""
+        while not self.is_follower and (call := self._next_call()) is not None:
+            method, arguments = call
+            getattr(self._watch, method)(*arguments)
+
+    def _next_call(self) -> tuple[str, tuple[Any, ...]] | None:
+        with _explained():
+            if not self._store.check([key := f"told {self._num_heard + 1}"]):
+                return None
+            call = pickle.loads(self._store.get(key))
+            self._store.delete_key(key)
+        self._num_heard += 1
+        return call
+
+    def _meet(self) -> None:
+        """Wait for all; `RankError` if one of them has ended. Signals are heard meanwhile, and what is told."""
+        with _explained():
+            arrived = self._torch.barrier(async_op=True)
+        assert arrived is not None
+        while not arrived.is_completed():
+            time.sleep(_NAP)
+            self._hear()
+        with _explained():
+            arrived.wait()
+        self._hear()
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # of a connection
+        raise RankError(
+            "another process of this run ended before its work was done: it says why above, or was killed, for want of "
+            "memory most often; what is finished is kept, and the same command goes on, in as many processes as you "
+            "like"
+        ) from error
