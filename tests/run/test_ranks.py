@@ -1,0 +1,87 @@
+"""One compression by several processes: its bytes, what it says, and what becomes of it when one of them dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from globe.cli.main import main
+from globe.run import scope
+from tests.coded import write_source
+from tests.kills import content
+from tests.ranks import run_in_ranks
+
+LAYERS = 3
+CODED = ("--bits", "3", "--calibrate", "none", "--allocation", "uniform")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks") / "source"
+    write_source(folder, num_hidden_layers=LAYERS, num_experts=2, hidden_size=32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def coded(source: Path) -> Path:
+    assert main(["compress", str(source), "-o", str(source.with_name("coded")), *CODED]) == 0
+    return source.with_name("coded")
+
+
+def test_torchrun_starts_processes_that_make_the_bytes_of_one(source: Path, coded: Path, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("-m", "globe", "compress", str(source), "-o", str(tmp_path / "out"), *CODED),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert content(tmp_path / "out") == content(coded)
+    for word in ("reads", "planning", *(f"layer {layer}:" for layer in range(LAYERS)), "experts coded"):
+        assert sum(line.startswith(word) for line in result.stdout.splitlines()) == 1
+
+
+def test_four_processes_make_the_same_bytes(source: Path, coded: Path, tmp_path: Path) -> None:
+    """One more than there are layers."""
+    assert run_in_ranks(4, ["compress", str(source), "-o", str(tmp_path / "out"), *CODED], tmp_path / "said") == [0] * 4
+    assert content(tmp_path / "out") == content(coded)
+    assert not any((tmp_path / "said" / str(rank)).read_text() for rank in (1, 2, 3))
+
+
+def test_banks_are_fitted_by_two_processes_as_by_one(source: Path, tmp_path: Path) -> None:
+    settings = ("--keep", "0.7", "--steps", "2", "--calibrate", "none")
+    assert main(["compress", str(source), "-o", str(tmp_path / "alone"), *settings]) == 0
+    command = ["compress", str(source), "-o", str(tmp_path / "shared"), *settings]
+    assert run_in_ranks(2, command, tmp_path / "said") == [0, 0]
+    assert content(tmp_path / "shared") == content(tmp_path / "alone")
+
+
+def test_when_one_dies_the_run_ends_and_one_alone_goes_on(
+    source: Path, coded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def die_at_work(rank: int) -> None:
+        if rank == 1:
+            scope.code_layer = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+    command = ["compress", str(source), "-o", str(tmp_path / "out"), *CODED]
+    assert run_in_ranks(2, command, tmp_path / "said", die_at_work) == [1, -signal.SIGKILL]
+    said = " ".join((tmp_path / "said" / "0").read_text().split())
+    assert "error: another process of this run ended before its work was done" in said
+    assert main(command) == 0
+    assert f"going on after {LAYERS - 1} of {LAYERS} scopes" in capsys.readouterr().out
+    assert content(tmp_path / "out") == content(coded)
+
+
+def test_other_commands_are_refused(coded: Path, tmp_path: Path) -> None:
+    assert run_in_ranks(2, ["verify", str(coded)], tmp_path / "said") == [1, 1]
+    assert "verify runs in one process" in (tmp_path / "said" / "0").read_text()
+    assert not (tmp_path / "said" / "1").read_text()
