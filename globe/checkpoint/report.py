@@ -68,6 +68,9 @@ class CodedReport:
     """Mean bits of every expert's entries, paths alone."""
     rows_by_width: list[int]
     """Rows (an input of an expert) of 0, ½, 1, … 8 bits."""
+    compensated: float | None = None
+    """Of down: of what earlier layers, and gate and up, had changed in the output of the layer, the share (of squares) it
+    makes up for on the calibration's tokens; None where it was coded as it is."""
 
     @property
     def bits(self) -> float:
@@ -126,6 +129,8 @@ class Report:
     """Why; None where it was calibrated."""
     uniform_because: str | None = None
     """Why every bank keeps the same share; None where the budget was allocated."""
+    uncompensated_because: str | None = None
+    """Of coded experts: why no layer makes up for the errors of those before it; None where they do."""
     predicted_kl: float | None = None
     """Of coded experts: the divergence from the original to second order, in nats per token of the calibration text."""
     commit: str | None = None

@@ -135,11 +135,13 @@ class Rehearsed:
         of_rows = problem.X.shape[2] * problem.of_rows(sensitivities)[:, None] / problem.noise
         return of_rows * problem.order.unsort(problem.order.prices) * self.expected.mean_squares
 
-    def code(self, multiplier: int) -> tuple[CodedExperts, Tensor]:
-        """What is stored, and what it decodes to (E, N, K)."""
+    def code(self, multiplier: int, correction: Tensor | None = None) -> tuple[CodedExperts, Tensor]:
+        """What is stored, and what it decodes to (E, N, K). What is added as a correction (E, N, K) changes no width,
+        and so not how much is stored."""
         problem = self.problem
+        X = problem.X if correction is None else problem.X + correction
         costs = problem.costs(self.expected.mean_squares)
-        return code_experts(problem.X, problem.outputs, problem.order, costs, multiplier, self.expected)
+        return code_experts(X, problem.outputs, problem.order, costs, multiplier, self.expected)
 
 
 def _rows(costs: Tensor | SharedCosts, num_outputs: int) -> Rows:

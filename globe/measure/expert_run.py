@@ -42,6 +42,12 @@ def run_expert(module: Any, layout: ExpertsLayout, expert: int, x: Tensor) -> Ex
     return ExpertRun(h.detach(), by_gate, by_up, h.detach() @ own.down + own.down_bias, own.down)
 
 
+def inner_units(module: Any, layout: ExpertsLayout, expert: int, x: Tensor) -> Tensor:
+    """h = act(gate x, up x) (T, P) of one expert on tokens x (T, D), with its family's own gate function."""
+    own = _expert(module, layout, expert, torch.float32)
+    return _gated(module, x.float() @ own.gate_up + own.gate_up_bias)
+
+
 def run_experts(
     module: Any,
     layout: ExpertsLayout,

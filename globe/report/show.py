@@ -94,6 +94,7 @@ def show_report(console: Terminal, report: Report, output: Path) -> None:
             f"note            these fits met NaN or Inf and kept their best step: {'; '.join(broken)}", style="yellow"
         )
     _show_fallbacks(console, report.uncalibrated_because, report.uniform_because, report.config)
+    _show_uncompensated(console, report)
     _show_notes(console, report.notes)
     console.print(f"next            globe evaluate {shlex.quote(str(output))}", soft_wrap=True)
 
@@ -305,6 +306,22 @@ def _show_fallbacks(
         in_banks = settings.get("keep") is not None or settings.get("rank_ratio") is not None
         what = "every bank keeps the same share" if in_banks else "every expert counts the same"
         console.print(f"note            {what}: {uniform}", style="yellow", soft_wrap=True)
+
+
+def _show_uncompensated(console: Terminal, report: Report) -> None:
+    """Say where coded layers do not make up for the errors of those before them although they could be run."""
+    if report.uncalibrated_because is not None or "down" not in report.config["families"]:
+        return
+    because = report.uncompensated_because
+    alone = [part.layer for part in report.coded if part.family == "down" and part.compensated is None]
+    if alone and because is None:
+        because = "what their experts add is not added to their output as it is"
+    if alone:
+        console.print(
+            f"note            layers {compact(alone)} do not make up for the errors of those before them: {because}",
+            style="yellow",
+            soft_wrap=True,
+        )
 
 
 def _show_notes(console: Terminal, notes: Iterable[str]) -> None:

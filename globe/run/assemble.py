@@ -74,6 +74,7 @@ def assemble(job: Job, preparation: Preparation, folder: RunFolder) -> None:
         calibration.report,
         calibration.uncalibrated_because,
         preparation.uniform_because,
+        (folder.records.read("compensation") or {}).get("because"),
         preparation.coding and preparation.coding.predicted_kl,
         None if job.checkpoint.repo is None else job.checkpoint.repo.commit,
         list(job.notes),

@@ -19,6 +19,7 @@ from globe.errors import SettingsError
 from globe.experts.coding import LONG_ROW, CodingProblem, coding_problem, damped
 from globe.experts.metric import LayerStatistics
 from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
+from globe.measure.compensate import Compensation
 from globe.measure.placed import placed_sensitivities
 from globe.measure.runnable import find_place
 from globe.measure.sensitivity import Sensitivities
@@ -195,16 +196,28 @@ def code_layer(
     statistics: Mapping[int, LayerStatistics] | None,
     sensitivities: Sensitivities,
     index: int,
+    compensation: Compensation | None = None,
 ) -> Iterator[tuple[CodedSpec, BankedExperts, CodedReport]]:
-    """Family after family of a layer: what config.json says of it, what is stored, and how it went."""
-    importance = damped(sensitivities)
+    """Family after family of a layer: what config.json says of it, what is stored, and how it went.
+
+    With `compensation` down makes up for what the layers so far have changed, this one's other families among them.
+    """
+    importance, done = damped(sensitivities), dict[Family, Tensor]()
     for family in job.config.families:
-        began = time.monotonic()
+        began, correction = time.monotonic(), None
+        if compensation is not None and family == "down":
+            correction = compensation.correction(index, done)
         whole = _problem(job, statistics, importance, index, family)
         bank = whole.bank(plan.multipliers[0], plan.num_bases[index, family])
         problem = whole.without(bank)
-        rest, decoded = problem.rehearsed(plan.multipliers[1]).code(plan.multipliers[2])
+        rest, decoded = problem.rehearsed(plan.multipliers[1]).code(
+            plan.multipliers[2], None if correction is None else correction.down
+        )
         coded = BankedExperts(rest, bank)
+        if compensation is not None:
+            done[family] = matrices(family, coded)
+            if len(done) == len(job.config.families):
+                compensation.go_through(index, done)
         missed = torch.stack([(x - y).double().square().sum() for x, y in zip(problem.X, decoded, strict=True)])
         energies = torch.stack([x.double().square().sum() for x in whole.X])
         widths = rest.side.widths()
@@ -220,8 +233,15 @@ def code_layer(
             torch.where(missed > 0, (missed / energies).sqrt(), 0.0).tolist(),
             [float(f"{bits:.4g}") for bits in (widths.double().mean(1) / 2).tolist()],
             torch.bincount(widths.flatten().int(), minlength=MAX_WIDTH + 1).tolist(),
+            None if correction is None else correction.share,
         )
         yield spec_of(index, family, coded), coded, report
+
+
+def matrices(family: Family, coded: BankedExperts) -> Tensor:
+    """What coded experts decode to, (E, P, D)."""
+    decoded = coded.decode()
+    return decoded if family == "down" else decoded.mT
 
 
 def _problem(

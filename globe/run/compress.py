@@ -16,12 +16,13 @@ from globe.checkpoint.writer import (
 )
 from globe.plan.settings import CompressConfig
 from globe.run.assemble import assemble
+from globe.run.compensation import begin_compensation
 from globe.run.folder import RunFolder, open_run
 from globe.run.job import Job, make_job
 from globe.run.observer import Observer, Observers
 from globe.run.prepare import Calibration, prepare
 from globe.run.ranks import ALONE, Ranks
-from globe.run.scope import fit_scope, is_finished
+from globe.run.scope import fit_scope, follow, is_finished
 
 
 def compress(
@@ -91,5 +92,17 @@ def _work(
     left = [number for number in range(len(scopes)) if not is_finished(folder, number, watch)]
     finished = [number for number in range(len(scopes)) if number not in left]
     watch.start([scopes[number] for number in (*finished, *left)], len(finished))
-    ranks.map(functools.partial(fit_scope, job, preparation, folder), left, watch=watch)
+    if job.config.is_coded and left:
+        compensation, because = begin_compensation(job, preparation.calibration)
+        folder.records.write("compensation", {"because": because})
+    else:
+        compensation = None
+    if compensation is None:
+        ranks.map(functools.partial(fit_scope, job, preparation, folder), left, watch=watch)
+    else:  # a layer makes up for those before it
+        for number in range(max(left) + 1):
+            if number in left:
+                fit_scope(job, preparation, folder, number, watch, compensation)
+            else:
+                follow(job, preparation, folder, number, compensation)
     assemble(job, preparation, folder)

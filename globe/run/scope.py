@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
+from globe.bank_shape import sides
 from globe.checkpoint.report import BankReport, CodedReport
 from globe.checkpoint.stacks import read_family
 from globe.checkpoint.writer import (
@@ -17,16 +19,18 @@ from globe.experts.stack import read_stack
 from globe.experts.storage import StoredFactors, to_storage
 from globe.experts.streamed import StreamedExperts, is_intact
 from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
-from globe.model.coded_spec import stored_parts
+from globe.measure.compensate import Compensation
+from globe.model.coded_spec import CodedSpec, stored_parts
 from globe.model.factor_check import RUN_METADATA
 from globe.model.names import dense_halves, tripwire_tensor
 from globe.plan.scopes import BankPlan
-from globe.run.coding import code_layer
+from globe.run.coding import code_layer, matrices
 from globe.run.folder import RunFolder
 from globe.run.job import Job
 from globe.run.observer import Observer, describe
 from globe.run.phases import PhaseClock
 from globe.run.prepare import Preparation
+from globe.terms import Family
 from globe.train.fit_banks import fit_bank
 from globe.train.result import FitResult, StepRecord
 
@@ -43,17 +47,33 @@ def is_finished(folder: RunFolder, number: int, watch: Observer) -> bool:
     return False
 
 
-def fit_scope(job: Job, preparation: Preparation, folder: RunFolder, number: int, watch: Observer) -> None:
+def fit_scope(
+    job: Job,
+    preparation: Preparation,
+    folder: RunFolder,
+    number: int,
+    watch: Observer,
+    compensation: Compensation | None = None,
+) -> None:
     """Fit the banks of one scope, or code its experts, and write what is stored of them, then the record of it."""
     with explained_exhaustion(f"fitting scope {number + 1} on {job.config.device}", FITS_EXHAUSTED):
-        _fit_scope(job, preparation, folder, number, watch)
+        _fit_scope(job, preparation, folder, number, watch, compensation)
     watch.scope(preparation.scopes[number])
 
 
-def _fit_scope(job: Job, preparation: Preparation, folder: RunFolder, number: int, watch: Observer) -> None:
+def _fit_scope(
+    job: Job,
+    preparation: Preparation,
+    folder: RunFolder,
+    number: int,
+    watch: Observer,
+    compensation: Compensation | None,
+) -> None:
     scope, record = preparation.scopes[number], ScopeRecord()
-    work = _code if job.config.is_coded else _stream if job.config.stream else _fit
-    run = work(job, preparation, folder, number, watch, record)
+    if job.config.is_coded:
+        run = _code(job, preparation, number, watch, record, compensation)
+    else:
+        run = (_stream if job.config.stream else _fit)(job, preparation, folder, number, watch, record)
     for piece, (file, tensors) in enumerate(zip(job.factor_files(number), run, strict=True)):
         for index in scope.layers[piece : piece + 1] if job.config.stream else scope.layers:
             for family in dense_halves(job.config.families):
@@ -80,18 +100,40 @@ class ScopeRecord:
     """SHA-256 and the bytes of each tensor, by file."""
 
 
+def follow(job: Job, preparation: Preparation, folder: RunFolder, number: int, compensation: Compensation) -> None:
+    """Have a compensation go through the layers of a finished scope."""
+    record = folder.records.read(scope_record(number))
+    assert record is not None
+    specs = [CodedSpec.from_dict(entry) for entry in record["specs"]]
+    (file,) = record["files"]
+    with safe_open(folder.path / file, framework="pt") as tensors:
+        for index in preparation.scopes[number].layers:
+            done: dict[Family, Tensor] = {}
+            for spec in (spec for spec in specs if spec.layer == index):
+                layer = job.layers[index]
+                N, K = sides(layer, spec.family)
+                shapes = spec.shapes((layer.num_experts, N, K))
+                parts = {part: tensors.get_tensor(job.names.coded(index, spec.family, part)) for part in shapes}
+                done[spec.family] = matrices(spec.family, spec.experts(parts, K))
+            compensation.go_through(index, done)
+
+
 def _code(
-    job: Job, preparation: Preparation, folder: RunFolder, number: int, watch: Observer, record: ScopeRecord
+    job: Job,
+    preparation: Preparation,
+    number: int,
+    watch: Observer,
+    record: ScopeRecord,
+    compensation: Compensation | None,
 ) -> Iterator[dict[str, Tensor]]:
     """All tensors of the coded experts of a scope's layers."""
-    del folder
     calibration = preparation.calibration
     assert preparation.coding is not None
     assert calibration.sensitivities is not None
     tensors: dict[str, Tensor] = {}
     for index in preparation.scopes[number].layers:
-        layer = code_layer(job, preparation.coding, calibration.statistics, calibration.sensitivities, index)
-        for spec, coded, report in layer:
+        known = calibration.statistics, calibration.sensitivities
+        for spec, coded, report in code_layer(job, preparation.coding, *known, index, compensation):
             tensors |= {job.names.coded(index, spec.family, part): x for part, x in stored_parts(coded).items()}
             record.coded.append(report)
             record.specs.append(spec.to_dict())
