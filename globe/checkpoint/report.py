@@ -69,8 +69,8 @@ class CodedReport:
     rows_by_width: list[int]
     """Rows (an input of an expert) of 0, ½, 1, … 8 bits."""
     compensated: float | None = None
-    """Of down: of what earlier layers, and gate and up, had changed in the output of the layer, the share (of squares) it
-    makes up for on the calibration's tokens; None where it was coded as it is."""
+    """Of down: what it makes up for of the difference that earlier layers, gate and up make in the layer's output, as a
+    share of squares on the calibration's tokens; None where it was coded as it is."""
 
     @property
     def bits(self) -> float:
