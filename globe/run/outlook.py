@@ -21,7 +21,7 @@ _CODING = 150_000
 """Multiply-adds of large products in the time that coding a weight takes; measured, see docs/log.md."""
 _PROCESS = 1_300_000_000
 """Bytes of a process that has compressed next to nothing: libraries, compiled kernels, activations; see docs/log.md."""
-_COPIES = 6
+_COPIES = 8
 """Of the experts that are worked on, in float32, at the peak of coding or fitting them; counted in the code."""
 
 

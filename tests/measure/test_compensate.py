@@ -80,7 +80,7 @@ def test_a_correction_is_the_ridge_regression_that_is_written_down(tmp_path: Pat
     assert found.share == pytest.approx(expected.share, abs=1e-3)
     matrices(experts[second])["down"].add_(found.down)
     compensation.go_through(second, {**halves, "down": matrices(experts[second])["down"]})
-    hidden = torch.cat(compensation._coded.hidden).flatten(0, 1)  # noqa: SLF001
+    hidden = torch.cat(compensation._coded.hidden).flatten(0, 1)
     torch.testing.assert_close(hidden, behind(coded, second), rtol=1e-4, atol=1e-4)
 
 
