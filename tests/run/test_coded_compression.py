@@ -143,7 +143,9 @@ def test_without_settings_a_model_is_run_and_coded_in_four_bits(source: Path, tm
     assert report.banks == []
     assert report.calibration is not None
     assert report.calibration.text == "samples"
-    assert (report.uncalibrated_because, report.uniform_because) == (None, None)
+    assert (report.uncalibrated_because, report.uniform_because, report.uncompensated_because) == (None, None, None)
+    shares = [part.compensated for part in report.coded if part.family == "down"]
+    assert all(share is not None and 0 < share < 1 for share in shares)
 
 
 def test_what_is_measured_lowers_the_divergence(source: Path, coded: Path, alone: Path) -> None:
