@@ -96,7 +96,7 @@ def naive(original: Any, coded: Any, experts: RoutedExperts) -> Correction:
     before = missing.square().sum(1, keepdim=True)
     counted = (MOST_ENERGY * before.median() / before).clamp(max=1).sqrt()
     down = torch.zeros_like(matrices(experts)["down"]).double()
-    E, P, D = down.shape
+    E, P, _ = down.shape
     x, chosen, weights = routed_tokens(experts.layout, arguments)
     tokens = torch.arange(len(x))
     if experts.layout.presorted:
