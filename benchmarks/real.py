@@ -62,12 +62,27 @@ PROSE = "topics"
 ROUNDED = "rounded.json"
 """What another package says of a model that it rounded: method, bits, shape, seconds."""
 Method = Literal[
-    "GloBE", "GloBE, no bank", "GloBE, samples", "GPTQ", "QTIP", "WaterSIC", "BitsMoE", "BitsMoE, free basis"
+    "GloBE",
+    "GloBE, no bank",
+    "GloBE, uncompensated",
+    "GloBE, samples",
+    "GPTQ",
+    "QTIP",
+    "WaterSIC",
+    "BitsMoE",
+    "BitsMoE, free basis",
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
 BANKLESS = "GloBE, no bank"
 """The same budget, all of it for what experts do not share; not run where GloBE finds no bank worth its bytes."""
-GLOBE: dict[str, str] = {"GloBE": CALIBRATION, BANKLESS: CALIBRATION, "GloBE, samples": "samples"}
+UNCOMPENSATED = "GloBE, uncompensated"
+"""The same budget, no layer making up for the errors of those before it."""
+GLOBE: dict[str, str] = {
+    "GloBE": CALIBRATION,
+    BANKLESS: CALIBRATION,
+    UNCOMPENSATED: CALIBRATION,
+    "GloBE, samples": "samples",
+}
 """What GloBE is calibrated on."""
 AT_EQUAL_BITS: dict[str, Callable[[Stacks, float, Calibration], Approximation]] = {
     "QTIP": qtip,
@@ -224,9 +239,12 @@ def globe_row(config: RealConfig, model: str | Path, judge: Judge, method: str, 
         layers=config.layers,
         seed=config.seed,
     )
-    without = mock.patch("globe.experts.coding.share_bank", return_value=None)
+    without = {
+        BANKLESS: mock.patch("globe.experts.coding.share_bank", return_value=None),
+        UNCOMPENSATED: mock.patch("globe.run.compress.begin_compensation", return_value=(None, "it is left out")),
+    }
     with tempfile.TemporaryDirectory() as folder:
-        with calibrated_once(), without if method == BANKLESS else contextlib.nullcontext():
+        with calibrated_once(), without.get(method, contextlib.nullcontext()):
             report = compress(model, Path(folder) / "compressed", settings)
         quality = judge(_load(Path(folder) / "compressed"))
     return {
@@ -289,7 +307,9 @@ def judge_claims(rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[C
     """GloBE against the best rival at equal bits, against GPTQ at hardly more, and never worse than GPTQ."""
     claims: list[Claim] = []
     by_gptq = [row for row in rows if row["method"] == "GPTQ"]
-    for text, method in ((text, method) for text in texts for method in GLOBE if method != BANKLESS):
+    for text, method in (
+        (text, method) for text in texts for method in GLOBE if method not in (BANKLESS, UNCOMPENSATED)
+    ):
         key, worst = f"kl_{text}", list[tuple[float, str]]()
         for globe in (row for row in rows if row["method"] == method):
             asked = globe["asked"]
