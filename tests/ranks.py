@@ -30,7 +30,8 @@ def _start(rank: int, size: int, port: int, arguments: Sequence[str], said: Path
     status = 70
     try:
         os.environ |= {"TORCHELASTIC_RUN_ID": "test", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        os.environ |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         sys.stdout = sys.stderr = said.open("w")
         before(rank)
         status = main(arguments)

@@ -72,7 +72,7 @@ class Compress:
         if self.fit is not None:
             config = fitted_config(console, outlined, config, self.fit)
             outlined = outline(self.model, config, self.revision, self.cache_dir)
-        show_outlook(console, outlined, self.output)
+        show_outlook(console, outlined, self.output, ranks)
         if self.max_kl is not None:
             console.print("which is the first trial; the size is what is looked for")
         make = compress if self.max_kl is None else functools.partial(compress_within, max_kl=self.max_kl)

@@ -42,6 +42,7 @@ from globe.run.job import Job, Outline, make_job, outline
 from globe.run.observer import Observers, clock, describe
 from globe.run.outlook import look_ahead
 from globe.run.prepare import Preparation, prepare
+from globe.run.ranks import ALONE, Ranks
 from globe.run.size import bits_to_fit, cache_per_token
 from globe.terminal import Terminal
 from globe.typed import shown
@@ -224,9 +225,9 @@ def show_inspection(
     _show_notes(console, notes)
 
 
-def show_outlook(console: Terminal, outlined: Outline, output: Path | None = None) -> None:
+def show_outlook(console: Terminal, outlined: Outline, output: Path | None = None, ranks: Ranks = ALONE) -> None:
     """What a compression will read, write and need, in three lines, and what will not go as asked."""
-    for line in look_ahead(outlined, output).lines():
+    for line in look_ahead(outlined, output, ranks).lines():
         console.print(line, style="yellow" if line.startswith("note") else "none", soft_wrap=True)
 
 

@@ -22,7 +22,7 @@ from globe.run.job import Job, make_job
 from globe.run.observer import Observer, Observers
 from globe.run.prepare import Calibration, prepare
 from globe.run.ranks import ALONE, Ranks
-from globe.run.scope import fit_scope, follow, is_finished
+from globe.run.scope import fit_scope, follow, is_finished, scope_record
 
 
 def compress(
@@ -89,8 +89,12 @@ def _work(
     require_space(folder.path, job.predicted_bytes(job.scopes) - written)
     preparation = prepare(job, watch, folder, calibrated, ranks)
     scopes = preparation.scopes
-    left = [number for number in range(len(scopes)) if not is_finished(folder, number, watch)]
-    finished = [number for number in range(len(scopes)) if number not in left]
+    # files are listed and not asked for by name: a network file system would remember those that are not there yet
+    listed = {path.stem for path in folder.records.folder.iterdir()}
+    finished = [
+        number for number in range(len(scopes)) if scope_record(number) in listed and is_finished(folder, number, watch)
+    ]
+    left = [number for number in range(len(scopes)) if number not in finished]
     watch.start([scopes[number] for number in (*finished, *left)], len(finished))
     if job.config.is_coded and left:
         compensation, because = begin_compensation(job, preparation.calibration)

@@ -16,9 +16,9 @@ _LOGGER.addHandler(logging.NullHandler())
 
 
 class Observer:
-    """Told, in this order: note…, prepare…, start, then for each bank step…, bank, or for each layer
-    coded; scope after them; stop at the
-    end or on a fault. Does nothing itself: override what you care for."""
+    """Told, in this order: note…, prepare…, start, then for each bank step…, bank, or for each layer coded; scope after
+    them; stop at the end or on a fault. Scopes that several processes work on mingle. Does nothing itself: override
+    what you care for."""
 
     def prepare(self, task: str) -> None:
         """What is done now, before the first bank; none where an earlier run has prepared."""

@@ -15,6 +15,7 @@ from globe.measure.runnable import bytes_at_once, find_place
 from globe.plan.settings import CompressConfig
 from globe.run.job import Outline, outline
 from globe.run.observer import clock
+from globe.run.ranks import ALONE, Ranks
 from globe.units import byte_size
 
 _CODING = 150_000
@@ -39,7 +40,7 @@ class Outlook:
     free: int
     """Bytes that are free where the output is to be."""
     memory: int
-    """Bytes at the peak, about."""
+    """Bytes at the peak, about, of all processes here."""
     available: int
     """Bytes of memory there are."""
     bound: str
@@ -47,6 +48,7 @@ class Outlook:
     seconds: float
     """At least, of coding or fitting alone."""
     device: str
+    """With the number of processes, where they are several."""
     unmeasured_because: str | None
     """Why the model will not be run to be measured, although that is asked for."""
     streamed_because: str | None
@@ -94,7 +96,7 @@ def inspect(
     return look_ahead(outline(model, config, revision, cache))
 
 
-def look_ahead(outline: Outline, output: Path | None = None) -> Outlook:
+def look_ahead(outline: Outline, output: Path | None = None, ranks: Ranks = ALONE) -> Outlook:
     """What a compression into `output` (None: the working directory) will take; takes a moment of computing."""
     checkpoint, config = outline.checkpoint, outline.config
     folder = (output or Path()).absolute()
@@ -111,7 +113,7 @@ def look_ahead(outline: Outline, output: Path | None = None) -> Outlook:
         needed = bytes_at_once(checkpoint) + max(statistics)
     else:
         needed = 4 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()) + sum(statistics)
-    working = max(needed * runs, max(statistics) * runs + 4 * _COPIES * _widest(outline))
+    each = max(statistics) * runs + 4 * _COPIES * _widest(outline)
     available, bound = total_memory("cpu")
     return Outlook(
         outline.source,
@@ -119,11 +121,11 @@ def look_ahead(outline: Outline, output: Path | None = None) -> Outlook:
         absent,
         outline.predicted_bytes(outline.scopes),
         free,
-        _PROCESS + working,
+        ranks.num_here * _PROCESS + max(needed * runs, ranks.num_here * each),
         available,
         bound,
-        _multiply_adds(outline) / multiply_add_rate(config.device),
-        config.device,
+        _multiply_adds(outline) / multiply_add_rate(config.device) / ranks.size,
+        config.device if ranks.size == 1 else f"{config.device} in {ranks.size} processes",
         place.obstacle if measured and place.device is None else None,
         place.obstacle if measured and place.is_streamed else None,
     )

@@ -26,7 +26,6 @@ _LONGEST = datetime.timedelta(days=20)
 """That one process may wait for another: a call can take long, and gloo counts milliseconds in 32 bits."""
 _NAP = 0.01
 """Seconds between two looks at whether all have arrived."""
-"""Seconds between two looks at whether all have arrived; in between signals are heard."""
 _FAILED = 1
 
 
@@ -34,6 +33,8 @@ class Ranks:
     """Who makes calls that do not depend on each other: this process alone."""
 
     size = 1
+    num_here = 1
+    """Of them, on this machine."""
     is_follower = False
 
     def map(self, function: Callable[..., T], *arguments: Iterable[Any], watch: Observer | None = None) -> list[T]:
@@ -64,8 +65,8 @@ def with_ranks(command: Callable[[Ranks], int]) -> int:
     except SystemExit as leaving:  # of the command line, with its help or for wrong arguments
         status = leaving.code if isinstance(leaving.code, int) else _FAILED
     if not ranks.end(status):
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
         os._exit(status)  # gloo would wait for those that are still at work
     return status
 
@@ -83,7 +84,7 @@ class _Started(Ranks):
         self._torch = distributed
         self._store, rank, self.size = next(rendezvous("env://", timeout=_LONGEST))
         distributed.init_process_group("gloo", store=self._store, rank=rank, world_size=self.size, timeout=_LONGEST)
-        self.is_follower = rank > 0
+        self.num_here, self.is_follower = int(os.environ["LOCAL_WORLD_SIZE"]), rank > 0
         self._watch: Observer | None = None
         self._num_maps = self._num_heard = 0
         self._is_idle, self._is_over = True, False
