@@ -44,7 +44,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from globe.cli import main as cli
 from globe.experts.streamed import StreamedExperts
 from globe.quant import trellis
-from globe.run import scope
+from globe.run import compensation, scope
+from globe.terms import FAMILIES
 from tests.conformance.quantise import write_quantised
 from tests.tiny_sources import write_source
 
@@ -174,9 +175,9 @@ def _write_tokenizer(folder: Path, text: str) -> None:
 
 def _interrupted(command: Sequence[str], finished: int) -> None:
     """Run a command until so many of its scopes are finished."""
-    calls = iter(range(finished))
+    fits, families = iter(range(finished)), iter(range(len(FAMILIES) * finished))
 
-    def count(original: Callable[..., Any]) -> Callable[..., Any]:
+    def count(original: Callable[..., Any], calls: Iterator[int] = fits) -> Callable[..., Any]:
         def fit(*given: Any, **named: Any) -> Any:
             if next(calls, None) is None:
                 raise KeyboardInterrupt
@@ -186,7 +187,8 @@ def _interrupted(command: Sequence[str], finished: int) -> None:
 
     with (
         mock.patch.object(scope, "fit_bank", count(scope.fit_bank)),
-        mock.patch.object(scope, "code_layer", count(scope.code_layer)),
+        mock.patch.object(scope, "code_family", count(scope.code_family, families)),
+        mock.patch.object(compensation, "code_family", count(compensation.code_family, families)),
         mock.patch.object(StreamedExperts, "store", count(StreamedExperts.store)),
     ):
         assert _run(command) == 130

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from globe.errors import SettingsError
 from globe.experts.coding import LONG_ROW, CodingProblem, coding_problem, damped
 from globe.experts.metric import LayerStatistics
 from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
-from globe.measure.compensate import Compensation
+from globe.measure.compensate import Correction
 from globe.measure.placed import placed_sensitivities
 from globe.measure.runnable import find_place
 from globe.measure.sensitivity import Sensitivities
@@ -190,52 +190,58 @@ def _least_side_bytes(layer: ExpertLayer, family: Family) -> int:
     return min(side_bytes(layer.num_experts, num_inputs, is_shared) for is_shared in forms)
 
 
-def code_layer(
+@dataclasses.dataclass(frozen=True)
+class CodedFamily:
+    """A family of a layer, coded."""
+
+    spec: CodedSpec
+    """What config.json says of it."""
+    experts: BankedExperts
+    """What is stored."""
+    report: CodedReport
+    """How it went."""
+
+    def matrices(self) -> Tensor:
+        """What it decodes to, (E, P, D)."""
+        return matrices(self.spec.family, self.experts)
+
+
+def code_family(
     job: Job,
     plan: CodingPlan,
     statistics: Mapping[int, LayerStatistics] | None,
     sensitivities: Sensitivities,
     index: int,
-    compensation: Compensation | None = None,
-) -> Iterator[tuple[CodedSpec, BankedExperts, CodedReport]]:
-    """Family after family of a layer: what config.json says of it, what is stored, and how it went.
-
-    With `compensation` down makes up for what the layers so far have changed, this one's other families among them.
-    """
-    importance, done = damped(sensitivities), dict[Family, Tensor]()
-    for family in job.config.families:
-        began, correction = time.monotonic(), None
-        if compensation is not None and family == "down":
-            correction = compensation.correction(index, done)
-        whole = _problem(job, statistics, importance, index, family)
-        bank = whole.bank(plan.multipliers[0], plan.num_bases[index, family])
-        problem = whole.without(bank)
-        rest, decoded = problem.rehearsed(plan.multipliers[1]).code(
-            plan.multipliers[2], None if correction is None else correction.down
-        )
-        coded = BankedExperts(rest, bank)
-        if compensation is not None:
-            done[family] = matrices(family, coded)
-            if len(done) == len(job.config.families):
-                compensation.go_through(index, done)
-        missed = torch.stack([(x - y).double().square().sum() for x, y in zip(problem.X, decoded, strict=True)])
-        energies = torch.stack([x.double().square().sum() for x in whole.X])
-        widths = rest.side.widths()
-        report = CodedReport(
-            index,
-            family,
-            whole.X.numel(),
-            coded.num_bytes,
-            0 if bank is None else bank.codes.shape[1],
-            0 if bank is None else bank.num_bytes,
-            time.monotonic() - began,
-            float((missed.sum() / energies.sum()).sqrt()) if energies.sum() > 0 else 0.0,
-            torch.where(missed > 0, (missed / energies).sqrt(), 0.0).tolist(),
-            [float(f"{bits:.4g}") for bits in (widths.double().mean(1) / 2).tolist()],
-            torch.bincount(widths.flatten().int(), minlength=MAX_WIDTH + 1).tolist(),
-            None if correction is None else correction.share,
-        )
-        yield spec_of(index, family, coded), coded, report
+    family: Family,
+    correction: Correction | None = None,
+) -> CodedFamily:
+    """Code a family of a layer, with a correction in place of what it is."""
+    began = time.monotonic()
+    whole = _problem(job, statistics, damped(sensitivities), index, family)
+    bank = whole.bank(plan.multipliers[0], plan.num_bases[index, family])
+    problem = whole.without(bank)
+    rest, decoded = problem.rehearsed(plan.multipliers[1]).code(
+        plan.multipliers[2], None if correction is None else correction.down
+    )
+    coded = BankedExperts(rest, bank)
+    missed = torch.stack([(x - y).double().square().sum() for x, y in zip(problem.X, decoded, strict=True)])
+    energies = torch.stack([x.double().square().sum() for x in whole.X])
+    widths = rest.side.widths()
+    report = CodedReport(
+        index,
+        family,
+        whole.X.numel(),
+        coded.num_bytes,
+        0 if bank is None else bank.codes.shape[1],
+        0 if bank is None else bank.num_bytes,
+        time.monotonic() - began,
+        float((missed.sum() / energies.sum()).sqrt()) if energies.sum() > 0 else 0.0,
+        torch.where(missed > 0, (missed / energies).sqrt(), 0.0).tolist(),
+        [float(f"{bits:.4g}") for bits in (widths.double().mean(1) / 2).tolist()],
+        torch.bincount(widths.flatten().int(), minlength=MAX_WIDTH + 1).tolist(),
+        None if correction is None else correction.share,
+    )
+    return CodedFamily(spec_of(index, family, coded), coded, report)
 
 
 def matrices(family: Family, coded: BankedExperts) -> Tensor:

@@ -1,6 +1,11 @@
-"""Whether the layers of a run make up for what those before them lost, and the model that tells it."""
+"""Layers coded in order, each making up for what those before it lost, or the reason why they are not."""
 
 from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
 
 import torch
 
@@ -9,7 +14,43 @@ from globe.measure.compensate import Compensation
 from globe.measure.runnable import find_place
 from globe.model.streamed import StreamedModel
 from globe.run.calibration import Calibration
+from globe.run.coding import CodedFamily, code_family
 from globe.run.job import Job
+from globe.run.prepare import Preparation
+from globe.run.ranks import Ranks
+
+
+class LayersInOrder:
+    """Codes layers one after the other. All but down does not depend on earlier layers: that of as many layers as there
+    are processes is coded by these at once."""
+
+    def __init__(
+        self, job: Job, preparation: Preparation, compensation: Compensation, layers: Sequence[int], ranks: Ranks
+    ) -> None:
+        """`layers` are those to be coded."""
+        self.compensation = compensation
+        self._layers, self._ranks, self._families = layers, ranks, job.config.families
+        calibration = preparation.calibration
+        known = job, preparation.coding, calibration.statistics, calibration.sensitivities
+        self._code = functools.partial(code_family, *known)
+        self._ahead = dict[int, list[CodedFamily]]()
+
+    def code(self, index: int) -> list[CodedFamily]:
+        """The families of the next layer."""
+        if index not in self._ahead:
+            self._code_ahead(self._layers.index(index))
+        began, found = time.monotonic(), self._ahead.pop(index)
+        correction = self.compensation.correction(index, {each.spec.family: each.matrices() for each in found})
+        found.append(self._code(index, "down", correction))
+        self.compensation.go_through(index, {each.spec.family: each.matrices() for each in found})
+        report = dataclasses.replace(found[-1].report, seconds=time.monotonic() - began)
+        return [*found[:-1], dataclasses.replace(found[-1], report=report)]
+
+    def _code_ahead(self, place: int) -> None:
+        layers = self._layers[place : place + self._ranks.size]
+        keys = [(layer, family) for layer in layers for family in self._families if family != "down"]
+        coded = self._ranks.map(self._code, *zip(*keys, strict=True)) if keys else []
+        self._ahead = {layer: [each for each in coded if each.spec.layer == layer] for layer in layers}
 
 
 def begin_compensation(job: Job, calibration: Calibration) -> tuple[Compensation | None, str | None]:

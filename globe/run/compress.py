@@ -16,7 +16,7 @@ from globe.checkpoint.writer import (
 )
 from globe.plan.settings import CompressConfig
 from globe.run.assemble import assemble
-from globe.run.compensation import begin_compensation
+from globe.run.compensation import LayersInOrder, begin_compensation
 from globe.run.folder import RunFolder, open_run
 from globe.run.job import Job, make_job
 from globe.run.observer import Observer, Observers
@@ -103,10 +103,12 @@ def _work(
         compensation = None
     if compensation is None:
         ranks.map(functools.partial(fit_scope, job, preparation, folder), left, watch=watch)
-    else:  # a layer makes up for those before it
+    else:
+        layers = [index for number in left for index in scopes[number].layers]
+        in_order = LayersInOrder(job, preparation, compensation, layers, ranks)
         for number in range(max(left) + 1):
             if number in left:
-                fit_scope(job, preparation, folder, number, watch, compensation)
+                fit_scope(job, preparation, folder, number, watch, in_order)
             else:
                 follow(job, preparation, folder, number, compensation)
     assemble(job, preparation, folder)

@@ -24,7 +24,8 @@ from globe.model.coded_spec import CodedSpec, stored_parts
 from globe.model.factor_check import RUN_METADATA
 from globe.model.names import dense_halves, tripwire_tensor
 from globe.plan.scopes import BankPlan
-from globe.run.coding import code_layer, matrices
+from globe.run.coding import code_family, matrices
+from globe.run.compensation import LayersInOrder
 from globe.run.folder import RunFolder
 from globe.run.job import Job
 from globe.run.observer import Observer, describe
@@ -53,11 +54,11 @@ def fit_scope(
     folder: RunFolder,
     number: int,
     watch: Observer,
-    compensation: Compensation | None = None,
+    in_order: LayersInOrder | None = None,
 ) -> None:
     """Fit the banks of one scope, or code its experts, and write what is stored of them, then the record of it."""
     with explained_exhaustion(f"fitting scope {number + 1} on {job.config.device}", FITS_EXHAUSTED):
-        _fit_scope(job, preparation, folder, number, watch, compensation)
+        _fit_scope(job, preparation, folder, number, watch, in_order)
     watch.scope(preparation.scopes[number])
 
 
@@ -67,11 +68,11 @@ def _fit_scope(
     folder: RunFolder,
     number: int,
     watch: Observer,
-    compensation: Compensation | None,
+    in_order: LayersInOrder | None,
 ) -> None:
     scope, record = preparation.scopes[number], ScopeRecord()
     if job.config.is_coded:
-        run = _code(job, preparation, number, watch, record, compensation)
+        run = _code(job, preparation, number, watch, record, in_order)
     else:
         run = (_stream if job.config.stream else _fit)(job, preparation, folder, number, watch, record)
     for piece, (file, tensors) in enumerate(zip(job.factor_files(number), run, strict=True)):
@@ -124,20 +125,25 @@ def _code(
     number: int,
     watch: Observer,
     record: ScopeRecord,
-    compensation: Compensation | None,
+    in_order: LayersInOrder | None,
 ) -> Iterator[dict[str, Tensor]]:
     """All tensors of the coded experts of a scope's layers."""
     calibration = preparation.calibration
     assert preparation.coding is not None
     assert calibration.sensitivities is not None
+    known = job, preparation.coding, calibration.statistics, calibration.sensitivities
     tensors: dict[str, Tensor] = {}
     for index in preparation.scopes[number].layers:
-        known = calibration.statistics, calibration.sensitivities
-        for spec, coded, report in code_layer(job, preparation.coding, *known, index, compensation):
-            tensors |= {job.names.coded(index, spec.family, part): x for part, x in stored_parts(coded).items()}
-            record.coded.append(report)
-            record.specs.append(spec.to_dict())
-        watch.coded(record.coded[-len(job.config.families) :])
+        if in_order is None:
+            layer = [code_family(*known, index, family) for family in job.config.families]
+        else:
+            layer = in_order.code(index)
+        for coded in layer:
+            parts = stored_parts(coded.experts)
+            tensors |= {job.names.coded(index, coded.spec.family, part): x for part, x in parts.items()}
+            record.coded.append(coded.report)
+            record.specs.append(coded.spec.to_dict())
+        watch.coded([coded.report for coded in layer])
     yield tensors
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from globe.measure import runnable, samples
 from globe.plan.scopes import Scope
 from globe.report.inventory import ROUTED, bytes_by_kind
 from globe.report.page import render
+from globe.run import coding, compensation
 from globe.run import prepare as prepare_module
 from globe.run import scope as scope_module
 from globe.run.observer import Observer
@@ -482,17 +483,17 @@ class Killed(BaseException):
 
 
 def kill_after(monkeypatch: pytest.MonkeyPatch, num_layers: int) -> None:
-    code, calls = scope_module.code_layer, 0
+    code, calls = coding.code_family, 0
 
-    def code_or_die(*arguments: Any) -> Iterator[Any]:
+    def code_or_die(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        for number, family in enumerate(code(*arguments)):
-            if calls > num_layers and number == 1:
-                raise Killed
-            yield family
+        if calls > num_layers * len(FAMILIES) + 1:
+            raise Killed
+        return code(*arguments)
 
-    monkeypatch.setattr(scope_module, "code_layer", code_or_die)
+    for module in (compensation, scope_module):
+        monkeypatch.setattr(module, "code_family", code_or_die)
 
 
 def assert_same_files(found: Path, expected: Path) -> None:

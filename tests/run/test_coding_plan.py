@@ -15,7 +15,7 @@ from globe.experts.coding import damped
 from globe.run import coding as coding_module
 from globe.run.coding import (
     check_reach,
-    code_layer,
+    code_family,
     measured_sensitivities,
     plan_coding,
     plan_from_json,
@@ -23,6 +23,7 @@ from globe.run.coding import (
 )
 from globe.run.job import Job, make_job
 from globe.run.records import as_json
+from globe.terms import FAMILIES
 from tests.coded import ALONE, LAYERS, D, E, P, rewrite, write_source
 from tests.random_experts import normal
 
@@ -54,10 +55,10 @@ def test_what_is_planned_is_what_is_stored(source: Path, bits: float) -> None:
     job = make_job(source, dataclasses.replace(ALONE, bits=bits))
     sensitivities = measured_sensitivities(job, None)[0]
     plan = plan_coding(job, None, sensitivities)
-    coded = [each for layer in range(LAYERS) for each in code_layer(job, plan, None, sensitivities, layer)]
-    assert sum(each.num_bytes for _, each, _ in coded) == plan.num_bytes
+    coded = [code_family(job, plan, None, sensitivities, *key) for key in sensitivities]
+    assert sum(each.experts.num_bytes for each in coded) == plan.num_bytes
     assert 0.995 * bits <= 8 * plan.num_bytes / WEIGHTS <= bits
-    assert {(spec.family, spec.shared, spec.scaled) for spec, _, _ in coded} == {
+    assert {(each.spec.family, each.spec.shared, each.spec.scaled) for each in coded} == {
         ("gate", True, False),
         ("up", True, True),
         ("down", False, False),
@@ -89,8 +90,8 @@ def test_more_sensitive_experts_get_more_bits(job: Job) -> None:
     gained = {}
     for name, sensitivities in (("equal", equal), ("weighted", weighted)):
         plan = plan_coding(job, None, sensitivities)
-        (down,) = (report for _, _, report in code_layer(job, plan, None, sensitivities, 1) if report.family == "down")
-        gained[name] = torch.tensor(down.expert_widths)
+        down = code_family(job, plan, None, sensitivities, 1, "down")
+        gained[name] = torch.tensor(down.report.expert_widths)
     more = gained["weighted"] - gained["equal"]
     ratio = float(importance[1, "down"][3].sum() / importance[1, "down"][0].sum())
     expected = 0.5 * torch.tensor(ratio).log2()
@@ -103,8 +104,8 @@ def test_a_layer_is_coded_from_the_record_as_from_the_plan(job: Job) -> None:
     sensitivities = measured_sensitivities(job, None)[0]
     plan = plan_coding(job, None, sensitivities)
     again = plan_from_json(json.loads(json.dumps(plan_to_json(plan))))
-    layers = (code_layer(job, each, None, sensitivities, 1) for each in (plan, again))
-    for (_, one, _), (_, two, _) in zip(*layers, strict=True):
+    for family in FAMILIES:
+        one, two = (code_family(job, each, None, sensitivities, 1, family).experts for each in (plan, again))
         assert torch.equal(one.rest.payload, two.rest.payload)
 
 

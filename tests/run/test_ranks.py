@@ -50,6 +50,14 @@ def test_torchrun_starts_processes_that_make_the_bytes_of_one(source: Path, code
         assert sum(line.startswith(word) for line in result.stdout.splitlines()) == 1
 
 
+def test_layers_that_make_up_for_each_other_have_the_bytes_of_one_process(source: Path, tmp_path: Path) -> None:
+    """All but down is coded by whoever is free."""
+    command = ("compress", str(source), "--bits", "3", "-o")
+    assert main([*command, str(tmp_path / "alone")]) == 0
+    assert run_in_ranks(2, [*command, str(tmp_path / "shared")], tmp_path / "said") == [0, 0]
+    assert content(tmp_path / "shared") == content(tmp_path / "alone")
+
+
 def test_four_processes_make_the_same_bytes(source: Path, coded: Path, tmp_path: Path) -> None:
     """One more than there are layers."""
     assert run_in_ranks(4, ["compress", str(source), "-o", str(tmp_path / "out"), *CODED], tmp_path / "said") == [0] * 4
@@ -70,7 +78,7 @@ def test_when_one_dies_the_run_ends_and_one_alone_goes_on(
 ) -> None:
     def die_at_work(rank: int) -> None:
         if rank == 1:
-            scope.code_layer = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            scope.code_family = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
     command = ["compress", str(source), "-o", str(tmp_path / "out"), *CODED]
     assert run_in_ranks(2, command, tmp_path / "said", die_at_work) == [1, -signal.SIGKILL]
