@@ -161,13 +161,23 @@ def expert_layers(checkpoint: Checkpoint) -> list[ExpertLayer]:
     model = LanguageModel(text.model_type, getattr(text, "num_hidden_layers", None), num_identity)
     layers = find_expert_layers(checkpoint, model)
     least = min(layer.num_experts for layer in layers) + num_identity
-    for key in _ROUTED:
-        if isinstance(count := getattr(text, key, None), int) and count > least:
+    for key, count in _routed(text).items():
+        if count > least:
             raise CheckpointError(
                 f"{CONFIG} of {checkpoint.folder} routes each token to {count} experts ({key}), and a layer has "
                 f"{least}: correct {CONFIG}"
             )
     return layers
+
+
+def experts_per_token(checkpoint: Checkpoint) -> int | None:
+    """To how many routed experts a token goes; None where config.json does not tell. Raises as `read_config` does."""
+    return max(_routed(text_config(read_config(checkpoint))).values(), default=None)
+
+
+def _routed(text: PreTrainedConfig) -> dict[str, int]:
+    """What a configuration says of it, by key."""
+    return {key: count for key in _ROUTED if isinstance(count := getattr(text, key, None), int)}
 
 
 def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
