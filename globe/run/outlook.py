@@ -9,17 +9,15 @@ from pathlib import Path
 
 import torch
 
-from globe.machine.device import multiply_add_rate
 from globe.machine.memory import total_memory
-from globe.measure.runnable import bytes_at_once, find_place
+from globe.measure.runnable import Place, bytes_at_once, find_place
 from globe.plan.settings import CompressConfig
 from globe.run.job import Outline, outline
 from globe.run.observer import clock
+from globe.run.pace import foreseen_seconds
 from globe.run.ranks import ALONE, Ranks
 from globe.units import byte_size
 
-_CODING = 150_000
-"""Multiply-adds of large products in the time that coding a weight takes; measured, see docs/log.md."""
 _PROCESS = 1_300_000_000
 """Bytes of a process that has compressed next to nothing: libraries, compiled kernels, activations; see docs/log.md."""
 _COPIES = 8
@@ -46,7 +44,8 @@ class Outlook:
     bound: str
     """Whose bound that is."""
     seconds: float
-    """At least, of coding or fitting alone."""
+    """Of measuring the model, and of planning and coding; or, at least, of fitting."""
+    is_coded: bool
     device: str
     """With the number of processes, where they are several."""
     unmeasured_because: str | None
@@ -63,8 +62,8 @@ class Outlook:
         said = [
             f"reads       {byte_size(self.read)} of {self.source}{absent}",
             f"writes      {byte_size(self.written)} ({self.written / self.read:.1%}); {byte_size(self.free)} are free",
-            f"needs       about {byte_size(self.memory)} of memory and at least {clock(self.seconds)} on this "
-            f"{self.device}, measuring not counted; {self.bound}",
+            f"needs       about {byte_size(self.memory)} of memory and {'about' if self.is_coded else 'at least'} "
+            f"{clock(self.seconds)} on this {self.device}; {self.bound}",
         ]
         if self.written + self.absent > self.free:
             said.append("note: the disk is too small for that: make room, or choose another folder")
@@ -124,7 +123,8 @@ def look_ahead(outline: Outline, output: Path | None = None, ranks: Ranks = ALON
         ranks.num_here * _PROCESS + max(needed * runs, ranks.num_here * each),
         available,
         bound,
-        _multiply_adds(outline) / multiply_add_rate(config.device) / ranks.size,
+        foreseen_seconds(outline, place if measured else Place(None, None), ranks.size),
+        config.is_coded,
         config.device if ranks.size == 1 else f"{config.device} in {ranks.size} processes",
         place.obstacle if measured and place.device is None else None,
         place.obstacle if measured and place.is_streamed else None,
@@ -149,9 +149,3 @@ def _statistics(outline: Outline) -> list[int]:
         E, P, D = layer.num_experts, layer.intermediate_size, layer.hidden_size
         found.append(4 * (D * D + 3 * E * P + (E * P * P if outline.config.is_coded else 0)))
     return found
-
-
-def _multiply_adds(outline: Outline) -> float:
-    if outline.config.is_coded:
-        return _CODING * outline.original_parameters()
-    return outline.config.steps * sum(bank.shape.step_multiply_adds for scope in outline.scopes for bank in scope.banks)

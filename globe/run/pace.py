@@ -6,6 +6,7 @@ goes through the inputs of all experts of a layer at once. What a call takes is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -23,7 +24,7 @@ from globe.machine.device import multiply_add_rate
 from globe.measure.calibrate import LayerSums
 from globe.measure.runnable import Place
 from globe.measure.samples import LENGTH, NUM_SAMPLES
-from globe.measure.sensitivity import NUM_WINDOWS, WINDOW, Sensitivities, adding_squares
+from globe.measure.sensitivity import NUM_WINDOWS, WINDOW, adding_squares
 from globe.measure.settings import EvaluateConfig
 from globe.model.expert_modules import ExpertsLayout, RoutedExperts
 from globe.model.experts import usual_gate
@@ -33,7 +34,7 @@ from globe.quant.feedback import BLOCK, order_inputs
 from globe.quant.water_fill import water_fill
 from globe.run.coding import MOST_WINDOWS, wants_sensitivities
 from globe.run.job import Outline
-from globe.terms import FAMILIES, Family
+from globe.terms import FAMILIES
 
 _BATCH = 8
 """Windows that are run at once to calibrate."""
@@ -41,85 +42,99 @@ _FEW = 8
 """Experts of a layer that are run, with as many tokens each as they have among all."""
 _OPERATIONS = 1000
 """Small ones for each layer of a forward pass, beside its products; measured, see docs/log.md."""
-_TRIED = 4, 16
+_TRIED = 2, 10
 """Experts that are coded to see what each of them, and what a call by itself, takes."""
 _READ = 4
 """Times that the experts of a layer are read and looked at, three to plan and one to code."""
-_TRIALS = 3
+_TRIALS, _MOST_TRIALS, _PATIENCE = 2, 10, 0.1
 
 
-def measuring_seconds(outline: Outline, place: Place) -> float:
-    """Of running the model for what it says of its experts; 0 where it is not run."""
-    if place.device is None:
-        return 0.0
-    config, layers = outline.config, [outline.layers[index] for scope in outline.scopes for index in scope.layers]
-    windows, length, seconds = NUM_WINDOWS, WINDOW, 0.0
-    rest = _multiply_adds_beside(outline) / multiply_add_rate(place.device)
-    call, experts = _call_seconds(outline, place.device), _ExpertTimes(outline, place.device)
-    if config.calibrate != "none":
-        samples = config.calibrate == "samples" and not place.is_streamed
-        length = LENGTH if samples else EvaluateConfig.length
-        windows = NUM_SAMPLES if samples else max(1, config.calibration_tokens // length)
-        if samples:
-            seconds += LENGTH * (call + NUM_SAMPLES * rest + sum(experts.run(layer, NUM_SAMPLES) for layer in layers))
-        batch = min(_BATCH, windows) * length
-        seconds += windows * length * rest
-        seconds += windows * length / batch * (call + sum(experts.calibrate(layer, batch) for layer in layers))
-    if wants_sensitivities(config):
-        seen = math.ceil(windows / math.ceil(windows / MOST_WINDOWS))
-        seconds += seen * (3 * call + 3 * length * rest + sum(experts.sensitivities(layer, length) for layer in layers))
+def foreseen_seconds(outline: Outline, place: Place, processes: int = 1) -> float:
+    """Of measuring the model, which can be run at that place, and of planning, coding or fitting by all processes."""
+    with torch.random.fork_rng(devices=[]):
+        seconds = _working_seconds(outline) / processes
+        if place.device is not None:
+            run = _Run(outline, place)
+            if outline.config.statistics is None:
+                seconds += run.samples() + run.calibration() + run.sensitivities()
+            seconds += run.compensation()
     return seconds
 
 
-def working_seconds(outline: Outline) -> float:
+def _working_seconds(outline: Outline) -> float:
     """Of planning and coding, or of fitting."""
     config = outline.config
     if not isinstance(config.budget, Bits):
         steps = sum(bank.shape.step_multiply_adds for scope in outline.scopes for bank in scope.banks)
         return config.steps * steps / multiply_add_rate(config.device)
     times = functools.cache(functools.partial(_coding_time, config.budget, multiply_add_rate("cpu")))
-    matrices = ((outline.layers[index], family) for index, family in outline.compressed())
-    return sum(times(layer.num_experts, *sides(layer, family), family) for layer, family in matrices)
+    layers = [outline.layers[index] for scope in outline.scopes for index in scope.layers]
+    families = config.families
+    return sum(
+        times(each.num_experts, *sides(each, family), family == "down") for each in layers for family in families
+    )
 
 
-def _multiply_adds_beside(outline: Outline) -> int:
-    """Of a token, in all matrices but the experts'."""
-    text = text_config(read_config(outline.checkpoint))
-    matrices = sum(math.prod(each.shape) for each in outline.checkpoint.tensors.values() if len(each.shape) > 1)
-    experts = sum(each.num_experts * each.intermediate_size * each.hidden_size for each in outline.layers.values())
-    looked_up = 0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size
-    return max(0, matrices - looked_up - len(FAMILIES) * experts)
+class _Run:
+    """Seconds of running a model for what it says of its experts, and for what coding them changes."""
 
-
-def _call_seconds(outline: Outline, device: str) -> float:
-    """Of what is no product in a forward pass over a few tokens."""
-    text = text_config(read_config(outline.checkpoint))
-    x = torch.randn(NUM_SAMPLES, text.hidden_size, device=device)
-    return _OPERATIONS * len(outline.layers) * _seconds(lambda: [x * x for _ in range(_OPERATIONS)]) / _OPERATIONS
-
-
-class _ExpertTimes:
-    """Seconds that all experts of a layer take on so many tokens, routed at random."""
-
-    def __init__(self, outline: Outline, device: str) -> None:
-        self._device = device
-        self._routed = experts_per_token(outline.checkpoint) or 1
-        self._inner = outline.config.is_coded
+    def __init__(self, outline: Outline, place: Place) -> None:
+        assert place.device is not None
+        config, self._device = outline.config, place.device
+        self._layers = [outline.layers[index] for scope in outline.scopes for index in scope.layers]
+        self._is_coded, self._families = config.is_coded, config.families
+        self._is_calibrated, self._is_weighed = config.calibrate != "none", wants_sensitivities(config)
+        self._is_sampled = config.calibrate == "samples" and not place.is_streamed
+        self._windows, self._length = NUM_WINDOWS, WINDOW
+        if self._is_sampled:
+            self._windows, self._length = NUM_SAMPLES, LENGTH
+        elif self._is_calibrated:
+            self._windows, self._length = (
+                max(1, config.calibration_tokens // EvaluateConfig.length),
+                EvaluateConfig.length,
+            )
+        text = text_config(read_config(outline.checkpoint))
+        self._routed, self._rate = experts_per_token(outline.checkpoint) or 1, multiply_add_rate(place.device)
+        x = torch.randn(NUM_SAMPLES, text.hidden_size, device=place.device)
+        self._call = len(outline.layers) * _seconds(lambda: [x * x for _ in range(_OPERATIONS)])
+        self._beside = _multiply_adds_beside(outline, text) / self._rate
         self._timed = functools.cache(self._time)
 
-    def run(self, layer: ExpertLayer, tokens: int) -> float:
-        """To be run."""
-        return self._all(_run, layer, tokens)
+    def samples(self) -> float:
+        """Of writing text, a token in each window at a time."""
+        return self._length * self._forward(NUM_SAMPLES) if self._is_sampled else 0.0
 
-    def calibrate(self, layer: ExpertLayer, tokens: int) -> float:
-        """To be run, and what is summed over the tokens."""
-        return self.run(layer, tokens) + self._all(_sum if self._inner else _sum_rows, layer, tokens)
+    def calibration(self) -> float:
+        """Of a pass forward, and of what is summed over the tokens."""
+        if not self._is_calibrated:
+            return 0.0
+        tokens, work = min(_BATCH, self._windows) * self._length, _sum if self._is_coded else _sum_rows
+        sums = sum(self._all(work, layer, tokens) for layer in self._layers)
+        return self._windows * self._length / tokens * (self._forward(tokens) + sums)
 
-    def sensitivities(self, layer: ExpertLayer, tokens: int) -> float:
-        """To be run forward and backward, and what is summed over gradients."""
-        return self._all(_differentiate, layer, tokens)
+    def sensitivities(self) -> float:
+        """Of passes forward and backward, a window at a time, and of what is summed over gradients."""
+        if not self._is_weighed:
+            return 0.0
+        seen = math.ceil(self._windows / math.ceil(self._windows / MOST_WINDOWS))
+        experts = sum(self._all(_differentiate, layer, self._length) for layer in self._layers)
+        return seen * (3 * (self._call + self._length * self._beside) + experts)
+
+    def compensation(self) -> float:
+        """Of three passes forward, and of the regressions between them."""
+        if not (self._is_calibrated and self._is_coded and "down" in self._families):
+            return 0.0
+        tokens, seconds = min(_BATCH, self._windows) * self._length, 0.0
+        for layer in self._layers:
+            E, P, D = layer.num_experts, layer.intermediate_size, layer.hidden_size
+            seconds += (self._windows * self._length * self._routed * P * (P + 4 * D) + 2 * E * P**3) / self._rate
+        return seconds + 3 * self._windows * self._length / tokens * self._forward(tokens)
+
+    def _forward(self, tokens: int) -> float:
+        return self._call + tokens * self._beside + sum(self._all(_run, layer, tokens) for layer in self._layers)
 
     def _all(self, work: _Work, layer: ExpertLayer, tokens: int) -> float:
+        """Of all experts of a layer on so many tokens, routed at random."""
         E, P, D = layer.num_experts, layer.intermediate_size, layer.hidden_size
         return E / min(E, _FEW) * self._timed(work, E, P, D, tokens)
 
@@ -129,7 +144,17 @@ class _ExpertTimes:
         x = torch.randn(tokens, D, device=self._device)
         chosen = torch.rand(tokens, E, device=self._device).argsort(1)[:, : self._routed]
         experts = RoutedExperts(0, "", module, ExpertsLayout(few, P, D, False, True, False))
-        return _seconds(lambda: work(experts, (x, chosen, torch.ones_like(chosen, dtype=x.dtype))))
+        arguments = x, chosen, torch.ones_like(chosen, dtype=x.dtype)
+        with adding_squares(experts, {}) if work is _differentiate else contextlib.nullcontext():
+            return _seconds(lambda: work(experts, arguments))
+
+
+def _multiply_adds_beside(outline: Outline, text: Any) -> int:
+    """Of a token, in all matrices but the experts'."""
+    matrices = sum(math.prod(each.shape) for each in outline.checkpoint.tensors.values() if len(each.shape) > 1)
+    experts = sum(each.num_experts * each.intermediate_size * each.hidden_size for each in outline.layers.values())
+    looked_up = 0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size
+    return max(0, matrices - looked_up - len(FAMILIES) * experts)
 
 
 _Work = Callable[[RoutedExperts, tuple[Tensor, Tensor, Tensor]], None]
@@ -150,10 +175,8 @@ _sum_rows = functools.partial(_sum, inner=False)
 
 @torch.enable_grad()
 def _differentiate(experts: RoutedExperts, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
-    found: Sensitivities = {}
     x, chosen, weights = arguments
-    with adding_squares(experts, found):
-        experts.module(x.detach().requires_grad_(), chosen, weights).sum().backward()
+    experts.module(x.detach().requires_grad_(), chosen, weights).sum().backward()
 
 
 class _Experts(nn.Module):
@@ -174,15 +197,15 @@ class _Experts(nn.Module):
         return found
 
 
-def _coding_time(budget: Bits, rate: float, E: int, N: int, K: int, family: Family) -> float:
-    """Seconds of planning and coding E experts with N inputs and K outputs."""
+def _coding_time(budget: Bits, rate: float, E: int, N: int, K: int, is_own: bool) -> float:
+    """Seconds of planning and coding E experts with N inputs and K outputs, each with an order of its own or not."""
     few, many = _TRIED
     inputs = min(N, BLOCK)
     of_few, of_many = (_seconds(functools.partial(_code, budget, experts, inputs, K)) for experts in _TRIED)
     of_each = max(0.0, of_many - of_few) / (many - few)
     by_call = max(0.0, of_few - few * of_each)
     products = 2 * E * N * N * K  # feedback, twice half of them, and the experts' inner products
-    orders = _READ * (E if family == "down" else 1) * N**3 * 4 / 3  # two factorisations in float64
+    orders = _READ * (E if is_own else 1) * N**3 * 4 / 3  # two factorisations in float64
     return N / inputs * (by_call + E * of_each) + (products + orders) / rate
 
 
@@ -201,10 +224,11 @@ def _code(budget: Bits, E: int, N: int, K: int) -> None:
 
 
 def _seconds(work: Callable[[], Any]) -> float:
-    """That the work takes: the least of three, the first of which may have to load or compile something."""
-    found: list[float] = []
-    for _ in range(_TRIALS):
-        began = time.perf_counter()
+    """That the work takes: the least of two trials, of more while they are short. The first may have to load or compile
+    something."""
+    found, began = list[float](), time.perf_counter()
+    while len(found) < _TRIALS or (len(found) < _MOST_TRIALS and time.perf_counter() - began < _PATIENCE):
+        start = time.perf_counter()
         work()
-        found.append(time.perf_counter() - began)
+        found.append(time.perf_counter() - start)
     return min(found)
