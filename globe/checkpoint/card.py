@@ -28,6 +28,8 @@ _TEMPLATE = Path(__file__).with_name("card.md.j2")
 _KEPT = ("language", "license", "license_name", "license_link", "pipeline_tag", "datasets")
 """Of the source's metadata, beside its tags."""
 _TAGS, _NATIVE, _DENSE = ("globe", "mixture-of-experts"), "compressed", "lossy-dense-export"
+_PACKED = "compressed-tensors"
+"""The tag of an output in that format, and its name in the settings."""
 _MEASURED = re.compile(r"(?<=<!-- measured -->\n).*?(?=<!-- /measured -->)", re.DOTALL)
 _SOURCE = "<!-- what follows is the source's card, as it was -->"
 _LARGEST = 1 << 20
@@ -64,12 +66,12 @@ def carried_card(compressed: Checkpoint) -> SourceCard | None:
     card = read_source_card(compressed)
     if card is None or _SOURCE not in card.text:
         return None
-    tags = [tag for tag in card.metadata.get("tags", []) if tag not in (*_TAGS, _NATIVE)]
+    tags = [tag for tag in card.metadata.get("tags", []) if tag not in (*_TAGS, _NATIVE, _PACKED)]
     return SourceCard({**card.metadata, "tags": tags}, card.text.partition(_SOURCE)[2])
 
 
 def write_native_card(report: Report, source: SourceCard | None, recipe: str) -> bytes:
-    """The card of a compressed model; `recipe` repeats the run."""
+    """The card of a compressed model, in GloBE's own format or another; `recipe` repeats the run."""
     return _render(report, source, recipe, (), is_dense=False)
 
 
@@ -177,6 +179,8 @@ def _render(
     report: Report, source: SourceCard | None, recipe: str, evaluations: Sequence[Evaluation], *, is_dense: bool
 ) -> bytes:
     metadata = dict(source.metadata) if source is not None else {}
+    is_packed = report.config.get("format") == _PACKED
+    kind = _DENSE if is_dense else _PACKED if is_packed else _NATIVE
     on_hub = report.commit is not None
     tags = metadata.pop("tags", [])
     name = " ".join(_named(report).rpartition("/")[2].split())
@@ -187,7 +191,7 @@ def _render(
         library_name="transformers",
         model_name=f"{name}, experts in {how}",
         eval_results=_results(evaluations) or None,
-        tags=[*_TAGS, _DENSE if is_dense else _NATIVE, *([tags] if isinstance(tags, str) else tags)],
+        tags=[*_TAGS, kind, *([tags] if isinstance(tags, str) else tags)],
         **metadata,  # pyright: ignore[reportArgumentType]
     )
     template = jinja2.Template(
@@ -203,6 +207,8 @@ def _render(
         measured=_measured(evaluations),
         families=report.family_errors(),
         is_dense=is_dense,
+        is_packed=is_packed,
+        widths=_widths(report) if is_packed else {},
         original=byte_size(report.original_bytes),
         compressed=byte_size(report.compressed_bytes),
         recipe=recipe.rstrip(),
@@ -211,6 +217,14 @@ def _render(
         license=metadata.get("license"),
     )
     return f"{text.rstrip()}\n".encode(errors="backslashreplace")
+
+
+def _widths(report: Report) -> dict[str, str]:
+    """Bits, and the layers that have them."""
+    layers: dict[str, list[str]] = {}
+    for layer, width in sorted({(part.layer, part.expert_widths[0]) for part in report.coded}):
+        layers.setdefault(f"{width:g}", []).append(str(layer))
+    return {width: ", ".join(layers[width]) for width in sorted(layers)}
 
 
 def _named(report: Report) -> str:

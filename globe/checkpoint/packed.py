@@ -1,4 +1,4 @@
-"""Weights as they are stored in block FP8, MXFP4 and packed int4, and the numbers that they stand for."""
+"""Weights as they are stored in block FP8, MXFP4 and packed int4 or int8, and the numbers that they stand for."""
 
 from __future__ import annotations
 
@@ -38,14 +38,24 @@ def unpack_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return numbers.flatten(-2).to(dtype)
 
 
-def unpack_int4(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """compressed-tensors' pack-quantized, 4 bits, symmetric: runs of a row's numbers under one scale.
+def unpack_int(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """compressed-tensors' pack-quantized, symmetric: runs of a row's numbers under one scale.
 
     Args:
-        packed: (N, K/8) int32, eight numbers in each, the lowest bits first, 8 added to make them unsigned.
+        packed: (N, K·bits/32) int32, 32/bits numbers in each, the lowest bits first, 2^(bits−1) added to make them
+            unsigned.
         scale: (N, K/g).
+        bits: a divisor of 32.
         dtype: of the result, (N, K).
     """
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    numbers = ((packed.unsqueeze(-1) >> shifts) & 15).flatten(-2).float() - 8
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    unsigned = ((packed.unsqueeze(-1) >> shifts) & (1 << bits) - 1).flatten(-2)
+    numbers = unsigned.float() - (1 << bits - 1)
     return (numbers.unflatten(-1, (scale.shape[-1], -1)) * scale.float().unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def pack_int(numbers: Tensor, bits: int) -> Tensor:
+    """The inverse of the packing: numbers (…, K) from −2^(bits−1) to int32 (…, K·bits/32); K fills whole words."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    unsigned = numbers.int() + (1 << bits - 1)
+    return (unsigned.unflatten(-1, (-1, len(shifts))) << shifts).sum(-1, dtype=torch.int32)

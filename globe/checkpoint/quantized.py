@@ -1,6 +1,7 @@
 """Sources whose weights are quantised: what GloBE can read is seen as plain floating point, the rest refused by name.
 
-Read are DeepSeek-V3's block FP8, gpt-oss' MXFP4 and compressed-tensors' symmetric int4 (pack-quantized, Kimi-K2). Each
+Read are DeepSeek-V3's block FP8, gpt-oss' MXFP4 and compressed-tensors' symmetric int4 and int8
+(pack-quantized: Kimi-K2, and what GloBE itself writes with `--format compressed-tensors`). Each
 tensor is dequantised when it is read, so that memory holds one at a time.
 """
 
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor
 
 from globe.checkpoint.header import FLOAT_DTYPES, TORCH_DTYPES, TensorInfo
-from globe.checkpoint.packed import unpack_fp8, unpack_int4, unpack_mxfp4
+from globe.checkpoint.packed import unpack_fp8, unpack_int, unpack_mxfp4
 from globe.checkpoint.reader import Checkpoint
 from globe.errors import CheckpointError, UnsupportedModelError
 from globe.typed import shown
 
-_READ = "block-wise fp8, mxfp4 and compressed-tensors' symmetric int4 (pack-quantized)"
+_READ = "block-wise fp8, mxfp4 and compressed-tensors' symmetric int4 and int8 (pack-quantized)"
 _ADVICE = (
     f"only {', '.join(FLOAT_DTYPES)} weights, {_READ} are read: use the unquantised release, or dequantise it first"
 )
@@ -190,39 +191,57 @@ def _unpack_experts(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tenso
     return experts
 
 
-def _find_int4(checkpoint: Checkpoint, section: Mapping[str, Any]) -> dict[str, Packed]:
+def _find_int(checkpoint: Checkpoint, section: Mapping[str, Any]) -> dict[str, Packed]:
     groups = _objects(section.get("config_groups"))
     if not groups:
         _refuse(checkpoint, "compressed-tensors without config_groups")
-    for group in groups:
-        (weights,) = _objects({"weights": group.get("weights") or {}}) or ({},)
-        scheme = {name: weights.get(name) for name in ("num_bits", "type", "symmetric", "strategy", "actorder")}
-        described = f"{group.get('format') or section.get('format')}, {scheme}"
-        if (
-            (group.get("format") or section.get("format")) != "pack-quantized"
-            or (scheme["num_bits"], scheme["type"], scheme["symmetric"]) != (4, "int", True)
-            or scheme["strategy"] not in ("group", "channel")
-            or scheme["actorder"] not in (None, False, "static", "weight")
-        ):
-            _refuse(checkpoint, f"compressed-tensors {described}")
+    forms = {_form(checkpoint, group, group.get("format") or section.get("format")) for group in groups}
     packed: dict[str, Packed] = {}
     for name, info in checkpoint.tensors.items():
         owner = name.removesuffix("_packed")
         scale, shape = (checkpoint.tensors.get(f"{owner}_{part}") for part in ("scale", "shape"))
         is_packed = info.dtype == "I32" and len(info.shape) == 2
         if owner not in checkpoint.tensors and is_packed and scale is not None and shape is not None:
-            rows, columns = info.shape[0], 8 * info.shape[1]
+            rows, words = info.shape
             # a scale for each row may lie in one dimension; otherwise one for each run of a row's numbers
             per_row = math.prod(scale.shape[1:]) if scale.shape[:1] == (rows,) and len(scale.shape) <= 2 else 0
-            divides = 0 < per_row <= columns and columns % per_row == 0
-            _check_scale(scale, scale.shape if divides else (rows, 1), info, FLOAT_DTYPES)
+            fitting = [form for form in forms if _fits(form, per_row, words)]
+            _check_scale(scale, scale.shape if fitting else (rows, 1), info, FLOAT_DTYPES)
             _check_scale(shape, (2,), info, ("I64", "I32"))
-            packed[owner] = Packed((name, scale.name, shape.name), (rows, columns), _unpack_linear)
+            if len({bits for bits, _ in fitting}) > 1:
+                _refuse(checkpoint, f"compressed-tensors, the shape of {owner} fits several widths")
+            bits = fitting[0][0]
+            unpack = functools.partial(_unpack_linear, bits=bits)
+            packed[owner] = Packed((name, scale.name, shape.name), (rows, 32 // bits * words), unpack)
     return packed
 
 
-def _unpack_linear(packed: Tensor, scale: Tensor, shape: Tensor, dtype: torch.dtype) -> Tensor:
-    matrix = unpack_int4(packed, scale.reshape(len(packed), -1), dtype)
+def _form(checkpoint: Checkpoint, group: Mapping[str, Any], form: object) -> tuple[int, int | None]:
+    """Bits, and numbers under one scale, None where that is a whole row; refused if it is not one that is read."""
+    (weights,) = _objects({"weights": group.get("weights") or {}}) or ({},)
+    scheme = {name: weights.get(name) for name in ("num_bits", "type", "symmetric", "strategy", "actorder")}
+    size = weights.get("group_size") if scheme["strategy"] == "group" else None
+    if (
+        form != "pack-quantized"
+        or scheme["num_bits"] not in (4, 8)
+        or (scheme["type"], scheme["symmetric"]) != ("int", True)
+        or scheme["strategy"] not in ("group", "channel")
+        or scheme["actorder"] not in (None, False, "static", "weight")
+        or not (size is None or _are_sizes([size]))
+    ):
+        _refuse(checkpoint, f"compressed-tensors {form}, {scheme}")
+    return int(scheme["num_bits"]), size
+
+
+def _fits(form: tuple[int, int | None], per_row: int, words: int) -> bool:
+    """Whether rows of so many words, with so many scales each, have this form."""
+    bits, size = form
+    columns = 32 // bits * words
+    return per_row == 1 if size is None else 0 < per_row <= columns and per_row * size == columns
+
+
+def _unpack_linear(packed: Tensor, scale: Tensor, shape: Tensor, dtype: torch.dtype, bits: int) -> Tensor:
+    matrix = unpack_int(packed, scale.reshape(len(packed), -1), bits, dtype)
     if tuple(shape.tolist()) != matrix.shape:
         raise CheckpointError(
             f"a packed matrix holds {tuple(matrix.shape)} numbers and says {tuple(shape.tolist())}: rows that do not "
@@ -234,7 +253,7 @@ def _unpack_linear(packed: Tensor, scale: Tensor, shape: Tensor, dtype: torch.dt
 _FINDERS: Mapping[str, Callable[[Checkpoint, Mapping[str, Any]], dict[str, Packed]]] = {
     "fp8": _find_fp8,
     "mxfp4": _find_mxfp4,
-    "compressed-tensors": _find_int4,
+    "compressed-tensors": _find_int,
 }
 
 

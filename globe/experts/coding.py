@@ -157,8 +157,18 @@ def coding_problem(
 ) -> CodingProblem:
     """Read the experts of a family of a layer and what is known of them; C is the identity without `statistics`.
 
-    `sensitivities` (E, K), damped (`damped`). Raises `CheckpointError` naming the tensor that holds NaN or Inf, or the
-    family with weights whose squares would.
+    `sensitivities` (E, K), damped (`damped`). Raises as `read_experts` does.
+    """
+    X, noise = read_experts(checkpoint, layer, family)
+    C = second_moments(statistics, family, X.shape[1])
+    importance = sensitivities / noise if noise > 0 else torch.zeros_like(sensitivities)
+    return CodingProblem(X, order_inputs(C), importance, C.mean(0), noise or 1.0)
+
+
+def read_experts(checkpoint: Checkpoint, layer: ExpertLayer, family: Family) -> tuple[Tensor, float]:
+    """X (E, N, K), float32, and the squared error of an output that sensitivities are of: N times their mean square.
+
+    Raises `CheckpointError` naming the tensor that holds NaN or Inf, or the family with weights whose squares would.
     """
     weights = read_family(checkpoint, layer, family).float()
     if (peak := float(weights.abs().max())) > LARGEST_WEIGHT:
@@ -166,13 +176,10 @@ def coding_problem(
             f"layer {layer.index} {family} has weights of {peak:.3g}, too large to be coded: mend them, or give --keep"
         )
     X = weights if family == "down" else weights.mT.contiguous()
-    C = _second_moments(statistics, family, X.shape[1])
-    noise = X.shape[1] * float(X.square().mean())
-    importance = sensitivities / noise if noise > 0 else torch.zeros_like(sensitivities)
-    return CodingProblem(X, order_inputs(C), importance, C.mean(0), noise or 1.0)
+    return X, X.shape[1] * float(X.square().mean())
 
 
-def _second_moments(statistics: LayerStatistics | None, family: Family, num_inputs: int) -> Tensor:
+def second_moments(statistics: LayerStatistics | None, family: Family, num_inputs: int) -> Tensor:
     """C (1 or E, N, N), with a mean diagonal of 1, shrunk towards the identity; the identity where nothing is known."""
     eye = torch.eye(num_inputs)
     if statistics is None:

@@ -81,8 +81,11 @@ def report_of(model: str | Path) -> Report | None:
 
 
 def is_compressed(model: str | Path) -> bool:
-    """Whether it is a folder with a model that GloBE has compressed."""
-    return Path(model).is_dir() and quant_method(open_checkpoint(model)) == QUANT_METHOD
+    """Whether it is a folder with a model that GloBE has compressed, in its own format or another."""
+    if not Path(model).is_dir():
+        return False
+    method = quant_method(open_checkpoint(model))
+    return method == QUANT_METHOD or (method is not None and (Path(model) / REPORT).is_file())
 
 
 def _fingerprint(model: str | Path) -> str | None:

@@ -37,7 +37,7 @@ from transformers.utils import logging
 import globe.model  # noqa: F401  (registers the native format)
 from globe.checkpoint.header import FLOAT_DTYPES, TORCH_DTYPES
 from globe.checkpoint.layout import ExpertLayer, LanguageModel, find_expert_layers
-from globe.checkpoint.quantized import dequantized, refuse_unread
+from globe.checkpoint.quantized import dequantized, quant_method, refuse_unread
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.checkpoint.side_files import CONFIG
 from globe.checkpoint.stacks import check_finite
@@ -264,20 +264,25 @@ def check_language_model(checkpoint: Checkpoint, model: PreTrainedModel) -> None
 
 def load(model: str | Path, device: str = AUTO, dtype: torch.dtype | None = None) -> Any:
     """A causal language model from a folder or the Hub, compressed or not, in its own precision or in `dtype`, for
-    inference; tried on a few tokens.
+    inference; tried on a few tokens. compressed-tensors' experts are dequantised as `open_source` reads them, which
+    needs no package and takes several widths.
 
     Raises `CheckpointError` naming the tensors that are missing or of another shape, and with the cause when
     transformers cannot load or run the model; `SettingsError` for a device that is not here; `OutOfMemoryError`.
     """
     device = usable_device(device)
     checkpoint = _open(model)
+    is_packed = quant_method(checkpoint) == "compressed-tensors"
+    if is_packed:
+        checkpoint = open_source(model)
     config = read_config(checkpoint)
     place = {} if device == "cpu" else {"device_map": {"": device}}
     loaded = _load(
         checkpoint,
-        _auto_class(config, checkpoint.folder),
-        str(checkpoint.fetched()),
+        type(empty_language_model(checkpoint)) if is_packed else _auto_class(config, checkpoint.folder),
+        None if is_packed else str(checkpoint.fetched()),
         config=config,
+        state_dict=dict(checkpoint.read_many(checkpoint.tensors)) if is_packed else None,
         dtype="auto" if dtype is None else dtype,
         trust_remote_code=False,
         **place,

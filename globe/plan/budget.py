@@ -12,6 +12,8 @@ ADAPTER_SHARE = 0.68
 """Share of the kept parameters that goes to the adapters while R < P; measured, see docs/log.md."""
 LEAST_BITS, MOST_BITS = 1.5, 8.0
 """Bits per weight that experts are coded in."""
+MOST_PACKED_BITS = 10.0
+"""Of 8 bits with a scale for a few weights."""
 DEFAULT_BITS = 4.0
 """What is spent where nothing is asked: measured, see docs/log.md."""
 
@@ -93,12 +95,13 @@ class Bits:
 
     per_weight: float
     """Stored bits per original weight, everything counted."""
+    most: float = MOST_BITS
 
     def __post_init__(self) -> None:
-        if not LEAST_BITS <= self.per_weight <= MOST_BITS:
+        if not LEAST_BITS <= self.per_weight <= self.most:
             raise SettingsError(
                 f"bits is {self.per_weight:g}; stored bits per original weight must be from {LEAST_BITS:g} to "
-                f"{MOST_BITS:g}: for more, give keep, for less, choose a smaller model"
+                f"{self.most:g}: for more, give keep, for less, choose a smaller model"
             )
 
     def num_bytes(self, parameters: int) -> int:

@@ -9,12 +9,13 @@ from typing import Literal
 from globe.bank_shape import BankShape
 from globe.errors import SettingsError
 from globe.machine.device import AUTO, usable_device
-from globe.plan.budget import DEFAULT_BITS, Bits, Budget, Keep, Ratios
+from globe.plan.budget import DEFAULT_BITS, MOST_BITS, MOST_PACKED_BITS, Bits, Budget, Keep, Ratios
 from globe.terms import FAMILIES, Activation, CodeMap, Family, Solver, WarmStartName
 from globe.train.config import FitConfig
 from globe.typed import documented, fit_settings, shown
 
 FloatDtype = Literal["source", "float32", "bfloat16", "float16"]
+Format = Literal["globe", "compressed-tensors"]
 
 _OF_BANKS = (
     "scope",
@@ -43,6 +44,10 @@ class CompressConfig:
     bits: float | None = None
     """Stored bits per original weight of the compressed families, everything counted, from 1.5 to 8: each expert is
     coded, with more bits where an error costs the model more. 4 unless keep or ratios are given."""
+    format: Format = "globe"
+    """GloBE's own, or `compressed-tensors`, which vLLM serves by itself, at a higher loss: 4 or 8 bits for all experts
+    of a layer, chosen by what errors cost, and a scale for each 128 weights; `bits` then counts from 4.13, and all
+    layers have 4 without it."""
     rank_ratio: float | None = None
     """R / P, with `basis_ratio`, instead of `keep`."""
     basis_ratio: float | None = None
@@ -114,6 +119,10 @@ class CompressConfig:
             raise SettingsError(
                 f"{said[0]} is a setting of banks, which bits has none of: give keep with it, or leave it out"
             )
+        if self.is_packed and (not is_coded or self.families != FAMILIES):
+            raise SettingsError(
+                "format compressed-tensors holds whole experts in few bits: leave out keep, the ratios and families"
+            )
         if self.statistics is not None and self.calibrate != _default("calibrate"):
             raise SettingsError("statistics come with the text that they were measured on: leave calibrate out")
         if self.save_statistics is not None and self.calibrate == "none":
@@ -137,12 +146,18 @@ class CompressConfig:
             return Keep(self.keep)
         if self.rank_ratio is not None and self.basis_ratio is not None:
             return Ratios(self.rank_ratio, self.basis_ratio)
-        return Bits(DEFAULT_BITS if self.bits is None else self.bits)
+        most = MOST_PACKED_BITS if self.is_packed else MOST_BITS
+        return Bits(DEFAULT_BITS if self.bits is None else self.bits, most)
 
     @property
     def is_coded(self) -> bool:
         """Whether experts are coded in few bits, and not put into banks of floating-point factors."""
         return isinstance(self.budget, Bits)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether that is in a format that others serve."""
+        return self.format == "compressed-tensors"
 
     def fit_config(self, bank: BankShape) -> FitConfig:
         """The settings of one bank's fit."""

@@ -46,12 +46,13 @@ class Order:
         return index.expand(x.shape)
 
 
-def order_inputs(second_moments: Tensor) -> Order:
+def order_inputs(second_moments: Tensor, *, falling: bool = False) -> Order:
     """The order for second moments (S, N, N), positive definite: damping is the caller's. Computed in float64.
 
+    By growing variance, or, where all inputs have the same bits, by falling variance, which makes prices more alike.
     Raises `ValueError` when a matrix is not positive definite.
     """
-    inputs = second_moments.diagonal(dim1=1, dim2=2).argsort(dim=1, stable=True)
+    inputs = second_moments.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=falling, stable=True)
     sorted_ = second_moments.double().gather(1, inputs[:, :, None].expand_as(second_moments))
     sorted_ = sorted_.gather(2, inputs[:, None, :].expand_as(second_moments))
     # C = R Rᵀ with R upper triangular is the Cholesky factor of C reversed; then U = R⁻¹, and shares and prices follow

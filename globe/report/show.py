@@ -43,6 +43,7 @@ from globe.run.observer import Observers, clock, describe
 from globe.run.outlook import look_ahead
 from globe.run.prepare import Preparation, prepare
 from globe.run.ranks import ALONE, Ranks
+from globe.run.rounding import RoundingPlan
 from globe.run.size import bits_to_fit, cache_per_token
 from globe.terminal import Terminal
 from globe.typed import shown
@@ -282,10 +283,9 @@ def _show_prepared(console: Terminal, job: Job, preparation: Preparation) -> Non
         _show_coding(console, job, coding)
 
 
-def _show_coding(console: Terminal, job: Job, plan: CodingPlan) -> None:
+def _show_coding(console: Terminal, job: Job, plan: CodingPlan | RoundingPlan) -> None:
     """What the budget of bits buys."""
     bits = 8 * plan.num_bytes / job.original_parameters()
-    shared = sum(count > 0 for count in plan.num_bases.values())
     console.print(f"experts     in {bits:.3f} bits a weight, everything counted")
     if plan.predicted_kl is not None:
         console.print(
@@ -293,7 +293,11 @@ def _show_coding(console: Terminal, job: Job, plan: CodingPlan) -> None:
             "judged had 1.3 to 2.4 times what it says",
             soft_wrap=True,
         )
-    if shared:
+    if isinstance(plan, RoundingPlan):
+        for width in sorted(set(plan.widths.values())):
+            layers = [index for index, bits in plan.widths.items() if bits == width]
+            console.print(f"{width} bits      layers {compact(layers)}")
+    elif shared := sum(count > 0 for count in plan.num_bases.values()):
         console.print(f"banks       pay for {shared} of {len(plan.num_bases)} stacks of experts")
 
 

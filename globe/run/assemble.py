@@ -24,6 +24,7 @@ from globe.machine.memory import peak_memory
 from globe.model.autoload import AUTO_MAP, AUTOLOAD, write_autoload
 from globe.model.loading import (
     in_json,
+    open_source,
 )
 from globe.model.quantization_config import GlobeQuantizationConfig
 from globe.plan.recipe import RECIPE, recipe_text
@@ -31,6 +32,7 @@ from globe.run.folder import RunFolder
 from globe.run.job import Job
 from globe.run.prepare import Preparation
 from globe.run.records import as_json
+from globe.run.rounding import RoundingPlan, section
 from globe.run.scope import scope_record
 from globe.typed import parsed
 from globe.version import versions
@@ -87,16 +89,20 @@ def assemble(job: Job, preparation: Preparation, folder: RunFolder) -> None:
     files[SOURCE_LAYOUT] = write_source_layout(folder.path, job.checkpoint)
     files[INDEX] = write_index(folder.path, weight_map, compressed_bytes)
     files[REPORT] = write_json(folder.path / REPORT, report.to_json())
-    section = GlobeQuantizationConfig(
-        job.specs(preparation.scopes),
-        specs,
-        job.config.activation,
-        globe_version=versions()["globe"],
-        run=folder.records.identity,
-    ).to_dict()
-    files[AUTOLOAD] = write_autoload(folder.path)
-    config = {**in_json(job.checkpoint.config), "auto_map": AUTO_MAP, "quantization_config": section}
-    files[CONFIG] = write_json(folder.path / CONFIG, config)
-    open_checkpoint(folder.path)
+    config = {key: value for key, value in job.checkpoint.config.items() if key != "auto_map"}
+    if isinstance(preparation.coding, RoundingPlan):
+        config["quantization_config"] = section(job, preparation.coding)
+    else:
+        files[AUTOLOAD] = write_autoload(folder.path)
+        config["auto_map"] = AUTO_MAP
+        config["quantization_config"] = GlobeQuantizationConfig(
+            job.specs(preparation.scopes),
+            specs,
+            job.config.activation,
+            globe_version=versions()["globe"],
+            run=folder.records.identity,
+        ).to_dict()
+    files[CONFIG] = write_json(folder.path / CONFIG, in_json(config))
+    (open_source if job.config.is_packed else open_checkpoint)(folder.path)
     job.check_unchanged(folder.records.run["fingerprint"])
     folder.complete(files)

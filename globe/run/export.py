@@ -13,7 +13,8 @@ from globe.checkpoint.card import CARD, EXPORT, carried_card, describe_export, e
 from globe.checkpoint.evaluation import EVALUATION, read_evaluations
 from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.layout import ExpertLayer, source_names
-from globe.checkpoint.manifest import MANIFEST, verify_model
+from globe.checkpoint.manifest import MANIFEST, read_manifest, verify_model
+from globe.checkpoint.quantized import quant_method
 from globe.checkpoint.reader import INDEX, SINGLE, Checkpoint, open_checkpoint
 from globe.checkpoint.report import REPORT, Report
 from globe.checkpoint.shipped import resolve_model
@@ -34,7 +35,7 @@ from globe.experts.storage import restore
 from globe.model.coded_spec import CodedSpec
 from globe.model.empty_model import model_names
 from globe.model.factor_check import check_run
-from globe.model.loading import expert_layers, in_json
+from globe.model.loading import expert_layers, in_json, open_source
 from globe.model.names import FactorNames
 from globe.model.quantization_config import read_section
 from globe.plan.recipe import recipe_text
@@ -56,7 +57,7 @@ def export_dense(model: str | Path, output: str | Path, *, overwrite: bool = Fal
     fit the disk.
     """
     compressed = open_checkpoint(resolve_model(model))
-    dense = DenseView(compressed)
+    dense = (UnpackedView if quant_method(compressed) == "compressed-tensors" else DenseView)(compressed)
     if verify:
         verify_model(compressed.folder)
     run = {"command": "export", "source": str(model), "fingerprint": compressed.fingerprint()}
@@ -67,7 +68,7 @@ def export_dense(model: str | Path, output: str | Path, *, overwrite: bool = Fal
     return folder.output
 
 
-def _write(dense: DenseView, folder: RunFolder) -> None:
+def _write(dense: DenseView | UnpackedView, folder: RunFolder) -> None:
     """All files of the export."""
     source, compressed, path = dense.source, dense.compressed, folder.path
     num_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
@@ -90,6 +91,22 @@ def _write(dense: DenseView, folder: RunFolder) -> None:
         files[CARD] = write_file(path / CARD, card)
     open_checkpoint(path)
     folder.complete(files)
+
+
+class UnpackedView:
+    """An output in the format of compressed-tensors seen as its dense source; its experts are dequantised in float32.
+
+    Raises `CheckpointError` for one that GloBE did not write.
+    """
+
+    def __init__(self, compressed: Checkpoint) -> None:
+        self.compressed, self.source = compressed, read_source_layout(compressed)
+        self.run = None if (manifest := read_manifest(compressed.folder)) is None else manifest.run
+        self._plain = open_source(compressed.folder)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor that the source calls `name`, in the source's dtype."""
+        return self._plain.read(name).to(TORCH_DTYPES[self.source.tensors[name].dtype])
 
 
 class DenseView:

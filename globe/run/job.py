@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from globe.checkpoint.compressed_tensors import WIDTHS, group_notes, layer_bytes
 from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.layout import ExpertLayer, dtype_notes, source_names
 from globe.checkpoint.reader import Checkpoint
@@ -58,7 +60,8 @@ class Outline:
         """Of the output's tensors, with banks as in `scopes`, and `coded` bytes where experts are coded: as long as
         that is not known, their budget."""
         kept = sum(self.checkpoint.tensors[name].nbytes for names in self.kept().values() for name in names)
-        kept += self.dtype(self.scopes[0].layers[0]).itemsize  # the tripwire
+        if not self.config.is_packed:
+            kept += self.dtype(self.scopes[0].layers[0]).itemsize  # the tripwire
         budget = self.config.budget
         if isinstance(budget, Bits):
             kept += budget.num_bytes(self.original_parameters()) if coded is None else coded
@@ -83,6 +86,13 @@ class Outline:
         return len(self.config.families) * sum(
             layer.num_experts * layer.intermediate_size * layer.hidden_size for layer in layers
         )
+
+    def least_packed_bits(self) -> float:
+        """In the format of compressed-tensors: stored bits of a weight with all layers in the least width, rounded
+        up."""
+        layers = [self.layers[index] for scope in self.scopes for index in scope.layers]
+        bits = 8 * sum(layer_bytes(layer, WIDTHS[0]) for layer in layers) / self.original_parameters()
+        return math.ceil(1000 * bits) / 1000
 
     def compressed(self) -> list[tuple[int, Family]]:
         """Layer and family of all that is compressed."""
@@ -157,10 +167,13 @@ def outline(
 
     Raises `CheckpointError` for what cannot be read, `UnsupportedModelError` and `SettingsError` as `compress` does.
     """
-    checkpoint, config = open_source(resolve_model(model), revision, cache), config.resolved()
+    checkpoint, resolved = open_source(resolve_model(model), revision, cache), config.resolved()
     layers = {layer.index: layer for layer in expert_layers(checkpoint)}
     source = str(model).encode(errors="backslashreplace").decode()  # a path that is not UTF-8
-    return Outline(source, checkpoint, config, layers, tuple(make_plan(list(layers.values()), config)))
+    found = Outline(source, checkpoint, resolved, layers, tuple(make_plan(list(layers.values()), resolved)))
+    if config.is_packed and config.bits is None:
+        return dataclasses.replace(found, config=dataclasses.replace(resolved, bits=found.least_packed_bits()))
+    return found
 
 
 def make_job(model: str | Path, config: CompressConfig, revision: str | None = None, cache: Path | None = None) -> Job:
@@ -180,6 +193,8 @@ def make_job(model: str | Path, config: CompressConfig, revision: str | None = N
     if config.calibrate != "none" or measures:
         check_language_model(checkpoint, empty)
     notes, text = [*checkpoint.notes, *dtype_notes(layers.values()), *checkpoint.side_files().left_out], None
+    if config.is_packed:
+        notes += group_notes(layers.values())
     if (name := config.calibrate) not in ("samples", "none"):
         try:
             text = read_calibration_text(checkpoint.folder, name, config.calibration_tokens, config.trust_remote_code)

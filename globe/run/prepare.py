@@ -52,6 +52,7 @@ from globe.run.job import Job
 from globe.run.observer import Observer
 from globe.run.ranks import ALONE, Ranks
 from globe.run.records import as_json
+from globe.run.rounding import RoundingPlan, check_packable, plan_rounding
 
 _STATISTICS, _WINDOWS = "calibration.safetensors", "windows.safetensors"
 _SENSITIVITIES = "sensitivities.safetensors"
@@ -65,7 +66,7 @@ class Preparation:
     calibration: Calibration
     scopes: tuple[Scope, ...]
     """With the budget shared out."""
-    coding: CodingPlan | None
+    coding: CodingPlan | RoundingPlan | None
     """How bits are shared out, where experts are coded."""
     uniform_because: str | None
     """Why it was shared out evenly; None where it was allocated."""
@@ -82,7 +83,9 @@ def prepare(
 ) -> Preparation:
     """Calibrate, or take what `calibrated` gives, and make the plan, or take up those that are finished in the
     `folder`."""
-    if job.config.is_coded:
+    if job.config.is_packed:
+        check_packable(job)
+    elif job.config.is_coded:
         check_reach(job)
     calibration = None if folder is None else _load_calibration(folder, watch)
     if calibration is None:
@@ -99,7 +102,8 @@ def prepare(
             folder.records.write("plan", record)
     record = as_json(record)
     scopes = tuple(scope_from_json(scope) for scope in record["scopes"])
-    coding = record["coding"] and plan_from_json(record["coding"])
+    read_plan = RoundingPlan.from_json if job.config.is_packed else plan_from_json
+    coding = record["coding"] and read_plan(record["coding"])
     return Preparation(calibration, scopes, coding, record["uniform_because"], calibration.seconds + record["seconds"])
 
 
@@ -253,8 +257,11 @@ def share_budget(
     scopes, coding = job.scopes, None
     if calibration.sensitivities is not None:
         because = calibration.equal_because
-        measured = because is None
-        coding = plan_to_json(plan_coding(job, calibration.statistics, calibration.sensitivities, measured, ranks))
+        known, measured = (calibration.statistics, calibration.sensitivities), because is None
+        if job.config.is_packed:
+            coding = dataclasses.asdict(plan_rounding(job, *known, measured))
+        else:
+            coding = plan_to_json(plan_coding(job, *known, measured, ranks))
     elif (because := allocation.obstacle(job.checkpoint, job.config, len(job.specs(job.scopes)))) is None:
         scopes = allocation.allocated(
             job.checkpoint, job.layers, job.scopes, job.config, windows, folder and folder.path, ranks

@@ -24,13 +24,14 @@ from globe.model.coded_spec import CodedSpec, stored_parts
 from globe.model.factor_check import RUN_METADATA
 from globe.model.names import dense_halves, tripwire_tensor
 from globe.plan.scopes import BankPlan
-from globe.run.coding import code_family, matrices
+from globe.run.coding import CodingPlan, code_family, matrices
 from globe.run.compensation import LayersInOrder
 from globe.run.folder import RunFolder
 from globe.run.job import Job
 from globe.run.observer import Observer, describe
 from globe.run.phases import PhaseClock
 from globe.run.prepare import Preparation
+from globe.run.rounding import RoundingPlan, round_layer
 from globe.terms import Family
 from globe.train.fit_banks import fit_bank
 from globe.train.result import FitResult, StepRecord
@@ -71,7 +72,9 @@ def _fit_scope(
     in_order: LayersInOrder | None,
 ) -> None:
     scope, record = preparation.scopes[number], ScopeRecord()
-    if job.config.is_coded:
+    if job.config.is_packed:
+        run = _round(job, preparation, number, watch, record)
+    elif job.config.is_coded:
         run = _code(job, preparation, number, watch, record, in_order)
     else:
         run = (_stream if job.config.stream else _fit)(job, preparation, folder, number, watch, record)
@@ -79,7 +82,7 @@ def _fit_scope(
         for index in scope.layers[piece : piece + 1] if job.config.stream else scope.layers:
             for family in dense_halves(job.config.families):
                 tensors[job.names.dense(index, family)] = read_family(job.checkpoint, job.layers[index], family)
-        if number == piece == 0:
+        if number == piece == 0 and not job.config.is_packed:
             tensors[job.names.tripwire(job.compressed())] = tripwire_tensor(job.dtype(scope.layers[0]))
         sha256 = save_tensors(folder.path / file, tensors, {RUN_METADATA: folder.records.identity})
         record.files[file] = {"sha256": sha256, "tensors": {name: tensor.nbytes for name, tensor in tensors.items()}}
@@ -129,7 +132,7 @@ def _code(
 ) -> Iterator[dict[str, Tensor]]:
     """All tensors of the coded experts of a scope's layers."""
     calibration = preparation.calibration
-    assert preparation.coding is not None
+    assert isinstance(preparation.coding, CodingPlan)
     assert calibration.sensitivities is not None
     known = job, preparation.coding, calibration.statistics, calibration.sensitivities
     tensors: dict[str, Tensor] = {}
@@ -144,6 +147,20 @@ def _code(
             record.coded.append(coded.report)
             record.specs.append(coded.spec.to_dict())
         watch.coded([coded.report for coded in layer])
+    yield tensors
+
+
+def _round(
+    job: Job, preparation: Preparation, number: int, watch: Observer, record: ScopeRecord
+) -> Iterator[dict[str, Tensor]]:
+    """The same in the format of compressed-tensors."""
+    assert isinstance(preparation.coding, RoundingPlan)
+    tensors: dict[str, Tensor] = {}
+    for index in preparation.scopes[number].layers:
+        for packed, report in round_layer(job, preparation.coding, preparation.calibration.statistics, index):
+            tensors |= packed
+            record.coded.append(report)
+        watch.coded(record.coded[-len(job.config.families) :])
     yield tensors
 
 

@@ -121,6 +121,8 @@ def compress_within(
     """
     if max_kl <= 0:
         raise SettingsError(f"max_kl is {max_kl:g}; it must be above 0: nats per token, 0.01 for example")
+    if config.is_packed:
+        raise SettingsError("max_kl is for GloBE's own format: leave format out, or give bits")
     if not config.is_coded or config.bits is not None:
         raise SettingsError("max_kl chooses bits: leave out bits, keep and the ratios")
     output, watch = Path(output), Observers(observers)

@@ -1,4 +1,4 @@
-"""Dequantisation against transformers' own functions; of int4, against the arithmetic of its description."""
+"""Dequantisation against transformers' own functions; of packed integers, against the arithmetic of its description."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize_fp8_weight
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from globe.checkpoint.packed import unpack_fp8, unpack_int4, unpack_mxfp4
+from globe.checkpoint.packed import pack_int, unpack_fp8, unpack_int, unpack_mxfp4
 
 RNG = torch.Generator().manual_seed(0)
 
@@ -43,13 +43,16 @@ def test_mxfp4_of_every_byte_and_many_exponents() -> None:
     assert torch.equal(unpack_mxfp4(blocks, scales, torch.bfloat16).transpose(1, 2), expected)
 
 
-def test_int4_of_every_number_at_every_place() -> None:
-    numbers = torch.stack([torch.arange(16).roll(turn) - 8 for turn in range(16)])
-    words = torch.zeros(16, 2, dtype=torch.int64)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_number_at_every_place(bits: int) -> None:
+    count, half, per = 1 << bits, 1 << bits - 1, 32 // bits
+    numbers = torch.stack([torch.arange(count).roll(turn) - half for turn in range(16)])
+    words = torch.zeros(16, count // per, dtype=torch.int64)
     for row in range(16):
-        for column in range(16):
-            words[row, column // 8] |= (int(numbers[row, column]) + 8) << 4 * (column % 8)
+        for column in range(count):
+            words[row, column // per] |= (int(numbers[row, column]) + half) << bits * (column % per)
     packed = torch.where(words >= 2**31, words - 2**32, words).int()
+    assert torch.equal(pack_int(numbers.to(torch.int8), bits), packed)
     scale = torch.rand(16, 4, generator=RNG).bfloat16()
-    expected = numbers.bfloat16() * scale.repeat_interleave(4, dim=1)
-    assert torch.equal(unpack_int4(packed, scale, torch.bfloat16), expected)
+    expected = numbers.bfloat16() * scale.repeat_interleave(count // 4, dim=1)
+    assert torch.equal(unpack_int(packed, scale, bits, torch.bfloat16), expected)

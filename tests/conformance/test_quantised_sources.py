@@ -132,8 +132,8 @@ def test_the_view_is_what_transformers_dequantises(quantised: Quantised, referen
         ("int4", {"format": "nvfp4-pack-quantized"}, "nvfp4-pack-quantized"),
         (
             "int4",
-            {"config_groups": {"0": {"weights": {**INT4["config_groups"]["group_0"]["weights"], "num_bits": 8}}}},
-            "8",
+            {"config_groups": {"0": {"weights": {**INT4["config_groups"]["group_0"]["weights"], "num_bits": 3}}}},
+            "'num_bits': 3",
         ),
         (
             "int4",

@@ -24,12 +24,13 @@ def rounded(_: int, rows: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("count", [1, E])
-def test_order_is_the_cholesky_factor_of_the_inverse(count: int) -> None:
+@pytest.mark.parametrize("falling", [False, True])
+def test_order_is_the_cholesky_factor_of_the_inverse(count: int, falling: bool) -> None:
     C = moments(count)
-    order = order_inputs(C)
+    order = order_inputs(C, falling=falling)
     for c, inputs, shares, prices in zip(C, order.inputs, order.shares, order.prices, strict=True):
         sorted_ = c[inputs][:, inputs]
-        assert bool((sorted_.diagonal().diff() >= 0).all())
+        assert bool((sorted_.diagonal().diff() * (-1 if falling else 1) >= 0).all())
         upper = torch.linalg.cholesky(torch.linalg.inv(sorted_), upper=True)
         torch.testing.assert_close(shares.double(), upper / upper.diagonal()[:, None], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(prices.double(), upper.diagonal() ** -2, rtol=1e-5, atol=0)
