@@ -32,11 +32,12 @@ test-latest:  ## the test suite with the newest releases of everything but torch
 	$(PYTHON) -m venv .venv-servers
 	.venv-servers/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	.venv-servers/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-servers/bin/python -m pip install --quiet --no-deps --target .venv-servers/zen zentorch==2.13.0.1 deprecated==1.3.1 wrapt==2.5.2
 	touch $@
 
 .venv-tools/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-tools
-	.venv-tools/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,lm-eval,serve]' peft==0.21.2 triton==3.9.0
+	.venv-tools/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,lm-eval,serve]' peft==0.21.2 triton==3.9.0 compressed-tensors==0.20.0
 	touch $@
 
 test-servers: .venv-servers/ready .venv-tools/ready  ## real servers and tools: gigabytes of packages, minutes
