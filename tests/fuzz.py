@@ -55,6 +55,7 @@ BARE = ("--calibrate", "none", "--allocation", "uniform")
 CALIBRATED = ("--calibrate", TEXT, "--calibration-tokens", "256")
 FIT = ("--keep", "0.7", "--steps", "1")
 CODE = ("--bits", "3")
+PACK = ("--format", "compressed-tensors")
 JUDGE = ("--text", TEXT, "--length", "16", "--max-tokens", "64")
 SWEEP = ("sweep", SOURCE, "-o", "grid", "--keep", "0.7", "0.6", "--common.calibrate", "none", "--common.steps", "1",
          "--common.allocation", "uniform", *(f"--evaluate.{word.lstrip('-')}" if word.startswith("--") else word
@@ -127,13 +128,14 @@ def build_outputs(folder: Path) -> Iterator[Subject]:
     read = ((2, ("inspect", SMALL)), (2, ("report", SMALL)), (3, ("export", SMALL, "-o", "dense")), (1, LOAD),
             (1, ("evaluate", SMALL, *JUDGE, "--reference", "none")), (1, ("verify", SMALL)))  # fmt: skip
     wide = (*FIT, "--scope", "model", "--factor-dtype", "bfloat16")
-    for name, settings in (("layers", FIT), ("model in bfloat16", wide), ("coded", CODE)):
+    for name, settings in (("layers", FIT), ("model in bfloat16", wide), ("coded", CODE), ("packed", PACK)):
         place = _source(folder / name, write_source)
         assert _run(("compress", SOURCE, "-o", SMALL, *BARE, *settings)) == 0
         assert _run(("evaluate", SMALL, *JUDGE, "--reference", "none")) == 0
         shutil.rmtree(place / SOURCE)
-        yield Subject(place, SMALL, read, 4, unproved=True)
-        yield Subject(place, SMALL, read, 2)
+        own = tuple(command for command in read if settings != PACK or command[1] != LOAD)  # which needs a package
+        yield Subject(place, SMALL, own, 4, unproved=True)
+        yield Subject(place, SMALL, own, 2)
 
 
 def build_unfinished(folder: Path) -> Iterator[Subject]:

@@ -1,6 +1,6 @@
 """Kill a command before each of its calls that change the file system, repeat it, and compare what comes out.
 
-    python -m tests.kills [compress] [compress-stream] [compress-coded] [sweep] [export] [export-coded] [race]
+    python -m tests.kills [compress] [compress-stream] [compress-coded] [compress-packed] [sweep] [export] [export-coded] [race]
 
 Prints, for each command, how many calls it makes and how many of the kills ended in the bytes of an undisturbed run.
 Processes are forked from one that has imported everything; a kill is SIGKILL, from an audit hook. `race` starts two
@@ -31,6 +31,7 @@ EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.l
 TIMES = {"seconds", "peak_memory_bytes", "phases"}
 QUICK = ("--steps", "2", "--keep", "0.7", "--calibrate", "none")
 CODED = ("--bits", "3", "--calibrate", "none")
+PACKED = ("--format", "compressed-tensors", "--calibrate", "none")
 SWEEP = (
     *(
         "--keep",
@@ -151,6 +152,7 @@ def commands(scratch: Path) -> dict[str, Callable[[Path], list[str]]]:
         "compress": lambda out: ["compress", source, "-o", str(out), *QUICK],
         "compress-stream": lambda out: ["compress", source, "-o", str(out), *QUICK, "--scope", "model", "--stream"],
         "compress-coded": lambda out: ["compress", source, "-o", str(out), *CODED],
+        "compress-packed": lambda out: ["compress", source, "-o", str(out), *PACKED],
         "sweep": lambda out: ["sweep", "shipped", "-o", str(out), *SWEEP],
         "export": lambda out: ["export", small, "-o", str(out)],
         "export-coded": lambda out: ["export", coded, "-o", str(out)],
