@@ -44,6 +44,9 @@ _OPERATIONS = 1000
 """Small ones for each layer of a forward pass, beside its products; measured, see docs/log.md."""
 _TRIED = 2, 10
 """Experts that are coded to see what each of them, and what a call by itself, takes."""
+_ROUNDING = 5_000
+"""Multiply-adds of large products in the time that rounding a weight for kernels of others takes: of narrow experts twice
+that, of none less; measured, see docs/log.md."""
 _READ = 4
 """Times that the experts of a layer are read and looked at, three to plan and one to code."""
 _TRIALS, _MOST_TRIALS, _PATIENCE = 2, 10, 0.1
@@ -64,6 +67,8 @@ def foreseen_seconds(outline: Outline, place: Place, processes: int = 1) -> floa
 def _working_seconds(outline: Outline) -> float:
     """Of planning and coding, or of fitting."""
     config = outline.config
+    if config.is_packed:
+        return _ROUNDING * outline.original_parameters() / multiply_add_rate(config.device)
     if not isinstance(config.budget, Bits):
         steps = sum(bank.shape.step_multiply_adds for scope in outline.scopes for bank in scope.banks)
         return config.steps * steps / multiply_add_rate(config.device)
@@ -82,7 +87,8 @@ class _Run:
         assert place.device is not None
         config, self._device = outline.config, place.device
         self._layers = [outline.layers[index] for scope in outline.scopes for index in scope.layers]
-        self._is_coded, self._families = config.is_coded, config.families
+        self._is_coded = config.is_coded
+        self._is_compensated = config.is_coded and not config.is_packed and "down" in config.families
         self._is_calibrated, self._is_weighed = config.calibrate != "none", wants_sensitivities(config)
         self._is_sampled = config.calibrate == "samples" and not place.is_streamed
         self._windows, self._length = NUM_WINDOWS, WINDOW
@@ -122,7 +128,7 @@ class _Run:
 
     def compensation(self) -> float:
         """Of three passes forward, and of the regressions between them."""
-        if not (self._is_calibrated and self._is_coded and "down" in self._families):
+        if not (self._is_calibrated and self._is_compensated):
             return 0.0
         tokens, seconds = min(_BATCH, self._windows) * self._length, 0.0
         for layer in self._layers:
