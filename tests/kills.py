@@ -1,6 +1,6 @@
 """Kill a command before each of its calls that change the file system, repeat it, and compare what comes out.
 
-    python -m tests.kills [compress] [compress-stream] [compress-coded] [compress-packed] [sweep] [export] [export-coded] [race]
+    python -m tests.kills [compress[-stream|-coded|-packed]] [sweep] [export] [export-coded] [race]
 
 Prints, for each command, how many calls it makes and how many of the kills ended in the bytes of an undisturbed run.
 Processes are forked from one that has imported everything; a kill is SIGKILL, from an audit hook. `race` starts two
