@@ -26,6 +26,7 @@ from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from llmcompressor.modifiers.gptq import GPTQModifier
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -60,6 +61,16 @@ def main() -> None:
     print(json.dumps({"seconds": time.monotonic() - began}))
     model.save_pretrained(asked.output, save_compressed=True)
     AutoTokenizer.from_pretrained(asked.source).save_pretrained(asked.output)
+    if model.config.model_type == "mixtral":
+        rename(asked.output / "model.safetensors")
+
+
+def rename(path: Path) -> None:
+    """Give a Mixtral's matrices the names that transformers loads, which a model made linear in memory has lost."""
+    tensors = load_file(path)
+    for ours, theirs in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
+        tensors = {name.replace(f".{ours}.", f".{theirs}."): tensor for name, tensor in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 if __name__ == "__main__":
