@@ -60,10 +60,11 @@ def render(folder: Path) -> str:
     """The page. What the folder lacks beside its report is said on it."""
     report = Report.read(folder)
     notes: list[str] = []
-    sizes, spectra = _of_files(folder, notes)
+    is_packed = report.config.get("format") == "compressed-tensors"  # which has no banks
+    sizes, spectra = _of_files(folder, notes, is_packed)
     evaluations = read_evaluations(folder)
     try:
-        content = _content(report, sizes, spectra, notes)
+        content = {**_content(report, sizes, spectra, notes), "is_packed": is_packed}
         environment = jinja2.Environment(
             autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
@@ -76,13 +77,14 @@ def render(folder: Path) -> str:
         ) from error
 
 
-def _of_files(folder: Path, notes: list[str]) -> tuple[list[Bytes], list[Spectra]]:
+def _of_files(folder: Path, notes: list[str], is_packed: bool) -> tuple[list[Bytes], list[Spectra]]:
     """What only the tensors tell; notes say what could not be read."""
     sizes, spectra = list[Bytes](), list[Spectra]()
     try:
         checkpoint = open_checkpoint(folder)
         sizes = bytes_by_kind(checkpoint)
-        spectra = list(read_spectra(checkpoint))
+        if not is_packed:
+            spectra = list(read_spectra(checkpoint))
     except (GlobeError, KeyError) as error:
         notes.append(f"The model's files do not tell all that this page could show: {error}")
     return sizes, spectra

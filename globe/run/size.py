@@ -19,7 +19,7 @@ from globe.measure.evaluate import judge
 from globe.measure.reference import Reference
 from globe.measure.settings import EvaluateConfig
 from globe.model.loading import read_config, text_config
-from globe.plan.budget import LEAST_BITS, MOST_BITS, Bits
+from globe.plan.budget import LEAST_BITS, MOST_BITS, MOST_PACKED_BITS, Bits
 from globe.plan.settings import CompressConfig
 from globe.run.compress import run_job
 from globe.run.folder import check_vacant
@@ -48,15 +48,17 @@ def bits_to_fit(outline: Outline, num_bytes: float) -> float:
         config = dataclasses.replace(outline.config, bits=bits)
         return dataclasses.replace(outline, config=config).predicted_bytes(outline.scopes)
 
-    least = size(LEAST_BITS)
-    beside = least - Bits(LEAST_BITS).num_bytes(outline.original_parameters())
+    is_packed = outline.config.is_packed
+    lowest, most = (outline.least_packed_bits(), MOST_PACKED_BITS) if is_packed else (LEAST_BITS, MOST_BITS)
+    least = size(lowest)
+    beside = least - Bits(lowest).num_bytes(outline.original_parameters())
     if least > num_bytes:
         raise SettingsError(
-            f"{outline.source} cannot fit {byte_size(num_bytes)}: with its experts in {LEAST_BITS:g} bits, the least, "
+            f"{outline.source} cannot fit {byte_size(num_bytes)}: with its experts in {lowest:g} bits, the least, "
             f"it takes {byte_size(least)}, of which {byte_size(beside)} are not compressed: choose a smaller model"
         )
     bits = 8 * (num_bytes - beside) / outline.original_parameters()
-    return min(MOST_BITS, math.floor(100 * bits + 1e-6) / 100)
+    return min(most, math.floor(100 * bits + 1e-6) / 100)
 
 
 def cache_per_token(outline: Outline) -> int | None:

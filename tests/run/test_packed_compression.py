@@ -20,9 +20,10 @@ from globe.checkpoint.reader import open_checkpoint
 from globe.measure.reference import is_compressed, source_reference
 from globe.measure.sensitivity import Sensitivities
 from globe.model.loading import load, open_source
-from globe.run.job import make_job
+from globe.report.page import render
+from globe.run.job import make_job, outline
 from globe.run.rounding import RoundingPlan, plan_rounding
-from globe.run.size import compress_within
+from globe.run.size import bits_to_fit, compress_within
 from globe.terms import FAMILIES
 from tests.coded import LAYERS, D, E, P, write_source
 from tests.model.compressed import logits
@@ -116,6 +117,9 @@ def test_it_loads_and_is_exported_without_any_package(source: Path, mixed: Path,
     assert open_checkpoint(dense).shards == open_checkpoint(source).shards
     assert "quantization_config" not in json.loads((dense / "config.json").read_text())
     assert torch.equal(logits(load(mixed)), logits(load(dense)))
+    page = render(mixed)
+    assert "Where the bits went" in page
+    assert "do not tell all" not in page
     assert is_compressed(mixed)
     reference = source_reference(mixed)
     assert reference is not None
@@ -170,6 +174,14 @@ def test_what_the_format_cannot_hold_is_refused(
 ) -> None:
     with pytest.raises(SettingsError, match=message):
         compress(source, tmp_path / "out", dataclasses.replace(PACKED, **changes))
+
+
+def test_the_largest_that_fits_is_found(source: Path) -> None:
+    outlined = outline(source, PACKED)
+    beside = outlined.predicted_bytes(outlined.scopes) - outlined.config.budget.num_bytes(WEIGHTS)
+    assert bits_to_fit(outlined, beside + 6 * WEIGHTS / 8 + 8) == pytest.approx(6, abs=0.011)
+    with pytest.raises(SettingsError, match=r"in 4\.563 bits, the least"):
+        bits_to_fit(outlined, beside + 4 * WEIGHTS / 8)
 
 
 def test_a_loss_is_not_looked_for_in_it(source: Path, tmp_path: Path) -> None:

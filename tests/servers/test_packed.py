@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from globe import CompressConfig, compress
+from globe.checkpoint.report import Report
 from globe.checkpoint.shipped import MODEL
 from globe.measure.texts import read_text
 from globe.model.loading import load
@@ -58,6 +60,27 @@ def test_vllm_serves_it(packed: Path) -> None:
     served, meant = torch.tensor(json.loads(result.stdout.splitlines()[-1])), scores(packed)
     assert float((served - meant).abs().mean()) < 0.04  # the kernel rounds activations to 8 bits
     assert float(served.mean()) == pytest.approx(float(meant.mean()), abs=0.01)
+
+
+def test_vllm_finds_the_width_of_each_layer(tmp_path: Path) -> None:
+    """Which is as far as a machine without a GPU can go."""
+    compress(MODEL, tmp_path / "mixed", dataclasses.replace(ALONE, bits=7))
+    report = Report.read(tmp_path / "mixed")
+    script = """
+import json, sys, torch
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+config = CompressedTensorsConfig.from_config(json.load(open(sys.argv[1]))["quantization_config"])
+parts = "mlp.experts.3.down_proj", "self_attn.q_proj"
+names = [f"model.layers.{layer}.{part}" for layer in range(14) for part in parts]
+found = [config.get_scheme_dict(torch.nn.Linear(1, 1), name) for name in names]
+print(json.dumps([None if scheme is None else scheme["weights"].num_bits for scheme in found]))
+"""
+    command = [SERVERS / "bin" / "python", "-c", script, tmp_path / "mixed" / "config.json"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    widths = [int(part.expert_widths[0]) for part in report.coded if part.family == "down"]
+    assert {*widths} == {4, 8}
+    assert json.loads(result.stdout.splitlines()[-1]) == [entry for width in widths for entry in (width, None)]
 
 
 def test_transformers_loads_the_same_experts(packed: Path) -> None:
