@@ -126,16 +126,20 @@ def section(job: Job, plan: RoundingPlan) -> dict[str, Any]:
 def check_packable(outline: Outline) -> None:
     """Raise `UnsupportedModelError` for experts that do not fit the format, `SettingsError` for too small a budget."""
     for layer in _layers(outline):
-        sizes = f"experts of {layer.intermediate_size} x {layer.hidden_size}"
-        if layer.layout == "fused" or layer.num_unused:
+        if layer.layout == "fused":
             raise UnsupportedModelError(
-                f"{layer.prefix} holds all experts in one tensor; compressed-tensors wants a matrix for each: "
-                "leave --format out, or save the model with a matrix for each expert"
+                f"{layer.prefix} holds all experts in one tensor, and compressed-tensors a matrix for each: "
+                "leave format out"
+            )
+        if layer.num_unused:
+            raise UnsupportedModelError(
+                f"{layer.prefix} has {layer.num_unused} matrices that no expert uses, which servers of this format "
+                "would miss: leave format out"
             )
         if group_size(layer) % 8:
             raise UnsupportedModelError(
-                f"{layer.prefix} has {sizes}, whose inputs do not divide into groups of 8 at least, as "
-                "compressed-tensors packs them: leave --format out"
+                f"{layer.prefix} has experts of {layer.intermediate_size} x {layer.hidden_size}, which do not divide "
+                "into groups of 8 at least, as compressed-tensors packs them: leave format out"
             )
     budget = outline.config.budget
     if isinstance(budget, Bits) and budget.per_weight < (least := outline.least_packed_bits()):
