@@ -315,7 +315,8 @@ def _show_fallbacks(
 
 def _show_uncompensated(console: Terminal, report: Report) -> None:
     """Say where coded layers do not make up for the errors of those before them although they could be run."""
-    if report.uncalibrated_because is not None or "down" not in report.config["families"]:
+    is_packed = report.config.get("format") == "compressed-tensors"  # where none does
+    if report.uncalibrated_because is not None or is_packed or "down" not in report.config["families"]:
         return
     because = report.uncompensated_because
     alone = [part.layer for part in report.coded if part.family == "down" and part.compensated is None]
