@@ -45,8 +45,8 @@ _OPERATIONS = 1000
 _TRIED = 2, 10
 """Experts that are coded to see what each of them, and what a call by itself, takes."""
 _ROUNDING = 5_000
-"""Multiply-adds of large products in the time that rounding a weight for kernels of others takes: of narrow experts twice
-that, of none less; measured, see docs/log.md."""
+"""Multiply-adds of large products in the time that rounding a weight for others' kernels takes, or twice as many where
+experts are narrow; measured, see docs/log.md."""
 _READ = 4
 """Times that the experts of a layer are read and looked at, three to plan and one to code."""
 _TRIALS, _MOST_TRIALS, _PATIENCE = 2, 10, 0.1
