@@ -68,8 +68,8 @@ class Compensation:
     def correction(self, index: int, coded: Mapping[Family, Tensor]) -> Correction | None:
         """What to add to a layer's down, with the families (E, P, D) that are coded already.
 
-        None where what is added to the experts' output is not added to the layer's, as where a norm follows. Layers in
-        order; `go_through` comes after it.
+        None where what is added to the experts' output is not added to the layer's, as where a norm follows, and where
+        there are infinite numbers. Layers in order; `go_through` comes after it.
         """
         experts = self._reach(index)
         with self._layer(index) as layer:
@@ -82,7 +82,7 @@ class Compensation:
                 return None
             pairs = zip(self._original.hidden, here.hidden, strict=True)
             missing = torch.cat([(original - coded).flatten(0, 1) for original, coded in pairs]) / scale
-            return _fit(experts, seen, missing, self._is_odd)
+            return _fit(experts, seen, missing, self._is_odd) if bool(missing.isfinite().all()) else None
 
     @torch.no_grad()
     def go_through(self, index: int, coded: Mapping[Family, Tensor]) -> None:

@@ -321,7 +321,7 @@ def _show_uncompensated(console: Terminal, report: Report) -> None:
     because = report.uncompensated_because
     alone = [part.layer for part in report.coded if part.family == "down" and part.compensated is None]
     if alone and because is None:
-        because = "what their experts add is not added to their output as it is"
+        because = "what their experts add is not added to their output as it is, or not finite"
     if alone:
         console.print(
             f"note            layers {compact(alone)} do not make up for the errors of those before them: {because}",
