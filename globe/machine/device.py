@@ -5,6 +5,7 @@ torch is imported where it is asked: settings name devices without it.
 
 from __future__ import annotations
 
+import functools
 import time
 
 from globe.errors import SettingsError
@@ -30,6 +31,7 @@ def usable_device(device: str) -> str:
     return device
 
 
+@functools.cache
 def multiply_add_rate(device: str) -> float:
     """float32 multiply-adds a second in products of 1024 x 1024 matrices there, the best of five; takes a moment."""
     import torch

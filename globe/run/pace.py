@@ -38,8 +38,8 @@ from globe.terms import FAMILIES
 
 _BATCH = 8
 """Windows that are run at once to calibrate."""
-_FEW = 8
-"""Experts of a layer that are run, with as many tokens each as they have among all."""
+_FEW, _MOST_WEIGHTS = 8, 1 << 25
+"""Experts of a layer that are run, with as many tokens each as they have among all, and what they may have together."""
 _OPERATIONS = 1000
 """Small ones for each layer of a forward pass, beside its products; measured, see docs/log.md."""
 _TRIED = 2, 10
@@ -72,7 +72,7 @@ def _working_seconds(outline: Outline) -> float:
     if not isinstance(config.budget, Bits):
         steps = sum(bank.shape.step_multiply_adds for scope in outline.scopes for bank in scope.banks)
         return config.steps * steps / multiply_add_rate(config.device)
-    times = functools.cache(functools.partial(_coding_time, config.budget, multiply_add_rate("cpu")))
+    times = functools.partial(_coding_time, config.budget, multiply_add_rate("cpu"))
     layers = [outline.layers[index] for scope in outline.scopes for index in scope.layers]
     families = config.families
     return sum(
@@ -101,10 +101,8 @@ class _Run:
             )
         text = text_config(read_config(outline.checkpoint))
         self._routed, self._rate = experts_per_token(outline.checkpoint) or 1, multiply_add_rate(place.device)
-        x = torch.randn(NUM_SAMPLES, text.hidden_size, device=place.device)
-        self._call = len(outline.layers) * _seconds(lambda: [x * x for _ in range(_OPERATIONS)])
+        self._call = len(outline.layers) * _operations_time(self._layers[0].hidden_size, place.device)
         self._beside = _multiply_adds_beside(outline, text) / self._rate
-        self._timed = functools.cache(self._time)
 
     def samples(self) -> float:
         """Of writing text, a token in each window at a time."""
@@ -142,25 +140,40 @@ class _Run:
     def _all(self, work: _Work, layer: ExpertLayer, tokens: int) -> float:
         """Of all experts of a layer on so many tokens, routed at random."""
         E, P, D = layer.num_experts, layer.intermediate_size, layer.hidden_size
-        return E / min(E, _FEW) * self._timed(work, E, P, D, tokens)
+        return E / _few(E, P, D) * _time(work, E, P, D, tokens, self._routed, self._device)
 
-    def _time(self, work: _Work, E: int, P: int, D: int, tokens: int) -> float:
-        few = min(E, _FEW)
-        module = _Experts(few, P, D).to(self._device)
-        x = torch.randn(tokens, D, device=self._device)
-        chosen = torch.rand(tokens, E, device=self._device).argsort(1)[:, : self._routed]
-        experts = RoutedExperts(0, "", module, ExpertsLayout(few, P, D, False, True, False))
-        arguments = x, chosen, torch.ones_like(chosen, dtype=x.dtype)
-        with adding_squares(experts, {}) if work is _differentiate else contextlib.nullcontext():
-            return _seconds(lambda: work(experts, arguments))
+
+def _few(E: int, P: int, D: int) -> int:
+    return max(1, min(E, _FEW, _MOST_WEIGHTS // (len(FAMILIES) * P * D)))
+
+
+@functools.cache
+def _time(work: _Work, E: int, P: int, D: int, tokens: int, routed: int, device: str) -> float:
+    """Of a few of E experts, with as many of the tokens as they would get among all."""
+    few = _few(E, P, D)
+    module = _Experts(few, P, D).to(device)
+    x = torch.randn(tokens, D, device=device)
+    chosen = torch.rand(tokens, E, device=device).argsort(1)[:, :routed]
+    experts = RoutedExperts(0, "", module, ExpertsLayout(few, P, D, False, True, False))
+    arguments = x, chosen, torch.ones_like(chosen, dtype=x.dtype)
+    with adding_squares(experts, {}) if work is _differentiate else contextlib.nullcontext():
+        return _seconds(lambda: work(experts, arguments))
 
 
 def _multiply_adds_beside(outline: Outline, text: Any) -> int:
     """Of a token, in all matrices but the experts'."""
     matrices = sum(math.prod(each.shape) for each in outline.checkpoint.tensors.values() if len(each.shape) > 1)
     experts = sum(each.num_experts * each.intermediate_size * each.hidden_size for each in outline.layers.values())
-    looked_up = 0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size
+    is_tied, width = getattr(text, "tie_word_embeddings", True), next(iter(outline.layers.values())).hidden_size
+    looked_up = 0 if is_tied else getattr(text, "vocab_size", 0) * width
     return max(0, matrices - looked_up - len(FAMILIES) * experts)
+
+
+@functools.cache
+def _operations_time(width: int, device: str) -> float:
+    """Of what is no product in a layer."""
+    x = torch.randn(NUM_SAMPLES, width, device=device)
+    return _seconds(lambda: [x * x for _ in range(_OPERATIONS)])
 
 
 _Work = Callable[[RoutedExperts, tuple[Tensor, Tensor, Tensor]], None]
@@ -207,12 +220,17 @@ def _coding_time(budget: Bits, rate: float, E: int, N: int, K: int, is_own: bool
     """Seconds of planning and coding E experts with N inputs and K outputs, each with an order of its own or not."""
     few, many = _TRIED
     inputs = min(N, BLOCK)
-    of_few, of_many = (_seconds(functools.partial(_code, budget, experts, inputs, K)) for experts in _TRIED)
+    of_few, of_many = (_code_time(budget, experts, inputs, K) for experts in _TRIED)
     of_each = max(0.0, of_many - of_few) / (many - few)
     by_call = max(0.0, of_few - few * of_each)
     products = 2 * E * N * N * K  # feedback, twice half of them, and the experts' inner products
     orders = _READ * (E if is_own else 1) * N**3 * 4 / 3  # two factorisations in float64
     return N / inputs * (by_call + E * of_each) + (products + orders) / rate
+
+
+@functools.cache
+def _code_time(budget: Bits, E: int, N: int, K: int) -> float:
+    return _seconds(functools.partial(_code, budget, E, N, K))
 
 
 def _code(budget: Bits, E: int, N: int, K: int) -> None:
