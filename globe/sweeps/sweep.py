@@ -20,7 +20,7 @@ from globe.checkpoint.manifest import MANIFEST, Manifest, verify_files, write_ma
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.report import Report
 from globe.checkpoint.shipped import resolve_model
-from globe.checkpoint.writer import make_folder
+from globe.checkpoint.writer import TEMPORARY, make_folder
 from globe.errors import CheckpointError, GlobeError, OutputError
 from globe.machine.device import usable_device
 from globe.measure.evaluate import evaluate_model, read_windows, windows_fingerprint
@@ -198,6 +198,9 @@ class Run:
             raise OutputError(f"{output} holds files that are not of a sweep: choose another output")
         make_folder(output / UNFINISHED)
         with held(output / UNFINISHED, output):
+            for folder in (output, output / _POINTS):
+                for leftover in folder.glob(f"*.????????{TEMPORARY}"):  # of a write that was killed
+                    leftover.unlink()
             if not self._records.begin(f"{_POINTS}/*", overwrite=overwrite):
                 for path in (output / _POINTS, output / _MODELS):
                     shutil.rmtree(path, ignore_errors=True)

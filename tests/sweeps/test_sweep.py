@@ -78,6 +78,14 @@ def test_only_records_are_left(folder: Path) -> None:
     assert files(folder).keys() == {"run.json", "original.json", "globe_manifest.json", *records}
 
 
+def test_what_a_killed_write_left_is_removed(source: Path, folder: Path) -> None:
+    before = files(folder)
+    for name in ("run.json", "original.json", "points/00001.json"):
+        (folder / f"{name}.0123abcd.tmp").write_text("{")
+    sweep(source, folder, GRID)
+    assert files(folder).keys() == before.keys()
+
+
 def test_models_are_kept_when_asked_for(source: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(GRID, keep=(0.7,), layers=("0",), save_models=True)
     result = sweep(source, tmp_path / "grid", config)
