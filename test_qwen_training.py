@@ -22,7 +22,7 @@ from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.shipped import resolve_model
 from globe.checkpoint.stacks import read_family
 from globe.errors import GlobeError, SettingsError
-from globe.model.loading import expert_layers
+from globe.model.configuration import expert_layers
 from globe.report.trajectory import draw_trajectory
 from globe.terms import Activation, CodeMap, Family, Solver, WarmStartName
 from globe.train.config import FitConfig

@@ -29,7 +29,7 @@ from globe import CompressConfig, FitConfig, FitResult, fit_bank
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.shipped import resolve_model
 from globe.experts.stack import read_stack
-from globe.model.loading import expert_layers
+from globe.model.configuration import expert_layers
 from globe.plan.scopes import make_plan
 from globe.report.style import STYLE
 from globe.terms import CodeMap, Solver, WarmStartName

@@ -20,7 +20,7 @@ from benchmarks.tables import Column, print_table
 from globe import CompressConfig, compress
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.shipped import resolve_model
-from globe.model.loading import expert_layers
+from globe.model.configuration import expert_layers
 
 COLUMNS = (
     Column("keep", "keep", "g"),

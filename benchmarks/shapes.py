@@ -20,7 +20,7 @@ from globe import CompressConfig, FitConfig, fit_bank
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.shipped import resolve_model
 from globe.experts.stack import read_stack
-from globe.model.loading import expert_layers
+from globe.model.configuration import expert_layers
 from globe.plan.scopes import make_plan
 
 COLUMNS = (

@@ -28,7 +28,7 @@ from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.shipped import resolve_model
 from globe.experts.stack import read_stack
 from globe.init.warm_start import warm_start
-from globe.model.loading import expert_layers
+from globe.model.configuration import expert_layers
 from globe.plan.scopes import make_plan
 from globe.terms import CodeMap
 from globe.train.parts import ExpertParts

@@ -14,8 +14,8 @@ from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.report import root_mean_square
 from globe.checkpoint.stacks import read_family
+from globe.model.configuration import expert_layers
 from globe.model.expert_modules import factor_names
-from globe.model.loading import expert_layers
 from globe.terms import FAMILIES, Family
 
 Stacks = Mapping[tuple[int, Family], Tensor]

@@ -321,14 +321,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(given: Sequence[str], ranks: Ranks) -> int:
     command, go_on = None, ""
     try:
-        if given == ["--version"]:
-            print(f"globe {__version__}", flush=True)
-            return 0
         with stoppable():
             if ranks.is_follower:
                 return ranks.serve()
             if given == ["--version"]:
-                print(f"globe {__version__}")
+                print(f"globe {__version__}", flush=True)
                 return 0
             command = _parse(given)
             go_on = getattr(command, "go_on", "")

@@ -29,8 +29,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 from globe.checkpoint.header import FLOAT_DTYPES, TORCH_DTYPES
 from globe.checkpoint.reader import Checkpoint
 from globe.errors import CheckpointError, UnsupportedModelError
+from globe.model.configuration import explained
 from globe.model.expert_modules import RoutedExperts, find_experts
-from globe.model.loading import AGAIN, explained, hollow_language_model, quiet
+from globe.model.loading import AGAIN, hollow_language_model, quiet
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Of a layer: the arguments behind the hidden states, and those with names."""

@@ -15,8 +15,8 @@ from globe.checkpoint.source_layout import read_source_layout
 from globe.checkpoint.stacks import check_finite
 from globe.errors import CheckpointError
 from globe.model.bank_spec import BankSpec
+from globe.model.configuration import expert_layers
 from globe.model.empty_model import model_names
-from globe.model.loading import expert_layers
 from globe.model.names import FactorNames, is_factor
 from globe.model.quantization_config import read_section
 from globe.terms import FAMILIES

@@ -22,10 +22,8 @@ from globe.checkpoint.writer import (
 from globe.errors import CheckpointError
 from globe.machine.memory import peak_memory
 from globe.model.autoload import AUTO_MAP, AUTOLOAD, write_autoload
-from globe.model.loading import (
-    in_json,
-    open_source,
-)
+from globe.model.configuration import in_json
+from globe.model.loading import open_source
 from globe.model.quantization_config import GlobeQuantizationConfig
 from globe.plan.recipe import RECIPE, recipe_text
 from globe.run.folder import RunFolder

@@ -33,9 +33,10 @@ from globe.checkpoint.writer import (
 from globe.errors import CheckpointError
 from globe.experts.storage import restore
 from globe.model.coded_spec import CodedSpec
+from globe.model.configuration import expert_layers, in_json
 from globe.model.empty_model import model_names
 from globe.model.factor_check import check_run
-from globe.model.loading import expert_layers, in_json, open_source
+from globe.model.loading import open_source
 from globe.model.names import FactorNames
 from globe.model.quantization_config import read_section
 from globe.plan.recipe import recipe_text

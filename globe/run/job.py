@@ -18,15 +18,10 @@ from globe.checkpoint.shipped import resolve_model
 from globe.errors import CheckpointError, UntrustedCodeError
 from globe.measure.calibrate import CalibrationText, read_calibration_text
 from globe.model.bank_spec import BankSpec
+from globe.model.configuration import expert_layers
 from globe.model.empty_model import check_same_experts
 from globe.model.expert_modules import factor_names, find_experts
-from globe.model.loading import (
-    check_language_model,
-    check_weights,
-    empty_model,
-    expert_layers,
-    open_source,
-)
+from globe.model.loading import check_language_model, check_weights, empty_model, open_source
 from globe.model.names import FactorNames, dense_halves
 from globe.plan.budget import Bits
 from globe.plan.scopes import BankPlan, Scope, make_plan

@@ -26,9 +26,9 @@ from globe.measure.runnable import Place
 from globe.measure.samples import LENGTH, NUM_SAMPLES
 from globe.measure.sensitivity import NUM_WINDOWS, WINDOW, adding_squares
 from globe.measure.settings import EvaluateConfig
+from globe.model.configuration import experts_per_token, read_config, text_config
 from globe.model.expert_modules import ExpertsLayout, RoutedExperts
 from globe.model.experts import usual_gate
-from globe.model.loading import experts_per_token, read_config, text_config
 from globe.plan.budget import Bits
 from globe.quant.feedback import BLOCK, order_inputs
 from globe.quant.water_fill import water_fill

@@ -18,7 +18,7 @@ from globe.errors import FinishedError, OutputError, SettingsError
 from globe.measure.evaluate import judge
 from globe.measure.reference import Reference
 from globe.measure.settings import EvaluateConfig
-from globe.model.loading import read_config, text_config
+from globe.model.configuration import read_config, text_config
 from globe.plan.budget import LEAST_BITS, MOST_BITS, MOST_PACKED_BITS, Bits
 from globe.plan.settings import CompressConfig
 from globe.run.compress import run_job

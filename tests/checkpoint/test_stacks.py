@@ -25,7 +25,7 @@ from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.checkpoint.stacks import check_finite, dense_tensor, read_family
 from globe.checkpoint.writer import save_tensors
 from globe.errors import CheckpointError
-from globe.model.loading import expert_layers
+from globe.model.configuration import expert_layers
 from globe.terms import FAMILIES, Family
 from tests.rounding import assert_equal_but_for_rounding
 

@@ -15,7 +15,7 @@ from globe.bank_shape import BankShape
 from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.experts.metric import LayerStatistics
-from globe.model.loading import expert_layers
+from globe.model.configuration import expert_layers
 from globe.plan.scopes import BankPlan
 from globe.terms import FAMILIES, Family
 from tests.model.compressed import LAYERS, D, E, P

@@ -75,8 +75,6 @@ def test_what_is_stored_decodes_to_what_was_chosen(form: Form, is_scaled: bool, 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_without_numba_it_is_the_same(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
-    if trellis.compiled() is None:
-        pytest.skip("numba is not installed")
     X, C, importance = make(num_outputs=16)
     fast, decoded, _ = coded(X, order_inputs(C), importance, 3.0, form)
     monkeypatch.setattr(trellis, "compiled", lambda: None)

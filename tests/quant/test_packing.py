@@ -63,8 +63,6 @@ def test_decoded_rows_are_levels_times_steps(half: int, seed: int) -> None:
 
 @pytest.mark.parametrize("length", [12, 14, 48, 130])
 def test_numba_and_torch_decode_the_same_bits(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if trellis.compiled() is None:
-        pytest.skip("numba is not installed")
     symbols, widths = random_rows(5, 9, length, seed=1)
     arguments = (
         packing.pack(symbols, widths),

@@ -83,8 +83,6 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     if request.param == "torch":
         monkeypatch.setattr(trellis, "compiled", lambda: None)
         monkeypatch.setattr(product, "_say_that_it_is_slow", lambda: None)
-    elif trellis.compiled() is None:
-        pytest.skip("numba is not installed")
 
 
 @pytest.mark.usefixtures("way")
@@ -132,8 +130,6 @@ torch.testing.assert_close(products, coded.outputs.undo(wanted.bfloat16().float(
 
 
 def test_the_same_bits_on_a_cpu_without_extensions() -> None:
-    if trellis.compiled() is None:
-        pytest.skip("numba is not installed")
     settings = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
     subprocess.run([sys.executable, "-c", ON_ANY_CPU], env=settings, cwd=Path(__file__).parents[2], check=True)
 

@@ -56,8 +56,6 @@ def test_levels_have_the_moments_that_the_format_says() -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_error_is_that_of_the_format(width: int) -> None:
-    if trellis.compiled() is None:
-        pytest.skip("minutes without numba")
     x = normal_rows(32, 1024, width, seed=1)
     _, states = trellis.encode(x, width)
     tolerance = 0.03 if width <= 12 else 0.15  # few entries beyond the levels decide
@@ -101,8 +99,6 @@ def test_a_path_is_the_ring_of_its_symbols(width: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("length", [trellis.LOG_STATES, 30])
 def test_numba_and_torch_find_the_same_paths(width: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if trellis.compiled() is None:
-        pytest.skip("numba is not installed")
     x = normal_rows(3, length, width)
     x[0] *= 100  # beyond what the search resolves
     x[1] = 0  # ties
@@ -192,8 +188,6 @@ def test_short_and_odd_rows_and_strange_widths_are_refused() -> None:
 
 
 def test_threads_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    if trellis.compiled() is None:
-        pytest.skip("numba is not installed")
     x = normal_rows(7, 64, 3)
     one = trellis.encode(x, 3)
     monkeypatch.setattr(trellis, "_LEAST_PER_THREAD", 64)

@@ -15,8 +15,9 @@ from globe.checkpoint.shipped import MODEL
 from globe.experts.stack import read_stack
 from globe.measure.evaluate import read_windows
 from globe.measure.settings import EvaluateConfig
+from globe.model.configuration import expert_layers
 from globe.model.expert_modules import find_experts
-from globe.model.loading import expert_layers, load
+from globe.model.loading import load
 from globe.plan.allocate import DAMPING, ERROR_POWER, REACH, STEP
 from globe.plan.budget import Keep
 from globe.plan.scopes import make_plan

@@ -20,7 +20,7 @@ from globe.experts.storage import to_storage
 from globe.measure import samples
 from globe.measure.calibrate import calibrate
 from globe.measure.samples import LENGTH, NUM_SAMPLES, sample_windows
-from globe.model.loading import expert_layers
+from globe.model.configuration import expert_layers
 from globe.plan.scopes import BankPlan
 from globe.run import prepare as prepare_module
 from globe.run import scope as scope_module
