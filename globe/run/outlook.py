@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from globe.measure.runnable import Place, bytes_at_once, find_place
 from globe.plan.settings import CompressConfig
 from globe.run.job import Outline, outline
 from globe.run.observer import clock
-from globe.run.pace import foreseen_seconds
+from globe.run.pace import foreseen_seconds, is_compensated, windows_seen
 from globe.run.ranks import ALONE, Ranks
 from globe.units import byte_size
 
@@ -43,8 +45,8 @@ class Outlook:
     """Bytes of memory there are."""
     bound: str
     """Whose bound that is."""
-    seconds: float
-    """Of measuring the model, and of planning and coding; or, at least, of fitting."""
+    foresee: Callable[[], float] = dataclasses.field(repr=False, compare=False)
+    """Finds `seconds`, which takes a few, and where coding was never done before half a minute to compile it."""
     is_coded: bool
     device: str
     """With the number of processes, where they are several."""
@@ -53,33 +55,37 @@ class Outlook:
     streamed_because: str | None
     """Why it will be run a layer at a time."""
 
+    @functools.cached_property
+    def seconds(self) -> float:
+        """Of measuring the model, and of planning and coding; or, at least, of fitting."""
+        return self.foresee()
+
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
-    def lines(self) -> list[str]:
-        """The three lines that say it, and one for each thing that will not go as asked."""
+    def lines(self) -> Iterator[str]:
+        """The three lines that say it, and one for each thing that will not go as asked; as soon as they are known."""
         absent = f", {byte_size(self.absent)} of it downloaded first" if self.absent else ""
-        said = [
-            f"reads       {byte_size(self.read)} of {self.source}{absent}",
-            f"writes      {byte_size(self.written)} ({self.written / self.read:.1%}); {byte_size(self.free)} are free",
+        yield f"reads       {byte_size(self.read)} of {self.source}{absent}"
+        yield f"writes      {byte_size(self.written)} ({self.written / self.read:.1%}); {byte_size(self.free)} are free"
+        yield (
             f"needs       about {byte_size(self.memory)} of memory and {'about' if self.is_coded else 'at least'} "
-            f"{clock(self.seconds)} on this {self.device}; {self.bound}",
-        ]
+            f"{clock(self.seconds)} on this {self.device}; {self.bound}"
+        )
         if self.written + self.absent > self.free:
-            said.append("note: the disk is too small for that: make room, or choose another folder")
+            yield "note: the disk is too small for that: make room, or choose another folder"
         if self.unmeasured_because is not None:
-            said.append(
+            yield (
                 f"note: {self.unmeasured_because}: errors will be weighed by the weights alone, at a higher loss, "
                 "unless the machine has more memory"
             )
         if self.streamed_because is not None:
-            said.append(
+            yield (
                 f"note: {self.streamed_because}: it is run a layer at a time, and not on samples of its own; give text "
                 "like your use with --calibrate"
             )
         if self.memory > self.available:
-            said.append("note: the memory is too small for that: choose --scope layer or --stream, or another machine")
-        return said
+            yield "note: the memory is too small for that: choose --scope layer or --stream, or another machine"
 
 
 def inspect(
@@ -109,9 +115,10 @@ def look_ahead(outline: Outline, output: Path | None = None, ranks: Ranks = ALON
     place = find_place(checkpoint, config.device, torch.float32.itemsize)
     runs, statistics = measured and place.device is not None, _statistics(outline)
     if place.is_streamed:
-        needed = bytes_at_once(checkpoint) + max(statistics)
+        needed = bytes_at_once(checkpoint) + max(statistics) + _states(outline, place)
     else:
         needed = 4 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()) + sum(statistics)
+        needed = max(needed, bytes_at_once(checkpoint) + _states(outline, place))
     each = max(statistics) * runs + 4 * _COPIES * _widest(outline)
     available, bound = total_memory("cpu")
     return Outlook(
@@ -123,12 +130,21 @@ def look_ahead(outline: Outline, output: Path | None = None, ranks: Ranks = ALON
         ranks.num_here * _PROCESS + max(needed * runs, ranks.num_here * each),
         available,
         bound,
-        foreseen_seconds(outline, place if measured else Place(None, None), ranks.size),
+        functools.partial(foreseen_seconds, outline, place if measured else Place(None, None), ranks.size),
         config.is_coded,
         config.device if ranks.size == 1 else f"{config.device} in {ranks.size} processes",
         place.obstacle if measured and place.device is None else None,
         place.obstacle if measured and place.is_streamed else None,
     )
+
+
+def _states(outline: Outline, place: Place) -> int:
+    """Bytes of the hidden states of all windows where the model is run a layer at a time: those that went in and came
+    out, or, where layers make up for each other, of two models, what one layer would give, its experts' inputs, and
+    the difference."""
+    windows, length = windows_seen(outline.config, place)
+    width = next(iter(outline.layers.values())).hidden_size
+    return 4 * windows * length * width * (5 if is_compensated(outline.config) else 2)
 
 
 def _widest(outline: Outline) -> int:

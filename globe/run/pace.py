@@ -30,6 +30,7 @@ from globe.model.configuration import experts_per_token, read_config, text_confi
 from globe.model.expert_modules import ExpertsLayout, RoutedExperts
 from globe.model.experts import usual_gate
 from globe.plan.budget import Bits
+from globe.plan.settings import CompressConfig
 from globe.quant.feedback import BLOCK, order_inputs
 from globe.quant.water_fill import water_fill
 from globe.run.coding import MOST_WINDOWS, wants_sensitivities
@@ -64,6 +65,29 @@ def foreseen_seconds(outline: Outline, place: Place, processes: int = 1) -> floa
     return seconds
 
 
+def is_sampled(config: CompressConfig, place: Place) -> bool:
+    """Whether the model is run on text of its own."""
+    return config.calibrate == "samples" and not place.is_streamed
+
+
+def is_compensated(config: CompressConfig) -> bool:
+    """Whether layers are to make up for the errors of those before them."""
+    is_run = config.calibrate != "none"
+    return is_run and config.is_coded and not config.is_packed and "down" in config.families
+
+
+def windows_seen(config: CompressConfig, place: Place) -> tuple[int, int]:
+    """How many token windows the model is run on at most, and their length."""
+    if config.calibrate == "none":
+        return NUM_WINDOWS, WINDOW
+    if is_sampled(config, place):
+        return NUM_SAMPLES, LENGTH
+    most = config.calibration_tokens
+    if config.calibrate == "samples":  # which a text stands for
+        most = min(most, NUM_SAMPLES * EvaluateConfig.length)
+    return max(1, most // EvaluateConfig.length), EvaluateConfig.length
+
+
 def _working_seconds(outline: Outline) -> float:
     """Of planning and coding, or of fitting."""
     config = outline.config
@@ -88,17 +112,10 @@ class _Run:
         config, self._device = outline.config, place.device
         self._layers = [outline.layers[index] for scope in outline.scopes for index in scope.layers]
         self._is_coded = config.is_coded
-        self._is_compensated = config.is_coded and not config.is_packed and "down" in config.families
+        self._is_compensated = is_compensated(config)
         self._is_calibrated, self._is_weighed = config.calibrate != "none", wants_sensitivities(config)
-        self._is_sampled = config.calibrate == "samples" and not place.is_streamed
-        self._windows, self._length = NUM_WINDOWS, WINDOW
-        if self._is_sampled:
-            self._windows, self._length = NUM_SAMPLES, LENGTH
-        elif self._is_calibrated:
-            self._windows, self._length = (
-                max(1, config.calibration_tokens // EvaluateConfig.length),
-                EvaluateConfig.length,
-            )
+        self._is_sampled = is_sampled(config, place)
+        self._windows, self._length = windows_seen(config, place)
         text = text_config(read_config(outline.checkpoint))
         self._routed, self._rate = experts_per_token(outline.checkpoint) or 1, multiply_add_rate(place.device)
         self._call = len(outline.layers) * _operations_time(self._layers[0].hidden_size, place.device)
@@ -126,7 +143,7 @@ class _Run:
 
     def compensation(self) -> float:
         """Of three passes forward, and of the regressions between them."""
-        if not (self._is_calibrated and self._is_compensated):
+        if not self._is_compensated:
             return 0.0
         tokens, seconds = min(_BATCH, self._windows) * self._length, 0.0
         for layer in self._layers:
