@@ -30,7 +30,7 @@ from tests.tiny_sources import write_source
 EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.chmod"}
 TIMES = {"seconds", "peak_memory_bytes", "phases"}
 QUICK = ("--steps", "2", "--keep", "0.7", "--calibrate", "none")
-CODED = ("--bits", "3", "--calibrate", "none")
+CODED = ("--bits", "3")
 PACKED = ("--format", "compressed-tensors", "--calibrate", "none")
 SWEEP = (
     *(
