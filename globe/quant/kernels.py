@@ -302,8 +302,8 @@ def _multiply(place):
 
 
 @functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy")
-def _mix(x, block, total):
-    """What `outputs._mix` does to a row, but for the block's length to the power of −½; total has room for a block."""
+def _hadamard(x, block):
+    """Blocks of a row by the Hadamard matrix of entries ±1, in place."""
     step = 1
     if block >= LANES:
         for at in range(0, len(x), LANES):
@@ -318,14 +318,29 @@ def _mix(x, block, total):
                 for at in range(base, base + step):
                     x[at], x[at + step] = x[at] + x[at + step], x[at] - x[at + step]
         step *= 2
+
+
+@functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy")
+def _reflect(x, block, total):
+    """Blocks of a row at their mean, in place; total has room for a block."""
     count = len(x) // block
     if count > 1:
-        total[:] = 0
-        for base in range(0, len(x), block):
+        total[:] = x[:block]
+        for base in range(block, len(x), block):
             total += x[base : base + block]
         total *= np.float32(2 / count)
         for base in range(0, len(x), block):
             x[base : base + block] -= total
+
+
+@functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy", cache=True)
+def mix_rows(rows, block, scale):
+    """What `outputs._mix` does to rows (n, K) float32, in place; scale float32 is the block's length to the power −½."""
+    total = np.empty(block, np.float32)
+    for i in range(len(rows)):
+        _hadamard(rows[i], block)
+        rows[i] *= scale
+        _reflect(rows[i], block, total)
 
 
 def _rotate_back(place):
@@ -342,7 +357,8 @@ def _rotate_back(place):
             return
         for row in range(task * job.part, min((task + 1) * job.part, job.num_rows)):
             x = carray(pointer(job.out + 4 * row * K), (K,), np.float32)
-            _mix(x, job.block, total)
+            _hadamard(x, job.block)
+            _reflect(x, job.block, total)
             x *= carray(pointer(job.factors + 4 * owners[row] * K), (K,), np.float32)
 
 

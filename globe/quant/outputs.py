@@ -19,10 +19,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from globe.quant import trellis
 from globe.quant.scales import PER_OCTAVE, scales
+from globe.quant.threads import run_all
 
 STEP = PER_OCTAVE // 2
 """Of a scale: half an octave, in the unit of `globe.quant.scales`."""
@@ -30,6 +33,8 @@ MOST_STEPS = 40
 """Of a scale, either way: a factor of a million."""
 WORTH = 2.0
 """Bits that scales must save over those that they take: what they save is estimated."""
+_LEAST_PER_THREAD = 2**16
+"""Entries that a thread mixes at least: a fraction of a millisecond."""
 _HASH = 2654435761
 """Knuth's multiplicative hash: output k has the sign of the highest bit of _HASH·(k + 1) mod 2³²."""
 
@@ -113,12 +118,12 @@ def block_length(num_outputs: int) -> int:
 
 def rotate(x: Tensor) -> Tensor:
     """Outputs (..., K), rotated; a new tensor."""
-    return _mix(x * _signs(x))
+    return _mixed(x * _signs(x))
 
 
 def rotate_back(x: Tensor) -> Tensor:
     """The inverse."""
-    return _mix(x).mul_(_signs(x))
+    return _mixed(x.clone()).mul_(_signs(x))
 
 
 def _multiplied_back(x: Tensor) -> Tensor:
@@ -156,6 +161,17 @@ def _cached_signs(num_outputs: int) -> Tensor:
 def _signs(x: Tensor) -> Tensor:
     places = torch.arange(1, x.shape[-1] + 1, dtype=torch.int64, device=x.device)
     return (1 - 2 * ((places * _HASH >> 31) & 1)).to(x.dtype)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """`_mix` of a tensor of which nobody has need any more, in its place where numba does it: the same bits."""
+    kernels = trellis.compiled()
+    if kernels is None or x.device.type != "cpu" or x.dtype != torch.float32 or x.requires_grad:
+        return _mix(x)
+    rows, block = x.view(-1, x.shape[-1]), block_length(x.shape[-1])
+    size = max(_LEAST_PER_THREAD // x.shape[-1], -(-len(rows) // torch.get_num_threads()), 1)
+    run_all([functools.partial(kernels.mix_rows, part.numpy(), block, np.float32(block**-0.5)) for part in rows.split(size)])
+    return x
 
 
 def _mix(x: Tensor) -> Tensor:
