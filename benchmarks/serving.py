@@ -51,7 +51,7 @@ from globe.model.experts import factorise
 from globe.model.loading import load
 from globe.model.names import coded_parameter, is_factor
 from globe.plan.budget import Keep
-from globe.quant.banked import BankedExperts
+from globe.quant.banked import BankedExperts, CodedBank
 from globe.quant.coded import CodedExperts
 from globe.quant.outputs import Outputs
 from globe.quant.packing import row_bytes
@@ -106,6 +106,8 @@ class ServingConfig:
     """Share of the experts' parameters that the compression keeps."""
     bits: tuple[int, ...] = (3, 2)
     """Bits of the coded variants' entries, on average."""
+    bases: tuple[int, ...] = (0, 2)
+    """Bases of the coded variants' banks, of which one serves each family of a layer."""
     layers: int = 2
     """Layers of the synthetic models."""
     experts: int = 32
@@ -182,24 +184,31 @@ def linear(model: Any) -> Any:
 
 
 @torch.no_grad()
-def coded(dense: Any, bits: int) -> Any:
+def coded(dense: Any, bits: int, num_bases: int) -> Any:
     """A copy whose experts are coded: random paths in rows of so many bits, give or take one, each with a scale of its
-    own, and scaled outputs of gate and up, as trained experts have them."""
+    own, and scaled outputs of gate and up, as trained experts have them; mixtures of so many bases are added."""
     model, generator = copy.deepcopy(dense), torch.Generator().manual_seed(bits)
+
+    def random_paths(count: int, N: int, K: int, outputs: Outputs) -> CodedExperts:
+        widths = 2 * bits + torch.randint(-2, 3, (count, N), generator=generator)
+        bases = torch.full((count,), round(6 * math.log2(0.02)), dtype=torch.int16)
+        exponents = bases[:, None] - torch.randint(31, (count, N), generator=generator)
+        side = OwnRows.of(widths.to(torch.uint8), exponents.int(), bases)
+        size = int(row_bytes(side.widths(), path_length(K)).sum())
+        payload = torch.randint(256, (size,), generator=generator, dtype=torch.uint8)
+        return CodedExperts(payload, side, K, outputs)
+
     for found in find_experts(model):
         parts, specs = dict[str, Tensor](), list[CodedSpec]()
         E, device = found.layout.num_experts, next(found.module.parameters()).device
         for family in FAMILIES:
             N, K = sides(found.layout, family)
-            widths = 2 * bits + torch.randint(-2, 3, (E, N), generator=generator)
-            bases = torch.full((E,), round(6 * math.log2(0.02)), dtype=torch.int16)
-            exponents = bases[:, None] - torch.randint(31, (E, N), generator=generator)
-            side = OwnRows.of(widths.to(torch.uint8), exponents.int(), bases)
-            size = int(row_bytes(side.widths(), path_length(K)).sum())
-            payload = torch.randint(256, (size,), generator=generator, dtype=torch.uint8)
             scales = torch.randint(-4, 5, (E, K), generator=generator).to(torch.int8)
-            outputs = Outputs(None if family == "down" else scales)
-            experts = BankedExperts(CodedExperts(payload, side, K, outputs))
+            rest, bank = random_paths(E, N, K, Outputs(None if family == "down" else scales)), None
+            if num_bases:
+                codes = torch.randint(-4096, 4097, (E, num_bases), generator=generator).to(torch.int16)
+                bank = CodedBank(random_paths(num_bases, N, K, Outputs()), codes)
+            experts = BankedExperts(rest, bank)
             specs.append(spec_of(found.layer, family, experts))
             parts |= {coded_parameter(family, name): x for name, x in stored_parts(experts).items()}
         factorise(found.module, found.layout, [], specs)
@@ -306,8 +315,11 @@ def variants(dense: Any, kinds: Kinds) -> list[Variant]:
 
 
 def coded_kinds(dense: Any, config: ServingConfig) -> Kinds:
-    """Coded in every number of bits, and nothing decoded beforehand."""
-    return [(f"{bits} bits", coded(dense, bits), (0.0,)) for bits in config.bits]
+    """Coded in every number of bits, with every number of bases, and nothing decoded beforehand."""
+    return [
+        (f"{bits} bits" + (f", {count} bases" if count else ""), coded(dense, bits, count), (0.0,))
+        for bits, count in itertools.product(config.bits, config.bases)
+    ]
 
 
 def bank_kinds(compressed: Any, config: ServingConfig) -> Kinds:

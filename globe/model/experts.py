@@ -35,8 +35,8 @@ from globe.model.names import (
 )
 from globe.model.sharing import bytes_per_token, is_cheaper, is_linear, is_readable, run_shared
 from globe.quant.banked import BankedExperts
-from globe.quant.product import multiply
-from globe.terms import FAMILIES
+from globe.quant.product import multiply, multiply_sums
+from globe.terms import FAMILIES, Family
 
 
 class GlobeExperts(nn.Module):
@@ -85,24 +85,37 @@ class GlobeExperts(nn.Module):
     def _globe_multiplied(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         self._globe_refuse_sharded()
         experts, order = index.flatten().sort(stable=True)
-        num_experts, top_k = self.globe_layout.num_experts, index.shape[1]
+        num_experts = self.globe_layout.num_experts
         ends = torch.searchsorted(experts, torch.arange(num_experts).to(experts), right=True)
-        outputs = self._globe_products(states[order // top_k], ends, experts.clamp_max(num_experts - 1))
-        outputs = outputs * weights.flatten()[order].where(experts < num_experts, 0)[:, None]
-        per_slot = outputs.new_zeros(outputs.shape).index_copy(0, order, outputs)
-        return per_slot.unflatten(0, index.shape).sum(dim=1)
+        weights = weights.flatten()[order].where(experts < num_experts, 0)
+        owners, down = experts.clamp_max(num_experts - 1), self._globe_coded("down")
+        hidden = self._globe_hidden(states, ends, owners, order)
+        shared = None if self.has_post_expert_norm else down.bank  # norms are of the whole
+        products = multiply(hidden, ends, down if shared is None else BankedExperts(down.rest))
+        weighted = self._globe_finished(products, owners) * weights[:, None]
+        per_slot = weighted.new_zeros(weighted.shape).index_copy(0, order, weighted)
+        output = per_slot.unflatten(0, index.shape).sum(dim=1)
+        if shared is not None:
+            output = output + multiply_sums(hidden, ends, shared, weights, order, len(states))
+        return output
 
     def _globe_products(self, states: Tensor, ends: Tensor, owners: Tensor) -> Tensor:
         """Every coded expert on its own rows of states, up to its end: (n, D) -> (n, D). Owners (n,): their experts."""
-        parameters = self._globe_parameters()
-        coded = {spec.family: self._globe_coded_experts(spec, parameters) for spec in self.globe_coded}
-        gate, up = multiply(states, ends, coded["gate"]), multiply(states, ends, coded["up"])
+        hidden = self._globe_hidden(states, ends, owners)
+        return self._globe_finished(multiply(hidden, ends, self._globe_coded("down")), owners)
+
+    def _globe_hidden(self, states: Tensor, ends: Tensor, owners: Tensor, order: Tensor | None = None) -> Tensor:
+        """What down is applied to, (n, P), of rows of states (n, D), or of tokens' choices, as in `multiply`."""
+        gate, up = (multiply(states, ends, self._globe_coded(family), order) for family in ("gate", "up"))
         hidden = fuse_gate_up(gate, up, 1, interleaved=not self.globe_layout.is_concatenated)
         if self.globe_layout.has_bias:
-            hidden = hidden + parameters["gate_up_proj_bias"][owners]
-        output = multiply(self._apply_gate(hidden), ends, coded["down"])
+            hidden = hidden + self.get_parameter("gate_up_proj_bias")[owners]
+        return self._apply_gate(hidden)
+
+    def _globe_finished(self, output: Tensor, owners: Tensor) -> Tensor:
+        """Products with down, with what the family does to them: (n, D) -> (n, D)."""
         if self.globe_layout.has_bias:
-            output = output + parameters["down_proj_bias"][owners]
+            output = output + self.get_parameter("down_proj_bias")[owners]
         return self.post_expert_norm(output) if self.has_post_expert_norm else output
 
     @torch.compiler.disable  # which experts are hit is read back to the host; compiled callers break the graph here
@@ -302,7 +315,7 @@ class GlobeExperts(nn.Module):
             composed = use.bank(adapters, codes, adapters.dtype).to(like)
             matrices.update(zip(use.families, composed.split(len(index)), strict=True))
         for spec in self.globe_coded:
-            decoded = self._globe_coded_experts(spec, parameters).decode(index).to(like)
+            decoded = self._globe_coded_experts(spec).decode(index).to(like)
             matrices[spec.family] = decoded if spec.family == "down" else decoded.mT
         return matrices
 
@@ -310,12 +323,16 @@ class GlobeExperts(nn.Module):
         """Whether the parts of a coded family fit each other, as far as they are here."""
         parameters = self._globe_parameters()
         parts = [parameter for name, parameter in parameters.items() if name.startswith(f"globe_{spec.family}_")]
-        return any(part.is_meta for part in parts) or self._globe_coded_experts(spec, parameters).is_sound()
+        return any(part.is_meta for part in parts) or self._globe_coded_experts(spec).is_sound()
 
-    def _globe_coded_experts(self, spec: CodedSpec, parameters: Mapping[str, Tensor]) -> BankedExperts:
+    def _globe_coded(self, family: Family) -> BankedExperts:
+        return next(self._globe_coded_experts(spec) for spec in self.globe_coded if spec.family == family)
+
+    def _globe_coded_experts(self, spec: CodedSpec) -> BankedExperts:
         num_inputs, num_outputs = sides(self.globe_layout, spec.family)
         names = spec.shapes((self.globe_layout.num_experts, num_inputs, num_outputs))
-        return spec.experts({part: parameters[coded_parameter(spec.family, part)] for part in names}, num_outputs)
+        parts = {part: self.get_parameter(coded_parameter(spec.family, part)) for part in names}
+        return spec.experts(parts, num_outputs)
 
 
 class GlobePresortedExperts(GlobeExperts):

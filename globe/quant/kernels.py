@@ -335,7 +335,7 @@ def _reflect(x, block, total):
 
 @functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy", cache=True)
 def mix_rows(rows, block, scale):
-    """What `outputs._mix` does to rows (n, K) float32, in place; scale float32 is the block's length to the power −½."""
+    """What `outputs._mix` does to rows (n, K) float32, in place; scale, float32: the block's length to the power −½."""
     total = np.empty(block, np.float32)
     for i in range(len(rows)):
         _hadamard(rows[i], block)

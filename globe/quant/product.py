@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from globe.quant import packing, trellis
-from globe.quant.banked import CODE_UNIT, BankedExperts
+from globe.quant.banked import CODE_UNIT, BankedExperts, CodedBank
 from globe.quant.coded import CodedExperts, PackedRows
 from globe.quant.outputs import Outputs, block_length
 from globe.quant.side import parts_of_side, side_of_parts
@@ -38,21 +38,51 @@ _LANES = 64
 """Blocks of outputs are multiples of this many."""
 
 
-def multiply(x: Tensor, ends: Tensor, experts: BankedExperts) -> Tensor:
-    """Every expert's rows of x times the expert: (n, N) -> (n, K), in the dtype of x; differentiable in x.
+def multiply(x: Tensor, ends: Tensor, experts: BankedExperts, order: Tensor | None = None) -> Tensor:
+    """Every expert's rows times the expert: (n, N) -> (n, K), in the dtype of x; differentiable in x.
 
     ends (E,) int: rows up to ends[0] belong to the first expert, from there to ends[1] to the second, …, and what is
-    behind the last becomes 0. The bases of a bank are multiplied by all rows, and their products mixed.
+    behind the last becomes 0. The rows are those of x, or, with order (n,), of T tokens x (T, N) of which each has
+    n / T experts: row i is the choice order[i] of all (T, n / T). The bases of a bank are multiplied by the tokens,
+    whose experts share these products, and mix them.
     """
-    out = _product(x, ends, experts.rest)
-    if experts.bank is None:
-        return out.to(x.dtype)
-    bases, codes, places = experts.bank.bases, experts.bank.codes, torch.arange(len(x)).to(ends)
-    mixtures = torch.where((places < ends[-1])[:, None], codes[_owners(ends, len(x))] * CODE_UNIT, 0)
-    for base, mixture in enumerate(mixtures.unbind(1)):
-        whole = len(x) * (torch.arange(codes.shape[1]) >= base).to(ends)
-        out = out + mixture[:, None] * _product(x, whole, bases)
+    out = _product(x if order is None else x[order // (len(order) // len(x))], ends, experts.rest)
+    if (bank := experts.bank) is not None:
+        products = _product_with_bases(x.expand(bank.codes.shape[1], -1, -1), bank).transpose(0, 1)
+        mixed = _by_token(_mixtures(bank, ends, len(out)), order, len(x)).to(products) @ products
+        out = out + (mixed.flatten(0, 1) if order is None else mixed.flatten(0, 1)[order])
     return out.to(x.dtype)
+
+
+def multiply_sums(x: Tensor, ends: Tensor, bank: CodedBank, weights: Tensor, order: Tensor, num_tokens: int) -> Tensor:
+    """Sums over the experts of each token of weight times row times the expert's mixture of the bases: (T, K).
+
+    Rows are mixed before they are multiplied, so that a token's experts share the products. x (n, N), ends and order as
+    in `multiply`, weights (n,); differentiable in x and weights; float32 at least.
+    """
+    exact = torch.promote_types(x.dtype, torch.float32)
+    mixtures = _by_token(_mixtures(bank, ends, len(x)).to(exact) * weights[:, None], order, num_tokens)
+    mixed = (mixtures.mT @ _by_token(x, order, num_tokens).to(exact)).to(x.dtype)
+    return _product_with_bases(mixed.transpose(0, 1), bank).sum(0)
+
+
+def _mixtures(bank: CodedBank, ends: Tensor, num_rows: int) -> Tensor:
+    """By what every row's expert multiplies the bases, (num_rows, M) float32; 0 behind the last end."""
+    is_someones = (torch.arange(num_rows).to(ends) < ends[-1])[:, None]
+    return torch.where(is_someones, bank.codes[_owners(ends, num_rows)] * CODE_UNIT, 0)
+
+
+def _by_token(rows: Tensor, order: Tensor | None, num_tokens: int) -> Tensor:
+    """Rows (n, ·) in the order of the tokens' choices, (T, n / T, ·)."""
+    if order is not None:
+        rows = torch.zeros_like(rows).index_copy(0, order, rows)
+    return rows.unflatten(0, (num_tokens, -1))
+
+
+def _product_with_bases(x: Tensor, bank: CodedBank) -> Tensor:
+    """Rows (M, T, N) for each base, times the base: (M, T, K)."""
+    ends = x.shape[1] * torch.arange(1, len(x) + 1, device=x.device)
+    return _product(x.flatten(0, 1), ends, bank.bases).unflatten(0, x.shape[:2])
 
 
 def _product(x: Tensor, ends: Tensor, coded: CodedExperts) -> Tensor:

@@ -15,7 +15,7 @@ from globe.quant import packing, product, trellis
 from globe.quant.banked import BankedExperts, CodedBank
 from globe.quant.coded import CodedExperts
 from globe.quant.outputs import Outputs
-from globe.quant.product import FEW, coded_product, coded_product_transposed, multiply
+from globe.quant.product import FEW, coded_product, coded_product_transposed, multiply, multiply_sums
 from globe.quant.side import OwnRows, SharedRows, parts_of_side
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -154,6 +154,37 @@ def test_what_experts_share_is_added(dtype: torch.dtype) -> None:
     found.backward(sent)
     assert x.grad is not None
     assert_close(x.grad, expected(sent, whole.mT), dtype)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_experts_of_a_token_share_what_it_takes_to_multiply_bases(dtype: torch.dtype) -> None:
+    codes = torch.randint(-9000, 9000, (len(COUNTS), 3), generator=torch.Generator().manual_seed(2)).to(torch.int16)
+    rest, bases = random_experts(29, scaled=True), random_experts(29, E=3)
+    mixtures = torch.einsum("em,mnk->enk", codes.double() / 2**12, decoded(bases))
+    bank, top_k = CodedBank(bases, codes), 3
+    _, ends = tokens(dtype)
+    ends[-1] += -ends[-1] % top_k
+    counts = ends.diff(prepend=torch.zeros(1, dtype=ends.dtype))
+    num_rows = int(ends[-1])
+    num_tokens = num_rows // top_k
+    x, sent = torch.randn(num_tokens, N).to(dtype).requires_grad_(), torch.randn(num_rows, 29).to(dtype)
+    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(3))
+    owners = torch.arange(len(COUNTS)).repeat_interleave(counts)
+    chosen = torch.nn.functional.one_hot(order // top_k, num_tokens).double()
+
+    def per_row(rows: Tensor, experts: Tensor) -> Tensor:
+        return torch.einsum("in,ink->ik", rows.double(), experts[owners])
+
+    found, rows, whole = multiply(x, ends, BankedExperts(rest, bank), order), x.detach()[order // top_k], decoded(rest)
+    assert_close(found.detach(), per_row(rows, whole + mixtures), dtype)
+    found.backward(sent)
+    assert x.grad is not None
+    assert_close(x.grad, chosen.mT @ per_row(sent, (whole + mixtures).mT), dtype)
+    weights = torch.rand(num_rows)
+    summed = multiply_sums(rows, ends, bank, weights, order, num_tokens)
+    wanted = chosen.mT @ (weights.double()[:, None] * per_row(rows, mixtures))
+    assert_close(summed.to(dtype), wanted, dtype)
 
 
 @pytest.mark.usefixtures("way")
