@@ -46,7 +46,7 @@ def multiply(x: Tensor, ends: Tensor, experts: BankedExperts, order: Tensor | No
     n / T experts: row i is the choice order[i] of all (T, n / T). The bases of a bank are multiplied by the tokens,
     whose experts share these products, and mix them.
     """
-    out = _product(x if order is None else x[order // (len(order) // len(x))], ends, experts.rest)
+    out = _product(x if order is None else x[order // max(1, len(order) // max(1, len(x)))], ends, experts.rest)
     if (bank := experts.bank) is not None:
         products = _product_with_bases(x.expand(bank.codes.shape[1], -1, -1), bank).transpose(0, 1)
         mixed = _by_token(_mixtures(bank, ends, len(out)), order, len(x)).to(products) @ products
@@ -76,13 +76,13 @@ def _by_token(rows: Tensor, order: Tensor | None, num_tokens: int) -> Tensor:
     """Rows (n, ·) in the order of the tokens' choices, (T, n / T, ·)."""
     if order is not None:
         rows = torch.zeros_like(rows).index_copy(0, order, rows)
-    return rows.unflatten(0, (num_tokens, -1))
+    return rows.view(num_tokens, len(rows) // max(1, num_tokens), rows.shape[1])
 
 
 def _product_with_bases(x: Tensor, bank: CodedBank) -> Tensor:
     """Rows (M, T, N) for each base, times the base: (M, T, K)."""
     ends = x.shape[1] * torch.arange(1, len(x) + 1, device=x.device)
-    return _product(x.flatten(0, 1), ends, bank.bases).unflatten(0, x.shape[:2])
+    return _product(x.flatten(0, 1), ends, bank.bases).view(*x.shape[:2], bank.bases.num_outputs)
 
 
 def _product(x: Tensor, ends: Tensor, coded: CodedExperts) -> Tensor:
