@@ -170,9 +170,8 @@ def _mixed(x: Tensor) -> Tensor:
         return _mix(x)
     rows, block = x.view(-1, x.shape[-1]), block_length(x.shape[-1])
     size = max(_LEAST_PER_THREAD // x.shape[-1], -(-len(rows) // torch.get_num_threads()), 1)
-    run_all(
-        [functools.partial(kernels.mix_rows, part.numpy(), block, np.float32(block**-0.5)) for part in rows.split(size)]
-    )
+    scale, parts = np.float32(block**-0.5), [rows[start : start + size] for start in range(0, len(rows), size)]
+    run_all([functools.partial(kernels.mix_rows, part.numpy(), block, scale) for part in parts])
     return x
 
 

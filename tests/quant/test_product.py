@@ -192,6 +192,9 @@ def test_no_tokens() -> None:
     coded, ends = random_experts(12), torch.zeros(len(COUNTS), dtype=torch.int64)
     assert multiply(torch.zeros(0, N), ends, BankedExperts(coded)).shape == (0, 12)
     assert bool((multiply(torch.ones(3, N), ends, BankedExperts(coded)) == 0).all())
+    bank, order = CodedBank(random_experts(12, E=1), torch.ones(len(COUNTS), 1, dtype=torch.int16)), torch.arange(0)
+    assert multiply(torch.zeros(0, N), ends, BankedExperts(coded, bank), order).shape == (0, 12)
+    assert multiply_sums(torch.zeros(0, N), ends, bank, torch.zeros(0), order, 0).shape == (0, 12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
