@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ COMMIT = "c0ffee" + "0" * 34
 class FakeHub(ThreadingHTTPServer):
     """Serves the files of `folder` as the model owner/name, and takes what is uploaded into it.
 
-    `log` holds what was asked: GET or HEAD, file, range; `posts` what was sent: path, JSON or its lines.
+    `log` holds what was asked: GET or HEAD, file, range; `posts` what was sent: path, JSON or its lines. `faults` has
+    by file what becomes of the next answers with its data: `drop` ends one half way, `cut` has half of it for the
+    whole, `hold` waits for `released`. `watch` is called with the name and size of what is about to be sent.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,6 +32,9 @@ class FakeHub(ThreadingHTTPServer):
         self.log = list[tuple[str, str, str | None]]()
         self.posts = list[tuple[str, Any]]()
         self.large = dict[str, bytes]()
+        self.faults = dict[str, list[str]]()
+        self.released = threading.Event()
+        self.watch: Callable[[str, int], object] = lambda *_: None
         self.address = f"http://127.0.0.1:{self.server_port}"
 
     def downloads(self) -> list[str]:
@@ -122,11 +127,20 @@ class Handler(BaseHTTPRequestHandler):
             return
         content = path.read_bytes()
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
-        if span is None:
-            self._send(200, content, headers)
-        else:
-            start, end = (int(byte) for byte in span.removeprefix("bytes=").split("-"))
-            self._send(206, content[start : end + 1], headers)
+        status, fault = 200, None
+        if span is not None:
+            start, end = span.removeprefix("bytes=").split("-")
+            status, content = 206, content[int(start) : int(end) + 1 if end else None]
+        if self.command == "GET":
+            self.server.watch(name, len(content))
+            if waiting := self.server.faults.get(name):
+                fault = waiting.pop(0)
+        if fault == "hold":
+            self.server.released.wait(10)
+        half = content[: len(content) // 2]
+        if fault == "drop":
+            headers["Content-Length"] = str(len(content))
+        self._send(status, half if fault in ("drop", "cut") else content, headers)
 
     def _refuse(self, status: int, code: str) -> None:
         self._send(status, b"", {"X-Error-Code": code})

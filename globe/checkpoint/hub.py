@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     SafetensorsParsingError,
 )
+from huggingface_hub.utils import tqdm
 
 from globe.checkpoint.side_files import SMALL_FILES, missing_code
 from globe.errors import CheckpointError, OutputError
+
+_NO_BAR: Any = functools.partial(tqdm, disable=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +39,20 @@ class HubRepo:
     cache: Path | None = None
     """Folder of the Hub's cache; None: the client's own."""
 
-    def fetch(self, filename: str) -> Path:
-        """The file in the Hub's cache, downloaded unless it is there."""
+    def fetch(self, filename: str, folder: Path | None = None, *, quietly: bool = False) -> Path:
+        """The file in a folder, or in the Hub's cache, downloaded unless it is there; without a bar if `quietly`."""
+        bar = _NO_BAR if quietly else None
         with _explained(self.repo_id, filename):
-            return Path(hf_hub_download(self.repo_id, filename, revision=self.commit, cache_dir=self.cache))
+            return Path(
+                hf_hub_download(
+                    self.repo_id,
+                    filename,
+                    revision=self.commit,
+                    cache_dir=self.cache,
+                    local_dir=folder,
+                    tqdm_class=bar,
+                )
+            )
 
     def header(self, filename: str) -> dict[str, Any]:
         """The parsed safetensors header of a shard, read without its data."""

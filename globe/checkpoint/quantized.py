@@ -129,6 +129,7 @@ def dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
         tuple(shard for shard in checkpoint.shards if shard in held),
         checkpoint.repo,
         checkpoint.notes,
+        checkpoint.coming,
         files=checkpoint,
         packed=packed,
     )

@@ -21,6 +21,7 @@ from globe.checkpoint.files import check_contained, read_json, readable, unfinis
 from globe.checkpoint.header import TensorInfo, check_entries, read_header
 from globe.checkpoint.hub import HubRepo, open_repo
 from globe.checkpoint.redirects import refuse_redirects
+from globe.checkpoint.shards import HubShards
 from globe.checkpoint.side_files import CONFIG, SideFiles, find_side_files
 from globe.errors import CheckpointError, SettingsError
 from globe.typed import parsed, shown
@@ -48,14 +49,21 @@ class Checkpoint:
     shards: tuple[str, ...]
     """The weight files, relative to the folder, in order."""
     repo: HubRepo | None = None
-    """Where shards come from that are not in the folder yet; None for a local folder."""
+    """Of a model on the Hub."""
     notes: tuple[str, ...] = ()
     """What was passed over, for the user to know: where index and files disagree."""
+    coming: HubShards | None = dataclasses.field(default=None, repr=False, compare=False)
+    """Where shards come from that are not in the folder yet; None for a local folder."""
 
     @property
     def stored_plainly(self) -> bool:
         """Whether the files hold the bytes of the tensors as they are read."""
         return True
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether shards go again when they were read, so that it is never here as a whole."""
+        return self.coming is not None and self.coming.folder is not None
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU in its stored dtype. A shard on the Hub is downloaded when first read."""
@@ -76,11 +84,7 @@ class Checkpoint:
     def shard_path(self, shard: str) -> Path:
         """The shard's file, downloaded first if it is on the Hub; `CheckpointError` unless it is what was announced."""
         path = self.folder / shard
-        if self.repo is not None and not path.exists():
-            path = self.repo.fetch(shard)
-            if read_header(path, shard) != self.shard_tensors(shard):
-                raise CheckpointError(f"{shard}: the header of the downloaded file is not the one the Hub announced")
-        return path
+        return path if self.coming is None or path.exists() else self.coming.path(shard)
 
     def fetched(self) -> Path:
         """The folder, with all shards in it: those on the Hub are downloaded first."""
@@ -122,9 +126,12 @@ class Checkpoint:
         return self.tensors[name]
 
 
-def open_checkpoint(model: str | Path, revision: str | None = None, cache: Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path, revision: str | None = None, cache: Path | None = None, passing: Path | None = None
+) -> Checkpoint:
     """Open a local folder or a Hub id (of which `revision` names a branch, tag or commit, and which is kept in `cache`
-    or the client's own) without reading weights.
+    or the client's own) without reading weights. In a folder `passing` a few shards of a Hub id lie at a time, as they
+    are read, and the cache keeps no more of them than it has.
 
     What the index says is believed of the files' names only: which tensor lies where, the files themselves tell.
     Raises `CheckpointError` for anything missing, damaged, inconsistent or outside the folder.
@@ -135,7 +142,9 @@ def open_checkpoint(model: str | Path, revision: str | None = None, cache: Path 
     if is_folder:
         if revision is not None:
             raise SettingsError(f"revision {revision!r} was asked of the local folder {folder}; only Hub ids have them")
-        return _open_folder(folder, None)
+        if passing is not None:
+            raise SettingsError(f"low_disk is for a model of the Hub, and {folder} is a local folder: leave it out")
+        return _open_folder(folder)
     if exists:
         kind = "holds weights as GGUF, which is not read" if folder.suffix == ".gguf" else "is a file"
         raise CheckpointError(f"{folder} {kind}; give the folder with {CONFIG} and the safetensors files")
@@ -148,10 +157,10 @@ def open_checkpoint(model: str | Path, revision: str | None = None, cache: Path 
     if folder.is_absolute() or repo_id.startswith((".", "~")) or repo_id.count("/") > 1:
         raise CheckpointError(f"{repo_id} does not exist (and is no Hub id, which would be owner/name)")
     repo, folder = open_repo(repo_id, revision, cache)
-    return _open_folder(folder, repo)
+    return _open_folder(folder, repo, passing)
 
 
-def _open_folder(folder: Path, repo: HubRepo | None) -> Checkpoint:
+def _open_folder(folder: Path, repo: HubRepo | None = None, passing: Path | None = None) -> Checkpoint:
     if repo is None:
         _check_is_model(folder)
     config = _read_config(folder / CONFIG)
@@ -181,7 +190,8 @@ def _open_folder(folder: Path, repo: HubRepo | None) -> Checkpoint:
                 )
     if weight_map is not None:
         notes += _differences(weight_map, tensors)
-    checkpoint = Checkpoint(folder, config, tensors, shards, repo, tuple(notes))
+    coming = None if repo is None else HubShards(repo, shards, tensors, passing)
+    checkpoint = Checkpoint(folder, config, tensors, shards, repo, tuple(notes), coming)
     check_counts(config, tensors.values())
     return checkpoint
 

@@ -43,6 +43,9 @@ class Compress:
     """Branch, tag or commit of a model on the Hub."""
     cache_dir: Path | None = None
     """Folder that keeps a model of the Hub, in place of the usual cache."""
+    low_disk: bool = False
+    """Keep a few shards of a model of the Hub at a time, in place of the whole, and fetch each again for each of about
+    seven passes; the model is run a layer at a time."""
     fit: str | None = None
     """Bytes that all weights may take, such as 16GB, in place of bits: the best model within them."""
     max_kl: float | None = None
@@ -60,6 +63,7 @@ class Compress:
         from globe.cli.track import make_tracker
         from globe.report.show import fitted_config, show_outlook, show_report
         from globe.run.compress import compress
+        from globe.run.folder import place_of_shards
         from globe.run.job import outline
         from globe.run.observer import Observer
         from globe.run.size import compress_within
@@ -68,14 +72,21 @@ class Compress:
         observers: list[Observer] = [live]
         if self.track != "none":
             observers.append(make_tracker(self.track, self.config, self.output.with_name(f"{self.output.name}.track")))
-        config, outlined = self.config, outline(self.model, self.config, self.revision, self.cache_dir)
+        if self.max_kl is not None and self.low_disk:
+            raise SettingsError(
+                "max_kl judges beside the original, which is to be here: leave out low_disk, or give bits"
+            )
+        config, place = self.config, place_of_shards(self.output) if self.low_disk else None
+        outlined = outline(self.model, config, self.revision, self.cache_dir, place)
         if self.fit is not None:
             config = fitted_config(console, outlined, config, self.fit)
-            outlined = outline(self.model, config, self.revision, self.cache_dir)
+            outlined = outline(self.model, config, self.revision, self.cache_dir, place)
         show_outlook(console, outlined, self.output, ranks)
         if self.max_kl is not None:
             console.print("which is the first trial; the size is what is looked for")
-        make = compress if self.max_kl is None else functools.partial(compress_within, max_kl=self.max_kl)
+            make = functools.partial(compress_within, max_kl=self.max_kl)
+        else:
+            make = functools.partial(compress, low_disk=self.low_disk)
         report = make(
             self.model,
             self.output,
@@ -273,6 +284,8 @@ class Inspect:
     """Branch, tag or commit of a model on the Hub."""
     cache_dir: Path | None = None
     """Folder that keeps a model of the Hub, in place of the usual cache."""
+    low_disk: bool = False
+    """As compress has it."""
     plan: bool = False
     """Also run the model, which is downloaded first, and show how the budget is shared out."""
     config: Annotated[CompressConfig, tyro.conf.arg(name="")] = CompressConfig()
@@ -280,7 +293,12 @@ class Inspect:
     def run(self, console: Terminal) -> None:
         from globe.report.show import show_inspection
 
-        show_inspection(console, self.model, self.config, self.revision, self.cache_dir, plan=self.plan)
+        if self.plan and self.low_disk:
+            raise SettingsError(
+                "plan runs the model, and has no output to keep shards in: leave out one of plan, low_disk"
+            )
+        passing = Path() if self.low_disk else None  # where nothing is written, since nothing is read
+        show_inspection(console, self.model, self.config, self.revision, self.cache_dir, passing, plan=self.plan)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections import Counter
 
 import torch
 
 from globe.checkpoint.quantized import DequantizedCheckpoint
 from globe.checkpoint.reader import Checkpoint
+from globe.checkpoint.shards import layer_of
 from globe.machine.memory import total_memory
 from globe.units import byte_size
 
@@ -20,7 +20,6 @@ STREAMED_SHARE = 0.8
 """The same of what is in memory at once of a model that is run a layer at a time."""
 LAYERS_AT_ONCE = 2.5
 """Of such a model, in float32: one is stacked from what was read of it, or has gradients as large as itself."""
-_LAYER = re.compile(r"(?:.*\.)?(?:layers|blocks)\.(\d+)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +43,12 @@ def find_place(checkpoint: Checkpoint, device: str, itemsize: int | None = None)
     tensors = checkpoint.tensors.values()
     needed = sum(tensor.nbytes if itemsize is None else itemsize * math.prod(tensor.shape) for tensor in tensors)
     candidates = {candidate: total_memory(candidate) for candidate in dict.fromkeys((device, "cpu"))}
-    obstacle, bounds = "the source is quantised", list[str]()
-    if not isinstance(checkpoint, DequantizedCheckpoint):
+    bounds = list[str]()
+    if isinstance(checkpoint, DequantizedCheckpoint):
+        obstacle = "the source is quantised"
+    elif checkpoint.is_passing:
+        obstacle = "the disk is to hold a part of the source at a time"
+    else:
         for candidate, (memory, bound) in candidates.items():
             if needed <= MEMORY_SHARE * memory:
                 return Place(candidate, _obstacle(needed, bounds) if bounds else None)
@@ -65,8 +68,7 @@ def bytes_at_once(checkpoint: Checkpoint) -> int:
     often as it is there at once."""
     layers = Counter[str]()
     for tensor in checkpoint.tensors.values():
-        match = _LAYER.match(tensor.name)
-        layers[match[0] if match else ""] += torch.float32.itemsize * math.prod(tensor.shape)
+        layers[layer_of(tensor.name)] += torch.float32.itemsize * math.prod(tensor.shape)
     outside = layers.pop("", 0)
     return outside + math.ceil(LAYERS_AT_ONCE * max(layers.values(), default=0))
 

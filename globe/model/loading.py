@@ -50,14 +50,16 @@ _TRIAL = 4
 """Tokens on which a model is tried when it is loaded."""
 
 
-def open_source(model: str | Path, revision: str | None = None, cache: Path | None = None) -> Checkpoint:
+def open_source(
+    model: str | Path, revision: str | None = None, cache: Path | None = None, passing: Path | None = None
+) -> Checkpoint:
     """Open a local folder or a Hub id, as `open_checkpoint` does, as what may be compressed: quantised weights appear
     dequantised, in the configuration's dtype, and an alias under the family's own name.
 
     Raises as `open_checkpoint` and `read_config` do, and `UnsupportedModelError` naming a quantisation that is not
     understood.
     """
-    checkpoint = _open(model, revision, cache)
+    checkpoint = _open(model, revision, cache, passing)
     refuse_unread(checkpoint)
     config = read_config(checkpoint)
     stated = (getattr(part, "dtype", None) for part in (text_config(config), config))
@@ -65,8 +67,10 @@ def open_source(model: str | Path, revision: str | None = None, cache: Path | No
     return dequantized(checkpoint, next((dtype for dtype in stated if dtype in plain), torch.bfloat16))
 
 
-def _open(model: str | Path, revision: str | None = None, cache: Path | None = None) -> Checkpoint:
-    checkpoint = open_checkpoint(model, revision, cache)
+def _open(
+    model: str | Path, revision: str | None = None, cache: Path | None = None, passing: Path | None = None
+) -> Checkpoint:
+    checkpoint = open_checkpoint(model, revision, cache, passing)
     native = _ALIASES.get(str(checkpoint.config.get("model_type")))
     if native is None:
         return checkpoint

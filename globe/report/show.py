@@ -195,6 +195,7 @@ def show_inspection(
     config: CompressConfig,
     revision: str | None = None,
     cache: Path | None = None,
+    passing: Path | None = None,
     *,
     plan: bool = False,
 ) -> None:
@@ -204,7 +205,7 @@ def show_inspection(
     if is_compressed(str(folder)):
         _show_compressed(console, Report.read(Path(folder)))
         return
-    outlined = outline(model, config, revision, cache)
+    outlined = outline(model, config, revision, cache, passing)
     _show_experts(console, outlined)
     console.print(_table_of_budgets(outlined))
     show_outlook(console, outlined)

@@ -37,6 +37,8 @@ from globe.terms import Family
 _Key = tuple[int, Family]
 _Problem = Callable[[int, Family], CodingProblem]
 
+PLANNING_PASSES = 3
+"""Of `plan_coding` through all experts, where no bank pays."""
 MOST_WINDOWS = 64
 """On which sensitivities are measured: single experts want more tokens than whole banks; measured, see docs/log.md."""
 

@@ -14,10 +14,11 @@ from globe.checkpoint.report import Report
 from globe.checkpoint.writer import (
     require_space,
 )
+from globe.errors import SettingsError
 from globe.plan.settings import CompressConfig
 from globe.run.assemble import assemble
 from globe.run.compensation import LayersInOrder, begin_compensation
-from globe.run.folder import RunFolder, open_run
+from globe.run.folder import RunFolder, open_run, place_of_shards
 from globe.run.job import Job, make_job
 from globe.run.observer import Observer, Observers
 from globe.run.prepare import Calibration, prepare
@@ -34,6 +35,7 @@ def compress(
     overwrite: bool = False,
     revision: str | None = None,
     cache: Path | None = None,
+    low_disk: bool = False,
     ranks: Ranks = ALONE,
 ) -> Report:
     """Compress the routed experts of `model` (a local folder, a Hub id, or "shipped") into the folder `output`.
@@ -43,8 +45,9 @@ def compress(
     half of the machine's, else a layer at a time. A run on the output of a killed one goes on after what that finished;
     what was damaged since is done again. With `overwrite`, an output that GloBE wrote earlier is replaced when the new
     one is whole, and an unfinished run with other settings is started anew. `revision` names a branch, tag or commit of
-    a model on the Hub, `cache` the folder that keeps it in place of the client's own. `ranks` are the processes that
-    share planning and scopes.
+    a model on the Hub, `cache` the folder that keeps it in place of the client's own; with `low_disk` a few of its
+    shards at a time lie in the unfinished output, and each is fetched again for each pass. `ranks` are the processes
+    that share planning and scopes.
 
     Raises, all of them `GlobeError`: `SettingsError` for settings that do not fit the model or differ from those of the
     run to go on with; `CheckpointError` for damaged files, weights that are not finite, and a source that changes
@@ -52,8 +55,10 @@ def compress(
     output exists, another process writes it, or the disk is full.
     """
     watch = Observers(observers)
+    if low_disk and ranks.size > 1:
+        raise SettingsError("low_disk is for one process: the others may still be reading what it removes")
     try:
-        job = make_job(model, config, revision, cache)
+        job = make_job(model, config, revision, cache, place_of_shards(Path(output)) if low_disk else None)
         return run_job(job, Path(output), watch, overwrite=overwrite, ranks=ranks)
     finally:
         watch.stop()
@@ -77,6 +82,8 @@ def run_job(
     with open_run(output, run, overwrite=overwrite, source=source) as folder:
         if not folder.whole():
             _work(job, folder, watch, calibrated, ranks)
+        if job.checkpoint.coming is not None:
+            job.checkpoint.coming.settle()
         folder.publish()
     return Report.read(folder.output)
 

@@ -34,7 +34,7 @@ UNFINISHED = "unfinished"
 PARTIAL = ".partial"
 _FINISHED = ("scope-*", "whole")
 """Records that a run is not to lose."""
-_WHOLE, _LOCK, _HOLDER, _REPLACED = "whole", "lock", "holder.json", ".replaced"
+_WHOLE, _LOCK, _HOLDER, _REPLACED, _PASSING = "whole", "lock", "holder.json", ".replaced", "source"
 
 
 class RunFolder:
@@ -133,6 +133,11 @@ class RunFolder:
     def _remove_replaced(self) -> None:
         if self._overwrite and _is_ours(_replaced(self.output)):
             shutil.rmtree(_replaced(self.output))
+
+
+def place_of_shards(output: Path) -> Path:
+    """The folder in which the run that builds `output` has shards of the Hub as long as it reads them."""
+    return _building_place(_resolved(output)) / UNFINISHED / _PASSING
 
 
 @contextlib.contextmanager

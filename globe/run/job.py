@@ -15,7 +15,7 @@ from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.layout import ExpertLayer, dtype_notes, source_names
 from globe.checkpoint.reader import Checkpoint
 from globe.checkpoint.shipped import resolve_model
-from globe.errors import CheckpointError, UntrustedCodeError
+from globe.errors import CheckpointError, SettingsError, UntrustedCodeError
 from globe.measure.calibrate import CalibrationText, read_calibration_text
 from globe.model.bank_spec import BankSpec
 from globe.model.configuration import expert_layers
@@ -156,13 +156,20 @@ class Job(Outline):
 
 
 def outline(
-    model: str | Path, config: CompressConfig, revision: str | None = None, cache: Path | None = None
+    model: str | Path,
+    config: CompressConfig,
+    revision: str | None = None,
+    cache: Path | None = None,
+    passing: Path | None = None,
 ) -> Outline:
-    """Open the source and lay settings and headers side by side; nothing else is read and no model is built.
+    """Open the source, as `open_checkpoint` does, and lay settings and headers side by side; nothing else is read and
+    no model is built.
 
     Raises `CheckpointError` for what cannot be read, `UnsupportedModelError` and `SettingsError` as `compress` does.
     """
-    checkpoint, resolved = open_source(resolve_model(model), revision, cache), config.resolved()
+    checkpoint, resolved = open_source(resolve_model(model), revision, cache, passing), config.resolved()
+    if checkpoint.is_passing and not resolved.is_coded:
+        raise SettingsError("low_disk is for bits: banks in floating point go through the source at every step")
     layers = {layer.index: layer for layer in expert_layers(checkpoint)}
     source = str(model).encode(errors="backslashreplace").decode()  # a path that is not UTF-8
     found = Outline(source, checkpoint, resolved, layers, tuple(make_plan(list(layers.values()), resolved)))
@@ -171,10 +178,16 @@ def outline(
     return found
 
 
-def make_job(model: str | Path, config: CompressConfig, revision: str | None = None, cache: Path | None = None) -> Job:
+def make_job(
+    model: str | Path,
+    config: CompressConfig,
+    revision: str | None = None,
+    cache: Path | None = None,
+    passing: Path | None = None,
+) -> Job:
     """Open the source and check that settings, files and transformers' model of it fit each other; raises otherwise as
     `compress` does."""
-    outlined = outline(model, config, revision, cache)
+    outlined = outline(model, config, revision, cache, passing)
     checkpoint, config, layers, scopes = outlined.checkpoint, outlined.config, outlined.layers, outlined.scopes
     empty = empty_model(checkpoint)
     check_same_experts(layers, find_experts(empty))

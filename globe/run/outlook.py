@@ -14,6 +14,7 @@ import torch
 from globe.machine.memory import total_memory
 from globe.measure.runnable import Place, bytes_at_once, find_place
 from globe.plan.settings import CompressConfig
+from globe.run.coding import PLANNING_PASSES, wants_sensitivities
 from globe.run.job import Outline, outline
 from globe.run.observer import clock
 from globe.run.pace import foreseen_seconds, is_compensated, windows_seen
@@ -34,7 +35,11 @@ class Outlook:
     read: int
     """Bytes of the source's tensors."""
     absent: int
-    """Of these, bytes that have to be downloaded first."""
+    """Of these, bytes that have to be downloaded."""
+    passes: int
+    """How many times they are downloaded; 0: once, to stay."""
+    here: int
+    """Bytes that the disk holds of them at most."""
     written: int
     """Bytes of the output's tensors."""
     free: int
@@ -65,14 +70,16 @@ class Outlook:
 
     def lines(self) -> Iterator[str]:
         """The three lines that say it, and one for each thing that will not go as asked; as soon as they are known."""
-        absent = f", {byte_size(self.absent)} of it downloaded first" if self.absent else ""
+        absent = f", {byte_size(self.absent)} of it downloaded" if self.absent else ""
+        if self.absent and self.passes:
+            absent += f" {self.passes} times, {byte_size(self.here)} here at a time"
         yield f"reads       {byte_size(self.read)} of {self.source}{absent}"
         yield f"writes      {byte_size(self.written)} ({self.written / self.read:.1%}); {byte_size(self.free)} are free"
         yield (
             f"needs       about {byte_size(self.memory)} of memory and {'about' if self.is_coded else 'at least'} "
             f"{clock(self.seconds)} on this {self.device}; {self.bound}"
         )
-        if self.written + self.absent > self.free:
+        if self.written + self.here > self.free:
             yield "note: the disk is too small for that: make room, or choose another folder"
         if self.unmeasured_because is not None:
             yield (
@@ -93,12 +100,14 @@ def inspect(
     config: CompressConfig = CompressConfig(),  # noqa: B008
     revision: str | None = None,
     cache: Path | None = None,
+    *,
+    low_disk: bool = False,
 ) -> Outlook:
     """What a compression of `model` (a folder or a Hub id) would read, write and need, from headers alone.
 
     Raises as `compress` does.
     """
-    return look_ahead(outline(model, config, revision, cache))
+    return look_ahead(outline(model, config, revision, cache, Path() if low_disk else None))
 
 
 def look_ahead(outline: Outline, output: Path | None = None, ranks: Ranks = ALONE) -> Outlook:
@@ -111,6 +120,7 @@ def look_ahead(outline: Outline, output: Path | None = None, ranks: Ranks = ALON
     absent = 0
     if checkpoint.repo is not None:
         absent = sum(tensor.nbytes for tensor in checkpoint.tensors.values() if tensor.shard not in here)
+    at_a_time = min(absent, checkpoint.coming.most_bytes) if checkpoint.coming and checkpoint.is_passing else absent
     measured = config.calibrate != "none" or config.allocation != "uniform"
     place = find_place(checkpoint, config.device, torch.float32.itemsize)
     runs, statistics = measured and place.device is not None, _statistics(outline)
@@ -125,6 +135,8 @@ def look_ahead(outline: Outline, output: Path | None = None, ranks: Ranks = ALON
         outline.source,
         sum(sizes.values()),
         absent,
+        _passes(config, runs=runs) if checkpoint.is_passing else 0,
+        at_a_time,
         outline.predicted_bytes(outline.scopes),
         free,
         ranks.num_here * _PROCESS + max(needed * runs, ranks.num_here * each),
@@ -136,6 +148,13 @@ def look_ahead(outline: Outline, output: Path | None = None, ranks: Ranks = ALON
         place.obstacle if measured and place.device is None else None,
         place.obstacle if measured and place.is_streamed else None,
     )
+
+
+def _passes(config: CompressConfig, *, runs: bool) -> int:
+    """How often a coded compression goes through the source: forward and backward to measure it, to plan, to code, and
+    for what stays as it is. A plan with banks goes through it once more, which nobody knows beforehand."""
+    measuring = runs * (1 + wants_sensitivities(config)) if config.statistics is None else 0
+    return measuring + (1 if config.is_packed else PLANNING_PASSES) + 2
 
 
 def _states(outline: Outline, place: Place) -> int:

@@ -33,7 +33,7 @@ from globe.plan.budget import Bits
 from globe.plan.settings import CompressConfig
 from globe.quant.feedback import BLOCK, order_inputs
 from globe.quant.water_fill import water_fill
-from globe.run.coding import MOST_WINDOWS, wants_sensitivities
+from globe.run.coding import MOST_WINDOWS, PLANNING_PASSES, wants_sensitivities
 from globe.run.job import Outline
 from globe.terms import FAMILIES
 
@@ -48,8 +48,8 @@ _TRIED = 2, 10
 _ROUNDING = 5_000
 """Multiply-adds of large products in the time that rounding a weight for others' kernels takes, or twice as many where
 experts are narrow; measured, see docs/log.md."""
-_READ = 4
-"""Times that the experts of a layer are read and looked at, three to plan and one to code."""
+_READ = PLANNING_PASSES + 1
+"""Times that the experts of a layer are read and looked at, to plan and to code."""
 _TRIALS, _MOST_TRIALS, _PATIENCE = 2, 10, 0.1
 
 

@@ -113,7 +113,7 @@ def test_a_model_of_the_hub_is_named_with_its_commit_and_goes_back_whole(
         assert report.commit == COMMIT
         hub.log.clear()
         assert main(["inspect", "owner/name", "--bits", "3", "--revision", "main"]) == 0
-        assert "downloaded first" in capsys.readouterr().out
+        assert "of it downloaded" in capsys.readouterr().out
         assert not [name for name in hub.downloads() if name.endswith(".safetensors")]
         assert (tmp_path / "own" / "models--owner--name").is_dir()
         with pytest.raises(CheckpointError, match="no revision 'v9'"):
