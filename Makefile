@@ -37,7 +37,7 @@ test-latest:  ## the test suite with the newest releases of everything but torch
 
 .venv-tools/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-tools
-	.venv-tools/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,lm-eval,serve]' peft==0.21.2 triton==3.9.0 compressed-tensors==0.20.0
+	.venv-tools/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,lm-eval,serve,datasets]' peft==0.21.2 triton==3.9.0 compressed-tensors==0.20.0
 	touch $@
 
 test-servers: .venv-servers/ready .venv-tools/ready  ## real servers and tools: gigabytes of packages, minutes

@@ -14,6 +14,7 @@ import torch
 import tyro
 from transformers.utils import logging
 
+from benchmarks.calibration import CALIBRATION
 from benchmarks.quality import Evaluator
 from benchmarks.record import RESULTS, Claim, write_record
 from benchmarks.tables import Column, print_claims, print_table
@@ -31,7 +32,7 @@ COLUMNS = (
     Column("perplexity", "perplexity", ".3f"),
     Column("kl", "KL", ".5f"),
 )
-TEXTS = ("none", "samples", "calibration")
+TEXTS = {"none": "none", "samples": "samples", "calibration": CALIBRATION}
 CLAIMED = 0.85
 """KL of a calibrated fit over that of a fit to the weights alone, at most, at keep 0.5."""
 
@@ -78,12 +79,12 @@ def main(config: CalibratedConfig) -> None:
     evaluator = Evaluator(model, config.max_tokens)
     rows: list[dict[str, Any]] = []
     for keep in config.keeps:
-        for text in TEXTS:
+        for text, source in TEXTS.items():
             settings = CompressConfig(
                 keep=keep,
                 steps=config.steps,
                 seed=config.seed,
-                calibrate=text,
+                calibrate=source,
                 calibration_tokens=config.calibration_tokens,
             )
             with tempfile.TemporaryDirectory() as folder:

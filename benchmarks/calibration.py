@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from globe.measure.expert_run import run_expert
 from globe.model.expert_modules import RoutedExperts, find_experts
 from globe.terms import Family
 
+CALIBRATION = str(Path(__file__).parent / "python_library.txt")
+"""What everything is calibrated on: files of the Python standard library that the shipped model was not trained on, nor
+is judged on (`scripts/train_shipped_model.py`)."""
 DAMPING = 1.0
 """Share of its mean diagonal that is added to a second moment before it is factorised.
 

@@ -9,7 +9,7 @@ float32 on the same held-out tokens, against the original.
 With `--rivals all` the other factorisations, pruning and merging come in at the same budgets, rounding of the weights
 alone at the bytes that it takes, and GloBE's coded experts. GloBE is calibrated on samples of the model
 itself, its default, and also fitted to the weights alone and calibrated as the rivals are that need a text: on the
-shipped calibration split and nothing else.
+calibration split, python_library.txt, and nothing else.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from benchmarks.calibration import Calibration, calibrate
+from benchmarks.calibration import CALIBRATION, Calibration, calibrate
 from benchmarks.record import RESULTS, Claim, write_record
 from benchmarks.rivals.d2_moe import d2_moe
 from benchmarks.rivals.gptq import gptq
@@ -56,7 +56,6 @@ from globe.report.style import MARKERS, STYLE
 PERPLEXITY_RISE = 0.02
 """Largest rise of GloBE's perplexity at keep 0.75 that is claimed."""
 CLAIMED_KEEP = 0.75
-CALIBRATION = "calibration"
 """The split that rivals are calibrated on."""
 TEXTS = {"": "samples", ", weights alone": "none", ", on the text": CALIBRATION}
 """What GloBE is calibrated on, by what is added to its name."""

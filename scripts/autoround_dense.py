@@ -11,7 +11,6 @@ rounded.json: method, bits of a weight with scale (16 bits) and zero point of it
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from auto_round import AutoRound
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-CALIBRATION = Path(__file__).parents[1] / "globe" / "data" / "calibration.txt.gz"
+CALIBRATION = Path(__file__).parents[1] / "benchmarks" / "python_library.txt"
 FULL_BITS = 16
 
 
@@ -39,7 +38,7 @@ def settings() -> argparse.Namespace:
 
 
 def calibration_data(tokenizer: Any, tokens: int, length: int) -> torch.utils.data.DataLoader[Any]:
-    text = gzip.decompress(CALIBRATION.read_bytes()).decode()[: 16 * tokens]
+    text = CALIBRATION.read_text(encoding="utf-8")[: 16 * tokens]
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][: tokens // length * length])
     windows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids.view(-1, length)]
     return torch.utils.data.DataLoader(windows, batch_size=1)  # type: ignore[arg-type]

@@ -46,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
     server: FakeHub
 
     def do_GET(self) -> None:
-        kind, *rest = self.path.split("?")[0].strip("/").split("/")
+        kind, *rest = self.path.split("?")[0].strip("/").removeprefix("datasets/").split("/")
         if kind == "api" and rest[1:3] == ["owner", "name"]:
             self._describe(rest[3:])
         elif [kind, *rest[:2]] == ["owner", "name", "resolve"]:

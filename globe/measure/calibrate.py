@@ -96,7 +96,7 @@ class CalibrationText:
     """What a model is calibrated on."""
 
     name: str
-    """A shipped split or a file."""
+    """A shipped split, a file or a data set."""
     windows: Tensor
     """Token windows (N, length)."""
 

@@ -15,8 +15,9 @@ class EvaluateConfig:
     """What a model is evaluated on."""
 
     text: str = "heldout"
-    """Text to predict: a shipped split (heldout, calibration) or a file, plain or with a field `text`, or a chat in
-    `messages`, in each line of JSON."""
+    """Text to predict: a shipped split (heldout, calibration), a file, plain or with a field `text`, or a chat in
+    `messages`, in each line of JSON, or a data set of the Hub with such fields: OWNER/NAME, OWNER/NAME:CONFIG or
+    OWNER/NAME:CONFIG:SPLIT (train unless said)."""
     max_tokens: int = 32768
     """Tokens predicted at most."""
     length: int = 256

@@ -1,6 +1,6 @@
-"""Texts to calibrate and to judge on: as many characters as are asked for, from the beginning of a file.
+"""Texts to calibrate and to judge on: as many characters as are asked for, from the beginning of a file or data set.
 
-A file is read no further than that, however large it is, and what holds no text is refused by name.
+It is read no further than that, however large it is, and what holds no text is refused by name.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import errno
 import gzip
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from globe.checkpoint.shipped import DATA
 from globe.errors import SettingsError
+from globe.measure.data_sets import SPELLING, names_data_set, read_rows
 
 SPLITS = ("calibration", "heldout")
 
@@ -89,11 +90,12 @@ WriteChat = Callable[[list[Any]], str]
 
 
 def read_text(source: str | Path, most: int | None = None, write_chat: WriteChat | None = None) -> str:
-    """At most the first `most` characters of a shipped split (`calibration` or `heldout`) or of the text in a file.
+    """At most the first `most` characters of a shipped split (`calibration` or `heldout`), of the text in a file, or of
+    a data set of the Hub (see `read_rows`) where there is no such file.
 
-    Of a file no more is read than they take. Plain text is UTF-8, or begins with the mark of UTF-8, UTF-16 or UTF-32.
-    Of .json and .jsonl files, the `text` of each record counts, or what `write_chat` makes of its `messages`, with a
-    blank line in between.
+    No more is read than they take. Plain text is UTF-8, or begins with the mark of UTF-8, UTF-16 or UTF-32. Of .json
+    and .jsonl files and data sets, the `text` of each record counts, or what `write_chat` makes of its `messages`, with
+    a blank line in between.
 
     Raises `SettingsError` for what is missing, empty, not a regular file or not text.
     """
@@ -104,7 +106,10 @@ def read_text(source: str | Path, most: int | None = None, write_chat: WriteChat
         kind = "a folder" if path.is_dir() else "a device or a pipe" if path.exists() and not path.is_file() else None
         if kind is not None:
             raise SettingsError(f"text {str(source)!r} is {kind}: save the text to a file and give that")
-        text = _read(path, most, write_chat)
+        if names_data_set(str(source)) and not path.exists():
+            text = _joined(str(source), read_rows(str(source)), most, write_chat)
+        else:
+            text = _read(path, most, write_chat)
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise SettingsError(
             f"text {str(source)!r} is not {error.encoding.upper()} ({error.reason}): convert it first, for example "
@@ -116,8 +121,8 @@ def read_text(source: str | Path, most: int | None = None, write_chat: WriteChat
         if isinstance(error, OSError) and error.errno not in _ABSENT:
             raise SettingsError(f"text {str(source)!r} cannot be read: {error}") from error
         raise SettingsError(
-            f"text {_short(str(source))} is neither a file nor one of the shipped splits {', '.join(SPLITS)}; "
-            "save a data set's text to a file first"
+            f"text {_short(str(source))} is neither a file nor one of the shipped splits {', '.join(SPLITS)}, nor "
+            f"spelled as a data set of the Hub: {SPELLING}"
         ) from error
     if not text.strip():
         raise SettingsError(f"text {str(source)!r} is empty: give one with words in it")
@@ -133,7 +138,7 @@ def _read(path: Path, most: int | None, write_chat: WriteChat | None) -> str:
     encoding = next((encoding for mark, encoding in _MARKS if beginning.startswith(mark)), "utf-8")
     with path.open(encoding=encoding) as reader:
         if path.suffix.lower() in _RECORDS:
-            return _joined(path, reader, most, write_chat)
+            return _joined(str(path), _records(path, reader), most, write_chat)
         text = reader.read(-1 if most is None else most)
     if "\0" in text:
         raise SettingsError(f"text {str(path)!r} holds NUL: it is binary, or UTF-16 without its mark; {_READ}")
@@ -142,11 +147,11 @@ def _read(path: Path, most: int | None, write_chat: WriteChat | None) -> str:
     return text
 
 
-def _joined(path: Path, reader: IO[str], most: int | None, write_chat: WriteChat | None) -> str:
+def _joined(source: str, records: Iterable[Any], most: int | None, write_chat: WriteChat | None) -> str:
     """The texts of the records, until there is enough of them."""
     parts, length = list[str](), 0
-    for number, record in enumerate(_records(path, reader), 1):
-        part = _text_of(path, number, record, write_chat)
+    for number, record in enumerate(records, 1):
+        part = _text_of(source, number, record, write_chat)
         if not part:
             continue
         parts.append(part)
@@ -156,18 +161,18 @@ def _joined(path: Path, reader: IO[str], most: int | None, write_chat: WriteChat
     return _SEPARATOR.join(parts)[:most]
 
 
-def _text_of(path: Path, number: int, record: Any, write_chat: WriteChat | None) -> str:
+def _text_of(source: str, number: int, record: Any, write_chat: WriteChat | None) -> str:
     text = record.get("text") if isinstance(record, dict) else None
     messages = record.get("messages") if isinstance(record, dict) and "text" not in record else None
     if write_chat and isinstance(messages, list):
         try:
             text = write_chat(messages)
         except SettingsError as error:
-            raise SettingsError(f"the chat in record {number} of {str(path)!r} is not read: {error}") from error
+            raise SettingsError(f"the chat in record {number} of {source!r} is not read: {error}") from error
     if isinstance(text, str):
         text.encode()  # a lone surrogate is no character
         return text
-    place = f"record {number} of {str(path)!r}"
+    place = f"record {number} of {source!r}"
     if not isinstance(record, dict):
         raise SettingsError(f"{place} is a JSON {type(record).__name__}; {_READ}")
     if "text" in record:

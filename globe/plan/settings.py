@@ -81,8 +81,9 @@ class CompressConfig:
     calibrate: str = "samples"
     """Text on which the model is run first, to weigh errors by what they do there: `samples` of its own, or
     `calibration` where it does not fit into memory; a file, plain text or with a field `text`, or a chat in `messages`,
-    in each line of JSON; `calibration`, the split that ships with GloBE, which a bare --calibrate means; or `none`: the
-    weights alone are looked at."""
+    in each line of JSON; a data set of the Hub with such fields, OWNER/NAME, OWNER/NAME:CONFIG or
+    OWNER/NAME:CONFIG:SPLIT (train unless said), of which the first rows are fetched; `calibration`, the prose and code
+    that ship with GloBE, which a bare --calibrate means; or `none`: the weights alone are looked at."""
     calibration_tokens: int = 65536
     """Tokens of a given text at most."""
     save_statistics: str | None = None

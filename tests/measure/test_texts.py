@@ -156,7 +156,7 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
             read_text(path, 100)
 
 
-@pytest.mark.parametrize("name", ["no-such-split", "x" * 5000, "a\0b", "text.txt/below"])
+@pytest.mark.parametrize("name", ["no-such-split", "x" * 5000, "a\0b", "text.txt/be/low"])
 def test_what_is_not_there_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("x")
