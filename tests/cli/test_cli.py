@@ -206,7 +206,7 @@ def test_env_names_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
         (("compress", "-o", "x", "--steps", "9"), "steps is a setting of banks, which bits has none of: give keep"),
         (("compress", "-o", "x", "--scope", "banana"), "choose layer, model or a number of layers"),
         (("compress", "-o", "x", "--layers", "0-3", "7,99"), "layers 99 hold no routed experts"),
-        (("compress", "-o", "x", "--calibrate", "wikitext"), "save a data set's text to a file first"),
+        (("compress", "-o", "x", "--calibrate", "wikitext"), "nor spelled as a data set of the Hub: OWNER/NAME"),
         (("evaluate", "--text", "nothing"), "neither a file nor"),
         (("evaluate", "--length", "1"), "at least 2"),
         (("evaluate", "--device", "nowhere"), "choose auto, cpu, cuda, cuda:1 or mps"),
