@@ -48,8 +48,7 @@ class Packed:
 class DequantizedCheckpoint(Checkpoint):
     """A quantised checkpoint seen as the plain one that it stands for: no quantization_config, no scales."""
 
-    files: Checkpoint = dataclasses.field(kw_only=True)
-    """As the files are."""
+    quantised: Checkpoint = dataclasses.field(kw_only=True)
     packed: Mapping[str, Packed] = dataclasses.field(kw_only=True)
     """The tensors that are not stored as they are read, by name."""
 
@@ -57,6 +56,11 @@ class DequantizedCheckpoint(Checkpoint):
     def stored_plainly(self) -> bool:
         """The files' bytes are not the tensors'."""
         return False
+
+    @property
+    def files(self) -> Checkpoint:
+        """As the files are."""
+        return self.quantised
 
     def read_many(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor of each in turn, dequantised one at a time.
@@ -130,7 +134,7 @@ def dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
         checkpoint.repo,
         checkpoint.notes,
         checkpoint.coming,
-        files=checkpoint,
+        quantised=checkpoint,
         packed=packed,
     )
 

@@ -136,10 +136,10 @@ class Rehearsed:
         return of_rows * problem.order.unsort(problem.order.prices) * self.expected.mean_squares
 
     def code(self, multiplier: int, correction: Tensor | None = None) -> tuple[CodedExperts, Tensor]:
-        """What is stored, and what it decodes to (E, N, K). What is added as a correction (E, N, K) changes no width,
-        and so not how much is stored."""
+        """What is stored, and what it decodes to (E, N, K). What is added as a correction (E, N, K), which is used up,
+        changes no width, and so not how much is stored."""
         problem = self.problem
-        X = problem.X if correction is None else problem.X + correction
+        X = problem.X if correction is None else correction.add_(problem.X)
         costs = problem.costs(self.expected.mean_squares)
         return code_experts(X, problem.outputs, problem.order, costs, multiplier, self.expected)
 

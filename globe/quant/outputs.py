@@ -53,15 +53,16 @@ class Outputs:
 
     def apply(self, X: Tensor) -> Tensor:
         """The rows of X (E, N, K) as they are coded; a new tensor."""
-        return rotate(X if self.exponents is None else X * self.scales()[:, None])
+        signs = _signs(X)
+        return _mixed(X * (signs if self.exponents is None else self.scales()[:, None] * signs))
 
     def undo(self, rows: Tensor, experts: Tensor | None = None) -> Tensor:
-        """The inverse, for rows (n, N, K) of all experts or of those with these indices (n,)."""
-        rows = rotate_back(rows)
+        """The inverse, for rows (n, N, K) of all experts or of those with these indices (n,), whose place it takes."""
+        rows, signs = _mixed(rows), _signs(rows)
         if self.exponents is None:
-            return rows
+            return rows.mul_(signs)
         inverse = scales(-STEP * (self.exponents if experts is None else self.exponents[experts]).int())
-        return rows.mul_(inverse[:, None])
+        return rows.mul_(inverse[:, None] * signs)
 
     def undo_products(self, products: Tensor, experts: Tensor | None = None) -> Tensor:
         """The inverse for products of tokens with rows, (n, K), to rounding, and fast.
@@ -121,13 +122,8 @@ def rotate(x: Tensor) -> Tensor:
     return _mixed(x * _signs(x))
 
 
-def rotate_back(x: Tensor) -> Tensor:
-    """The inverse."""
-    return _mixed(x.clone()).mul_(_signs(x))
-
-
 def _multiplied_back(x: Tensor) -> Tensor:
-    """`rotate_back` of (n, K) by few products: a Hadamard matrix is the Kronecker product of two smaller ones."""
+    """The inverse of `rotate`, of (n, K), by few products: Hadamard matrices are Kronecker products of smaller ones."""
     K = x.shape[1]
     outer, inner = _hadamard_factors(block_length(K), x.device)
     blocks = x.reshape(len(x), K // block_length(K), len(outer), len(inner))
@@ -165,7 +161,7 @@ def _signs(x: Tensor) -> Tensor:
 
 def _mixed(x: Tensor) -> Tensor:
     """`_mix` of a tensor of which nobody has need any more, in its place where numba does it: the same bits."""
-    kernels = trellis.compiled()
+    kernels, x = trellis.compiled(), x.contiguous()
     if kernels is None or x.device.type != "cpu" or x.dtype != torch.float32 or x.requires_grad:
         return _mix(x)
     rows, block = x.view(-1, x.shape[-1]), block_length(x.shape[-1])

@@ -17,14 +17,14 @@ from globe.plan.settings import CompressConfig
 from globe.run.coding import PLANNING_PASSES, wants_sensitivities
 from globe.run.job import Outline, outline
 from globe.run.observer import clock
-from globe.run.pace import foreseen_seconds, is_compensated, windows_seen
+from globe.run.pace import Foreseen, foresee, is_compensated, windows_seen
 from globe.run.ranks import ALONE, Ranks
 from globe.units import byte_size
 
 _PROCESS = 1_300_000_000
 """Bytes of a process that has compressed next to nothing: libraries, compiled kernels, activations; see docs/log.md."""
-_COPIES = 8
-"""Of the experts that are worked on, in float32, at the peak of coding or fitting them; counted in the code."""
+_COPIES_CODED, _COPIES_FITTED = 6, 8
+"""Of the experts that are worked on, in float32, at the peak of coding or fitting them; the first measured (4.9)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Outlook:
     """Bytes of memory there are."""
     bound: str
     """Whose bound that is."""
-    foresee: Callable[[], float] = dataclasses.field(repr=False, compare=False)
-    """Finds `seconds`, which takes a few, and where coding was never done before half a minute to compile it."""
+    foresee: Callable[[], Foreseen] = dataclasses.field(repr=False, compare=False)
+    """Finds `foreseen`, which takes seconds, and where coding was never done before half a minute to compile it."""
     is_coded: bool
     device: str
     """With the number of processes, where they are several."""
@@ -61,9 +61,14 @@ class Outlook:
     """Why it will be run a layer at a time."""
 
     @functools.cached_property
-    def seconds(self) -> float:
-        """Of measuring the model, and of planning and coding; or, at least, of fitting."""
+    def foreseen(self) -> Foreseen:
+        """How long it will take; fits at least so long."""
         return self.foresee()
+
+    @property
+    def seconds(self) -> float:
+        """How long it will take, all together."""
+        return self.foreseen.measuring + self.foreseen.working
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -77,7 +82,7 @@ class Outlook:
         yield f"writes      {byte_size(self.written)} ({self.written / self.read:.1%}); {byte_size(self.free)} are free"
         yield (
             f"needs       about {byte_size(self.memory)} of memory and {'about' if self.is_coded else 'at least'} "
-            f"{clock(self.seconds)} on this {self.device}; {self.bound}"
+            f"{clock(self.seconds)} on this {self.device}{self._parts()}; {self.bound}"
         )
         if self.written + self.here > self.free:
             yield "note: the disk is too small for that: make room, or choose another folder"
@@ -93,6 +98,11 @@ class Outlook:
             )
         if self.memory > self.available:
             yield "note: the memory is too small for that: choose --scope layer or --stream, or another machine"
+
+    def _parts(self) -> str:
+        measuring, working = (clock(seconds) for seconds in (self.foreseen.measuring, self.foreseen.working))
+        what = "code" if self.is_coded else "fit"
+        return f" ({measuring} to measure the model, {working} to {what} it)" if self.foreseen.measuring else ""
 
 
 def inspect(
@@ -115,11 +125,11 @@ def look_ahead(outline: Outline, output: Path | None = None, ranks: Ranks = ALON
     checkpoint, config = outline.checkpoint, outline.config
     folder = (output or Path()).absolute()
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
-    sizes = {tensor.name: tensor.nbytes for tensor in checkpoint.tensors.values()}
+    stored = checkpoint.files.tensors.values()
     here = {shard for shard in checkpoint.shards if (checkpoint.folder / shard).exists()}
     absent = 0
     if checkpoint.repo is not None:
-        absent = sum(tensor.nbytes for tensor in checkpoint.tensors.values() if tensor.shard not in here)
+        absent = sum(tensor.nbytes for tensor in stored if tensor.shard not in here)
     at_a_time = min(absent, checkpoint.coming.most_bytes) if checkpoint.coming and checkpoint.is_passing else absent
     measured = config.calibrate != "none" or config.allocation != "uniform"
     place = find_place(checkpoint, config.device, torch.float32.itemsize)
@@ -129,11 +139,11 @@ def look_ahead(outline: Outline, output: Path | None = None, ranks: Ranks = ALON
     else:
         needed = 4 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()) + sum(statistics)
         needed = max(needed, bytes_at_once(checkpoint) + _states(outline, place))
-    each = max(statistics) * runs + 4 * _COPIES * _widest(outline)
+    each = max(statistics) * runs + 4 * (_COPIES_CODED if config.is_coded else _COPIES_FITTED) * _widest(outline)
     available, bound = total_memory("cpu")
     return Outlook(
         outline.source,
-        sum(sizes.values()),
+        sum(tensor.nbytes for tensor in stored),
         absent,
         _passes(config, runs=runs) if checkpoint.is_passing else 0,
         at_a_time,
@@ -142,7 +152,7 @@ def look_ahead(outline: Outline, output: Path | None = None, ranks: Ranks = ALON
         ranks.num_here * _PROCESS + max(needed * runs, ranks.num_here * each),
         available,
         bound,
-        functools.partial(foreseen_seconds, outline, place if measured else Place(None, None), ranks.size),
+        functools.partial(foresee, outline, place if measured else Place(None, None), ranks.size),
         config.is_coded,
         config.device if ranks.size == 1 else f"{config.device} in {ranks.size} processes",
         place.obstacle if measured and place.device is None else None,

@@ -53,16 +53,26 @@ _READ = PLANNING_PASSES + 1
 _TRIALS, _MOST_TRIALS, _PATIENCE = 2, 10, 0.1
 
 
-def foreseen_seconds(outline: Outline, place: Place, processes: int = 1) -> float:
-    """Of measuring the model, which can be run at that place, and of planning, coding or fitting by all processes."""
+@dataclasses.dataclass(frozen=True)
+class Foreseen:
+    """Seconds that a compression will take."""
+
+    measuring: float
+    """The model, by running it."""
+    working: float
+    """Of planning and coding or of fitting, by all processes, with what layers make up for."""
+
+
+def foresee(outline: Outline, place: Place, processes: int = 1) -> Foreseen:
+    """How long it takes to measure the model, which can be run at that place, and to plan, code or fit its experts."""
     with torch.random.fork_rng(devices=[]):
-        seconds = _working_seconds(outline) / processes
+        measuring, working = 0.0, _working_seconds(outline) / processes
         if place.device is not None:
             run = _Run(outline, place)
             if outline.config.statistics is None:
-                seconds += run.samples() + run.calibration() + run.sensitivities()
-            seconds += run.compensation()
-    return seconds
+                measuring = run.samples() + run.calibration() + run.sensitivities()
+            working += run.compensation()
+    return Foreseen(measuring, working)
 
 
 def is_sampled(config: CompressConfig, place: Place) -> bool:
