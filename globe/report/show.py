@@ -138,6 +138,9 @@ def show_evaluation(
     if against is not None and ours.kl is not None and ours.agreement is not None:
         table.add_row(f"KL to {against.name} (nats per token)", "0", with_error(ours.kl, ours.kl_error))
         table.add_row("same next token", "100 %", f"{ours.agreement:.2%}")
+    for each in ours.tasks:
+        beside = "" if each.reference is None else f"{each.reference:.5f}"
+        table.add_row(each.name, *([beside] * len(theirs)), with_error(each.value, each.error))
     if report is not None:
         for family, error in report.family_errors().items():
             table.add_row(f"relative error, {family}", *([""] * len(theirs)), f"{error:.4f}")
