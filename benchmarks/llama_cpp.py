@@ -98,7 +98,8 @@ class Quantizer:
         """What becomes of the experts (E, P, D), their types by tensor, and the bits of a weight that they take."""
         path = self._folder / "quantized.gguf"
         more = () if types is None else ("--tensor-type-file", types)
-        self._run("llama-quantize", "--imatrix", imatrix, *more, self._source, path, mixture, str(self._config.threads))
+        rest = mixture if types is None else "Q8_0"  # GloBE's matrix has nothing of other tensors
+        self._run("llama-quantize", "--imatrix", imatrix, *more, self._source, path, rest, str(self._config.threads))
         tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
         found = {key: tensors[name] for key, name in self.names.items()}
         stacks = {key: _stack(tensor, key[1]) for key, tensor in found.items()}
