@@ -182,6 +182,10 @@ class Judge:
         words = "\n\n".join(topics.values()) if text == PROSE else read_text(text)
         return token_windows(self._tokenizer, words, EvaluateConfig(max_tokens=max_tokens))[0]
 
+    def decode(self, windows: torch.Tensor) -> str:
+        """The text of token windows."""
+        return self._tokenizer.decode(windows.flatten())
+
     def __call__(self, model: Any) -> dict[str, float]:
         """KL divergence with its standard error over windows, perplexity and agreement, for each text."""
         found: dict[str, float] = {}

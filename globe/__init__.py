@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from globe.report.page import write_report
     from globe.run.compress import compress
     from globe.run.export import export_dense
+    from globe.run.imatrix import TypePlan, write_imatrix
     from globe.run.observer import Observer
     from globe.run.outlook import Outlook, inspect
     from globe.run.size import compress_within
@@ -59,6 +60,7 @@ __all__ = [
     "SettingsError",
     "SweepConfig",
     "SweepResult",
+    "TypePlan",
     "UnsupportedModelError",
     "__version__",
     "compress",
@@ -71,6 +73,7 @@ __all__ = [
     "read_recipe",
     "set_compose_cache",
     "sweep",
+    "write_imatrix",
     "write_report",
 ]
 
@@ -89,6 +92,7 @@ _ROOMS = {
     "report.page": ("write_report",),
     "run.compress": ("compress",),
     "run.export": ("export_dense",),
+    "run.imatrix": ("TypePlan", "write_imatrix"),
     "run.observer": ("Observer",),
     "run.outlook": ("Outlook", "inspect"),
     "run.size": ("compress_within",),

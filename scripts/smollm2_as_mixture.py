@@ -9,6 +9,12 @@ bfloat16. Two things to know about these weights: in the file they lie on grids 
 plain int4 in groups of 32 looks better on gate and up than it is; and the experts share nothing but what the units of
 one MLP share.
 
+    python scripts/smollm2_as_mixture.py --output runs/smollm2-moe-256 --experts 6 --hidden 768 --scatter 0.3
+
+is for llama.cpp's types: rows divide into blocks of 256, for hidden states are filled up with zeros, which change
+nothing; and weights leave their grids, which Q4_K would find, for each input is multiplied by a number that the norm or
+the matrix before takes back.
+
     python scripts/smollm2_as_mixture.py --output runs/smollm2-moe --dense runs/smollm2
     python scripts/smollm2_as_mixture.py --source runs/smollm2-rounded --output runs/smollm2-rounded-moe
 
@@ -19,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -41,6 +48,10 @@ class MixtureConfig:
     """Directory that receives the model."""
     experts: int = 8
     """Experts of a layer: a divisor of the 1,536 inner units."""
+    hidden: int = 576
+    """Hidden size: what is more than the model's 576 is zero."""
+    scatter: float = 0.0
+    """Standard deviation of the logarithms of what the inputs of experts are multiplied by."""
     source: Path | None = None
     """Directory with the dense model; None: the package's."""
     dense: Path | None = None
@@ -56,18 +67,18 @@ def packaged_model() -> tuple[Path, str]:
     return folder, next(folder.glob("*.gguf")).name
 
 
-def mixture_config(dense: Any, num_experts: int) -> MixtralConfig:
+def mixture_config(dense: Any, num_experts: int, hidden: int) -> MixtralConfig:
     """The mixture's configuration, from that of the dense model."""
     return MixtralConfig(
         vocab_size=dense.vocab_size,
-        hidden_size=dense.hidden_size,
+        hidden_size=hidden,
         intermediate_size=dense.intermediate_size // num_experts,
         num_hidden_layers=dense.num_hidden_layers,
         num_attention_heads=dense.num_attention_heads,
         num_key_value_heads=dense.num_key_value_heads,
         head_dim=dense.hidden_size // dense.num_attention_heads,
         max_position_embeddings=dense.max_position_embeddings,
-        rms_norm_eps=dense.rms_norm_eps,
+        rms_norm_eps=dense.rms_norm_eps * dense.hidden_size / hidden,
         rope_parameters=dense.rope_parameters,
         tie_word_embeddings=True,
         sliding_window=None,
@@ -83,17 +94,37 @@ def mixture_config(dense: Any, num_experts: int) -> MixtralConfig:
 def deal_out(dense: Any, mixture: Any) -> None:
     """Copy a dense model into a mixture, the inner units of every MLP dealt out to its experts in their order."""
     E = mixture.config.num_local_experts
+    share = dense.config.hidden_size / mixture.config.hidden_size  # of what a norm takes the mean of
     theirs, ours = dense.state_dict(), mixture.state_dict()
+
+    def fill(name: str, values: torch.Tensor) -> None:
+        ours[name].zero_()[tuple(slice(size) for size in values.shape)] = values
+
     for name in ours:
         if ".mlp." not in name:
-            ours[name].copy_(theirs[name])
+            fill(name, math.sqrt(share) * theirs[name] if name.endswith("norm.weight") else theirs[name])
     for layer in range(mixture.config.num_hidden_layers):
         mlp = f"model.layers.{layer}.mlp"
         gate, up, down = (theirs[f"{mlp}.{family}_proj.weight"] for family in ("gate", "up", "down"))
         gate, up, down = gate.unflatten(0, (E, -1)), up.unflatten(0, (E, -1)), (E * down).unflatten(1, (E, -1))
-        ours[f"{mlp}.experts.gate_up_proj"].copy_(torch.cat([gate, up], dim=1))
-        ours[f"{mlp}.experts.down_proj"].copy_(down.transpose(0, 1))
+        fill(f"{mlp}.experts.gate_up_proj", torch.cat([gate, up], dim=1))
+        fill(f"{mlp}.experts.down_proj", down.transpose(0, 1))
         ours[f"{mlp}.gate.weight"].zero_()
+
+
+@torch.no_grad()
+def scatter(mixture: Any, deviation: float) -> None:
+    """Multiply the weights of each input of gate, up and down by a random number, and divide what makes it by that."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in mixture.model.layers:
+        norm, experts = layer.post_attention_layernorm.weight, layer.mlp.experts
+        _, up = experts.gate_up_proj.chunk(2, dim=1)
+        hidden = (deviation * torch.randn(norm.shape, generator=generator)).exp()
+        inner = (deviation * torch.randn(up.shape[:2], generator=generator)).exp()
+        norm.div_(hidden)
+        experts.gate_up_proj.mul_(hidden)
+        up.div_(inner[:, :, None])
+        experts.down_proj.mul_(inner[:, None])
 
 
 def read_packaged() -> tuple[Any, Any]:
@@ -120,8 +151,9 @@ def main(config: MixtureConfig) -> None:
         tokenizer = AutoTokenizer.from_pretrained(config.source)
     if dense.config.intermediate_size % config.experts:
         sys.exit(f"{dense.config.intermediate_size} inner units cannot be dealt out to {config.experts} experts")
-    mixture = MixtralForCausalLM(mixture_config(dense.config, config.experts)).eval()
+    mixture = MixtralForCausalLM(mixture_config(dense.config, config.experts, config.hidden)).eval()
     deal_out(dense, mixture)
+    scatter(mixture, config.scatter)
     ids = tokenizer("Experts that share a basis", return_tensors="pt").input_ids
     difference = float((dense(ids).logits - mixture(ids).logits).abs().max())
     if not difference <= LARGEST_DIFFERENCE:

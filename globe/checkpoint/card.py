@@ -128,10 +128,27 @@ def _measured(evaluations: Sequence[Evaluation]) -> str:
             f"|{7 * '---|'}",
             *(f"| {' | '.join(row)} |" for row in rows),
             "",
+            *_tasks(evaluations),
             "By `globe evaluate`.",
             "",
         ]
     )
+
+
+def _tasks(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Lines of a table of lm-eval's tasks, where some were run."""
+    rows = [
+        [
+            _word(score.name),
+            with_error(score.value, score.error),
+            "" if score.reference is None else f"{score.reference:.4f}",
+            _word(each.reference),
+        ]
+        for each in evaluations
+        for score in each.tasks
+    ]
+    head = "| task of lm-eval | score | the reference's | reference |"
+    return [head, f"|{4 * '---|'}", *(f"| {' | '.join(row)} |" for row in rows), ""] if rows else []
 
 
 def _results(evaluations: Sequence[Evaluation]) -> list[EvalResult]:
@@ -142,11 +159,14 @@ def _results(evaluations: Sequence[Evaluation]) -> list[EvalResult]:
         "kl": "KL(reference || model), nats per token",
         "agreement": "Share of tokens with the reference's most likely next token",
     }
+    of_tasks = {score.name: score for each in evaluations for score in each.tasks}
     return [
         EvalResult("text-generation", text, text, metric, getattr(each, metric), metric_name=name)
         for text, each in latest.items()
         for metric, name in metrics.items()
         if getattr(each, metric) is not None
+    ] + [
+        EvalResult("text-generation", score.task, score.task, score.metric, score.value) for score in of_tasks.values()
     ]
 
 

@@ -16,8 +16,28 @@ EVALUATION = "evaluation.json"
 
 @documented
 @dataclasses.dataclass(frozen=True)
+class TaskScore:
+    """What lm-eval found on one task by one metric."""
+
+    task: str
+    metric: str
+    """With the filter behind a comma, if one was applied to the answers."""
+    value: float
+    error: float | None = None
+    """Standard error, where lm-eval gives one."""
+    reference: float | None = None
+    """The same of the reference; None without one that is loaded."""
+
+    @property
+    def name(self) -> str:
+        """Task and metric."""
+        return f"{self.task} ({self.metric})"
+
+
+@documented
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Quality of a model on one text."""
+    """Quality of a model on one text, and on tasks."""
 
     perplexity: float
     """exp of the mean negative log likelihood per token."""
@@ -41,6 +61,7 @@ class Evaluation:
     """Of that checkpoint."""
     reference_perplexity: float | None = None
     """That of the reference."""
+    tasks: list[TaskScore] = dataclasses.field(default_factory=list[TaskScore])
 
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
@@ -50,16 +71,19 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
 
 
 def record_evaluation(folder: Path, evaluation: Evaluation) -> list[Evaluation]:
-    """Keep an evaluation in the folder, in place of an earlier one on the same text against the same reference.
+    """Keep an evaluation in the folder, in place of an earlier one on the same text against the same reference; of that
+    the tasks stay that were not run again.
 
     Returns all that are kept. `OutputError` if the folder cannot be written.
     """
     identity = (evaluation.fingerprint, evaluation.reference_fingerprint)
-    others = [
-        other
-        for other in read_evaluations(folder)
-        if (other.fingerprint, other.reference_fingerprint) not in (identity, (evaluation.fingerprint, None))
-    ]
+    others, run = list[Evaluation](), {(each.task, each.metric) for each in evaluation.tasks}
+    for other in read_evaluations(folder):
+        if (other.fingerprint, other.reference_fingerprint) not in (identity, (evaluation.fingerprint, None)):
+            others.append(other)
+        else:
+            left = [each for each in other.tasks if (each.task, each.metric) not in run]
+            evaluation = dataclasses.replace(evaluation, tasks=[*left, *evaluation.tasks])
     kept = [*others, evaluation]
     content = json.dumps({"evaluations": [dataclasses.asdict(each) for each in kept]}, indent=2, allow_nan=False)
     write_listed(folder, EVALUATION, f"{content}\n".encode())

@@ -1,4 +1,5 @@
-"""The command line: compress, sweep, evaluate, compare, lm-eval, serve, export, verify, push, inspect, report, env."""
+"""The command line: compress, sweep, evaluate, compare, lm-eval, serve, export, imatrix,
+verify, push, inspect, report, env."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from globe.cli.arguments import registry
 from globe.cli.ending import FAILED, close_quietly, describe, stoppable, tell, tell_bug, tell_stopped
 from globe.errors import FinishedError, GlobeError, SettingsError
 from globe.measure.settings import EvaluateConfig
+from globe.plan.budget import DEFAULT_BITS
 from globe.plan.recipe import BUDGET, read_recipe
 from globe.plan.settings import CompressConfig
 from globe.run.ranks import ALONE, Ranks, with_ranks
@@ -239,6 +241,52 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True)
+class Imatrix:
+    """Measure what llama.cpp's llama-quantize needs: an importance matrix of the experts and a type for each tensor."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to write. A run that was killed takes up its calibration when the same command is given again."""
+    model: Model = "shipped"
+    """Local folder or Hub id of the model that the GGUF file was converted from."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hub."""
+    cache_dir: Path | None = None
+    """Folder that keeps a model of the Hub, in place of the usual cache."""
+    bits: float = DEFAULT_BITS
+    """Stored bits per weight of the experts, at most."""
+    calibrate: str = CompressConfig.calibrate
+    """Text on which the model is run, as for compress."""
+    calibration_tokens: int = CompressConfig.calibration_tokens
+    """Tokens of a given text at most."""
+    statistics: str | None = None
+    """File that `globe compress --save-statistics` wrote, in place of a text; the model is not run."""
+    overwrite: bool = False
+    """Replace an output that GloBE wrote earlier, when the new one is whole."""
+
+    def run(self, console: Terminal) -> None:
+        from globe.cli.progress import PlainProgress
+        from globe.report.show import show_types
+        from globe.run.imatrix import write_imatrix
+
+        config = CompressConfig(
+            bits=self.bits,
+            calibrate=self.calibrate,
+            calibration_tokens=self.calibration_tokens,
+            statistics=self.statistics,
+        )
+        plan = write_imatrix(
+            self.model,
+            self.output,
+            config,
+            [PlainProgress(console)],
+            overwrite=self.overwrite,
+            revision=self.revision,
+            cache=self.cache_dir,
+        )
+        show_types(console, plan, self.output)
+
+
+@dataclasses.dataclass(frozen=True)
 class Verify:
     """Prove that every byte of a folder is as GloBE's commands wrote it."""
 
@@ -396,6 +444,7 @@ def _parsed_by_tyro(arguments: Sequence[str]) -> Any:
         | Annotated[LmEval, tyro.conf.subcommand("lm-eval")]
         | Annotated[Serve, tyro.conf.subcommand("serve")]
         | Annotated[Export, tyro.conf.subcommand("export")]
+        | Annotated[Imatrix, tyro.conf.subcommand("imatrix")]
         | Annotated[Verify, tyro.conf.subcommand("verify")]
         | Annotated[Push, tyro.conf.subcommand("push")]
         | Annotated[Inspect, tyro.conf.subcommand("inspect")]

@@ -26,6 +26,7 @@ from globe.measure.reference import Reference, is_compressed, kept_reference, na
 from globe.measure.runnable import find_place
 from globe.measure.settings import EvaluateConfig
 from globe.measure.streamed_logits import StreamedLogits
+from globe.measure.tasks import Tasks
 from globe.measure.texts import read_text
 from globe.measure.tokenizers import chat_writer, check_same_tokenizer, check_vocabulary, encode, load_tokenizer
 from globe.model.compose_cache import ComposeCache
@@ -165,7 +166,7 @@ def judge(
     With `logits`, a file: the reference's logits are read from it or, if it is not there, kept in it; the reference
     itself then leaves the memory before the model is loaded.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint, tasks = open_checkpoint(model), Tasks(config.tasks) if config.tasks else None
     windows, bytes_per_token = read_windows(checkpoint.folder, config)
     text, other = Path(config.text).name, None
     described = {"text": text, "fingerprint": windows_fingerprint(windows)}
@@ -176,6 +177,11 @@ def judge(
     cache = set_compose_cache(loaded, compose_cache) if compose_cache else None
     found = evaluate_model(loaded, windows, bytes_per_token, batch=config.batch, reference=other)
     found = dataclasses.replace(found, **described)
+    if tasks is not None:
+        runs_beside = other is not None and not isinstance(other, KeptLogits | StreamedLogits)
+        tokenizer = load_tokenizer(checkpoint.folder, config.trust_remote_code)
+        beside = tasks.run(other, tokenizer, config.batch) if runs_beside else []
+        found = dataclasses.replace(found, tasks=tasks.run(loaded, tokenizer, config.batch, beside))
     unrecorded = None
     if not all(math.isfinite(value) for value in (found.perplexity, found.kl or 0.0)):
         unrecorded = "what was measured is not finite"
@@ -233,10 +239,12 @@ def evaluate(
     The files of a folder that GloBE wrote are compared with its manifest first, unless `verify` is off, and what was
     measured is recorded in its evaluation.json. The file `reference_logits` keeps the logits of the reference: where it
     is there, they are read from it, and the reference need be neither named nor at hand. A dense reference that does
-    not fit into memory, or is quantised, is run a layer at a time, in float32.
+    not fit into memory, or is quantised, is run a layer at a time, in float32. The tasks of `config` are run by lm-eval
+    on the model, and on the reference where that is loaded.
 
     Raises `CheckpointError` for what cannot be loaded or compared, `SettingsError` for a text that is missing, too
-    short or none and for logits of another text or reference, and `OutputError` where the disk has no room for them.
+    short or none, for logits of another text or reference and for tasks that lm-eval does not have, and `OutputError`
+    where the disk has no room for logits.
     """
     model = resolve_model(model)
     checkpoint = open_checkpoint(model)

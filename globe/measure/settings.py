@@ -24,6 +24,8 @@ class EvaluateConfig:
     """Tokens in a window; windows do not overlap and the first token of each is not predicted."""
     batch: int = 8
     """Windows in a forward pass."""
+    tasks: tuple[str, ...] = ()
+    """Also tasks of lm-eval: names, or YAML files of your own, separated by commas or spaces."""
     device: str = AUTO
     """Where the models run: cpu, cuda, mps, or auto: the GPU where there is one."""
     trust_remote_code: bool = False
@@ -31,6 +33,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         fit_settings(self, SettingsError, max_tokens=1, length=2, batch=1)
+        object.__setattr__(self, "tasks", tuple(name for each in self.tasks for name in each.split(",") if name))
         check_device_word(self.device)
 
     @property

@@ -59,6 +59,8 @@ def show_comparison(console: Terminal, folders: Sequence[Path], picture: Path | 
     """Print the table and draw the picture."""
     candidates = read_candidates(folders)
     console.print(comparison_table(candidates))
+    if any(candidate.evaluation is not None and candidate.evaluation.tasks for candidate in candidates):
+        console.print(table_of_tasks(candidates))
     if missing := [candidate.name for candidate in candidates if candidate.evaluation is None]:
         console.print(
             f"not judged on that text: {', '.join(missing)}; globe evaluate does it", style="yellow", soft_wrap=True
@@ -84,6 +86,23 @@ def comparison_table(candidates: Sequence[Candidate]) -> Table:
         if each is not None and each.kl is not None and each.agreement is not None:
             quality = [with_error(each.kl, each.kl_error), f"{each.perplexity:.3f}", f"{each.agreement:.2%}"]
         table.add_row(candidate.name, candidate.stored, size, *quality)
+    return table
+
+
+def table_of_tasks(candidates: Sequence[Candidate]) -> Table:
+    """A row for each score on a task of lm-eval, a column for the original and each candidate, the largest first."""
+    table = Table(title="tasks of lm-eval", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("", "original", *(candidate.name for candidate in reversed(candidates))):
+        table.add_column(visible(name), justify="right" if name else "left")
+    scores = [
+        {} if each.evaluation is None else {score.name: score for score in each.evaluation.tasks}
+        for each in reversed(candidates)
+    ]
+    for name in dict.fromkeys(name for each in scores for name in each):
+        row = [each.get(name) for each in scores]
+        theirs = next((score.reference for score in row if score is not None and score.reference is not None), None)
+        cells = ["" if score is None else with_error(score.value, score.error) for score in row]
+        table.add_row(visible(name), "" if theirs is None else f"{theirs:.5f}", *cells)
     return table
 
 

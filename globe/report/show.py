@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
+from globe.checkpoint.imatrix import IMATRIX, TENSOR_TYPES
 from globe.checkpoint.layout import dtype_notes
 from globe.checkpoint.manifest import verify_files, verify_model
 from globe.checkpoint.reader import open_checkpoint
@@ -38,6 +40,7 @@ from globe.measure.tokenizers import load_tokenizer
 from globe.plan.scopes import Scope, compact, make_plan
 from globe.plan.settings import CompressConfig
 from globe.run.coding import CodingPlan, check_reach
+from globe.run.imatrix import TypePlan
 from globe.run.job import Job, Outline, make_job, outline
 from globe.run.observer import Observers, clock, describe
 from globe.run.outlook import look_ahead
@@ -101,6 +104,24 @@ def show_report(console: Terminal, report: Report, output: Path) -> None:
     console.print(f"next            globe evaluate {shlex.quote(str(output))}", soft_wrap=True)
 
 
+def show_types(console: Terminal, plan: TypePlan, output: Path) -> None:
+    """What llama.cpp is to do with a model, and the command that has it do so."""
+    counts = Counter(plan.types.values())
+    console.print(f"\n{output}", style="bold", soft_wrap=True)
+    console.print(
+        f"experts         in {plan.bits:.3f} bits a weight, by tensor: "
+        + ", ".join(f"{count} {ggml_type}" for ggml_type, count in counts.most_common()),
+        soft_wrap=True,
+    )
+    console.print(f"loss            about {plan.predicted_kl:.2g} nats a token by second-order theory", soft_wrap=True)
+    imatrix, types = (shlex.quote(str(output / name)) for name in (IMATRIX, TENSOR_TYPES))
+    console.print(
+        f"next            llama-quantize --imatrix {imatrix} --tensor-type-file {types} "
+        "MODEL-BF16.gguf MODEL.gguf Q8_0",
+        soft_wrap=True,
+    )
+
+
 def show_evaluation(
     console: Terminal,
     model: str,
@@ -138,6 +159,9 @@ def show_evaluation(
     if against is not None and ours.kl is not None and ours.agreement is not None:
         table.add_row(f"KL to {against.name} (nats per token)", "0", with_error(ours.kl, ours.kl_error))
         table.add_row("same next token", "100 %", f"{ours.agreement:.2%}")
+    for each in ours.tasks:
+        beside = "" if each.reference is None else f"{each.reference:.5f}"
+        table.add_row(each.name, *([beside] * len(theirs)), with_error(each.value, each.error))
     if report is not None:
         for family, error in report.family_errors().items():
             table.add_row(f"relative error, {family}", *([""] * len(theirs)), f"{error:.4f}")

@@ -87,11 +87,7 @@ def prepare(
         check_packable(job)
     elif job.config.is_coded:
         check_reach(job)
-    calibration = None if folder is None else _load_calibration(folder, watch)
-    if calibration is None:
-        calibration = run_all(job, watch, folder) if calibrated is None else calibrated()
-        if folder is not None:
-            calibration = _save_calibration(job, folder, calibration)
+    calibration = calibration_of(job, watch, folder, calibrated)
     record = None if folder is None else folder.records.read("plan")
     if record is None:
         watch.prepare("planning")
@@ -105,6 +101,21 @@ def prepare(
     read_plan = RoundingPlan.from_json if job.config.is_packed else plan_from_json
     coding = record["coding"] and read_plan(record["coding"])
     return Preparation(calibration, scopes, coding, record["uniform_because"], calibration.seconds + record["seconds"])
+
+
+def calibration_of(
+    job: Job,
+    watch: Observer,
+    folder: RunFolder | None = None,
+    calibrated: Callable[[], Calibration] | None = None,
+) -> Calibration:
+    """Run the model, or take what `calibrated` gives, or take up what is finished in the `folder`; it is kept there."""
+    calibration = None if folder is None else _load_calibration(folder, watch)
+    if calibration is None:
+        calibration = run_all(job, watch, folder) if calibrated is None else calibrated()
+        if folder is not None:
+            calibration = _save_calibration(job, folder, calibration)
+    return calibration
 
 
 def run_all(job: Job, watch: Observer, folder: RunFolder | None = None) -> Calibration:

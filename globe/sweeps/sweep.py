@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from globe.checkpoint.card import keep_evaluation
 from globe.checkpoint.digest import file_sha256
-from globe.checkpoint.evaluation import Evaluation
+from globe.checkpoint.evaluation import Evaluation, TaskScore
 from globe.checkpoint.manifest import MANIFEST, Manifest, verify_files, write_manifest
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.report import Report
@@ -25,6 +25,8 @@ from globe.errors import CheckpointError, GlobeError, OutputError
 from globe.machine.device import usable_device
 from globe.measure.evaluate import evaluate_model, read_windows, windows_fingerprint
 from globe.measure.settings import EvaluateConfig
+from globe.measure.tasks import Tasks
+from globe.measure.tokenizers import load_tokenizer
 from globe.model.loading import load
 from globe.plan.settings import CompressConfig
 from globe.run.compress import compress
@@ -32,6 +34,7 @@ from globe.run.folder import PARTIAL, UNFINISHED, held
 from globe.run.observer import Observer
 from globe.run.records import RUN, Records
 from globe.sweeps.settings import Setting, SweepConfig
+from globe.typed import parsed
 from globe.version import versions
 
 _ORIGINAL, _POINTS, _MODELS = "original", "points", "models"
@@ -59,8 +62,7 @@ class PointRecord:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> PointRecord:
-        evaluation = content["evaluation"]
-        return cls(**{**content, "evaluation": None if evaluation is None else Evaluation(**evaluation)})
+        return parsed(cls, content, "the record of a point", CheckpointError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,27 +152,31 @@ class Judge:
     def __init__(self, model: str | Path, config: EvaluateConfig) -> None:
         resolved = resolve_model(model)
         self._config = config
-        self._windows, self._bytes_per_token = read_windows(open_checkpoint(resolved).folder, config)
+        self._tasks = Tasks(config.tasks) if config.tasks else None
+        folder = open_checkpoint(resolved).folder
+        self._tokenizer = load_tokenizer(folder, config.trust_remote_code)
+        self._windows, self._bytes_per_token = read_windows(folder, config)
         self._original = load(resolved, config.device)
 
     def original(self) -> Evaluation:
         return self._evaluate(self._original)
 
-    def compressed(self, folder: Path) -> Evaluation:
+    def compressed(self, folder: Path, original: Evaluation) -> Evaluation:
         """Recorded in the folder, too."""
         evaluation = dataclasses.replace(
-            self._evaluate(load(folder, self._config.device), reference=self._original),
+            self._evaluate(load(folder, self._config.device), self._original, original.tasks),
             reference="the original",
             reference_fingerprint=Report.read(folder).fingerprint,
         )
         keep_evaluation(folder, evaluation)
         return evaluation
 
-    def _evaluate(self, model: Any, reference: Any = None) -> Evaluation:
+    def _evaluate(self, model: Any, reference: Any = None, beside: Sequence[TaskScore] = ()) -> Evaluation:
         windows, batch = self._windows, self._config.batch
         evaluation = evaluate_model(model, windows, self._bytes_per_token, batch=batch, reference=reference)
+        scores = [] if self._tasks is None else self._tasks.run(model, self._tokenizer, batch, beside)
         text = Path(self._config.text).name
-        return dataclasses.replace(evaluation, text=text, fingerprint=windows_fingerprint(windows))
+        return dataclasses.replace(evaluation, text=text, fingerprint=windows_fingerprint(windows), tasks=scores)
 
 
 class Run:
@@ -221,7 +227,7 @@ class Run:
     def original(self) -> Evaluation | None:
         """How the original was judged, if it was."""
         record = self._records.read(_ORIGINAL)
-        return None if record is None else Evaluation(**record)
+        return None if record is None else parsed(Evaluation, record, _ORIGINAL, CheckpointError)
 
     def write_original(self, evaluation: Evaluation) -> None:
         self._records.write(_ORIGINAL, dataclasses.asdict(evaluation))
@@ -233,7 +239,9 @@ class Run:
         try:
             report = self._compressed(folder, self._config.at(point), observers)
             fitted = time.monotonic()
-            evaluation = judge.compressed(folder)
+            original = self.original()
+            assert original is not None
+            evaluation = judge.compressed(folder, original)
         except OutputError:
             raise
         except GlobeError as error:

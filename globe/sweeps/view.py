@@ -15,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from globe.checkpoint.evaluation import Evaluation
 from globe.checkpoint.manifest import write_listed
 from globe.report.style import INK, MARKERS, STYLE, plain_log_ticks
 from globe.sweeps.settings import AXES, Setting
@@ -100,12 +101,13 @@ def table_csv(result: SweepResult) -> bytes:
     return text.getvalue().encode()
 
 
-def _row(settings: Mapping[str, Setting], nbytes: int | None, evaluation: Any) -> dict[str, Any]:
+def _row(settings: Mapping[str, Setting], nbytes: int | None, evaluation: Evaluation | None) -> dict[str, Any]:
     quality = ("perplexity", "bits_per_byte", "kl", "kl_error", "agreement", "num_tokens")
     return {
         **{axis: settings.get(axis, "original" if axis == AXES[0] else None) for axis in AXES},
         "bytes": nbytes,
         **{name: getattr(evaluation, name, None) for name in quality},
+        **({} if evaluation is None else {score.name: score.value for score in evaluation.tasks}),
     }
 
 

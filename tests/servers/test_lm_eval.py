@@ -1,4 +1,4 @@
-"""lm-eval's model `hf` on the native format, both ways, and on the dense export: the same scores."""
+"""lm-eval's model `hf` on the native format, both ways, on the dense export, and by evaluate: the same scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from globe import export_dense
+from globe import EvaluateConfig, evaluate, export_dense
+from globe.checkpoint.shipped import MODEL
 from globe.measure.texts import read_text
 from tests.servers.exports import shipped
 
@@ -69,3 +70,7 @@ def test_scores_are_those_of_the_dense_export(tasks: Path, tmp_path: Path) -> No
     assert 0.5 < dense["bits_per_byte,none"] < 2  # an untrained model has more than 3
     assert scores(tasks, GLOBE, small) == dense
     assert scores(tasks, LM_EVAL, small, "--trust_remote_code") == dense
+    found = evaluate(small, EvaluateConfig(max_tokens=512, tasks=(str(tasks / "heldout.yaml"),)), "shipped")
+    assert {f"{score.metric},none": score.value for score in found.tasks} == dense
+    by_original = scores(tasks, LM_EVAL, MODEL)
+    assert {f"{score.metric},none": score.reference for score in found.tasks} == by_original
