@@ -83,9 +83,9 @@ class CodedExperts:
 
     def __getitem__(self, experts: Tensor) -> CodedExperts:
         """Those with these indices (n,), by themselves."""
-        sizes = packing.row_bytes(self.side.widths(), self.length).sum(1).tolist()
-        paths = self.payload.split(sizes)
-        payload = torch.cat([paths[expert] for expert in experts.tolist()])
+        ends = packing.row_bytes(self.side.widths(), self.length).sum(1).cumsum(0)
+        paths = torch.tensor_split(self.payload, ends[:-1].cpu())
+        payload = torch.cat([paths[int(expert)] for expert in experts])
         return CodedExperts(payload, self.side[experts], self.num_outputs, self.outputs[experts])
 
     def rows(self, experts: Tensor | None = None) -> PackedRows:

@@ -40,6 +40,7 @@ from globe.model.coded_spec import CodedSpec, spec_of, stored_parts
 from globe.model.experts import factorise
 from globe.model.names import BANKS, DENSE_PARAMETER, coded_parameter, is_factor
 from globe.quant.banked import BankedExperts
+from globe.terms import Family
 
 _VLLM_PARAMETER = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
 """vLLM's names of the dense parameters, which it lays out as transformers does."""
@@ -146,7 +147,7 @@ class GlobeExpertsMethod(FusedMoEMethodBase):
             has_bias=False,
         )
         here = _experts_here(layer)
-        coded = {
+        coded: dict[Family, BankedExperts] = {
             spec.family: self._coded(spec, (layer.global_num_experts, *sides(layout, spec.family)))[here]
             for spec in self._config.section.coded_of(self._number)
         }
@@ -197,7 +198,7 @@ class GlobeExpertsMethod(FusedMoEMethodBase):
                 )
             return whole
 
-    def _fill(self, experts: nn.Module, coded: dict[str, BankedExperts], here: Tensor, num_experts: int) -> None:
+    def _fill(self, experts: nn.Module, coded: dict[Family, BankedExperts], here: Tensor, num_experts: int) -> None:
         """Give the empty factors their values: those of the experts `here` (n,), of `num_experts` that are stored."""
         values = {
             coded_parameter(family, part): value
