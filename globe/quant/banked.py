@@ -70,6 +70,11 @@ class BankedExperts:
         """Stored, everything counted."""
         return self.rest.num_bytes + (0 if self.bank is None else self.bank.num_bytes)
 
+    def __getitem__(self, experts: Tensor) -> BankedExperts:
+        """Those with these indices (n,), with all of the bank's bases."""
+        bank = None if self.bank is None else dataclasses.replace(self.bank, codes=self.bank.codes[experts])
+        return BankedExperts(self.rest[experts], bank)
+
     def is_sound(self) -> bool:
         """Whether all parts fit each other."""
         return self.rest.is_sound() and (self.bank is None or self.bank.bases.is_sound())

@@ -81,6 +81,13 @@ class CodedExperts:
             and self.outputs.is_sound()
         )
 
+    def __getitem__(self, experts: Tensor) -> CodedExperts:
+        """Those with these indices (n,), by themselves."""
+        ends = packing.row_bytes(self.side.widths(), self.length).sum(1).cumsum(0)
+        paths = torch.tensor_split(self.payload, ends[:-1].cpu())
+        payload = torch.cat([paths[int(expert)] for expert in experts])
+        return CodedExperts(payload, self.side[experts], self.num_outputs, self.outputs[experts])
+
     def rows(self, experts: Tensor | None = None) -> PackedRows:
         """Those of the experts with these indices (n,), or of all."""
         side, kernels = self.side, trellis.compiled()

@@ -51,6 +51,9 @@ class Outputs:
         """Stored."""
         return 0 if self.exponents is None else self.exponents.numel()
 
+    def __getitem__(self, experts: Tensor) -> Outputs:
+        return Outputs(None if self.exponents is None else self.exponents[experts])
+
     def apply(self, X: Tensor) -> Tensor:
         """The rows of X (E, N, K) as they are coded; a new tensor."""
         signs = _signs(X)

@@ -75,4 +75,5 @@ def _vllm_settings(is_native: bool) -> tuple[str, ...]:
     if not is_native:
         return ()
     importlib.import_module("globe.serve.vllm_plugin")
-    return () if platform.is_cpu() else ("--enforce-eager",)
+    whole = "--enable-expert-parallel"  # of no effect in one process
+    return (whole,) if platform.is_cpu() else (whole, "--enforce-eager")

@@ -2,7 +2,8 @@
 
 vLLM's own loader fills everything but the factors, which each layer reads by name. They stay in memory as they are
 stored, and the experts that a batch hits are run by the code that does so in transformers: coded ones by the operation
-`globe::coded_product`, others composed. Written for vLLM 0.32; the interfaces used are not promised to stay.
+`globe::coded_product`, others composed. In expert parallelism a process reads and keeps what is stored of its own
+experts, and vLLM adds up what the processes find. Written for vLLM 0.32; the interfaces used are not promised to stay.
 """
 
 # vLLM is not among the dependencies:
@@ -30,12 +31,16 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from globe.bank_shape import sides
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.errors import CheckpointError, UnsupportedModelError
 from globe.model import QUANT_METHOD, BankSpec, ExpertsLayout, FactorNames, GlobeQuantizationConfig
 from globe.model.bank_module import Bank, BankUse
+from globe.model.coded_spec import CodedSpec, spec_of, stored_parts
 from globe.model.experts import factorise
-from globe.model.names import BANKS, DENSE_PARAMETER, is_factor
+from globe.model.names import BANKS, DENSE_PARAMETER, coded_parameter, is_factor
+from globe.quant.banked import BankedExperts
+from globe.terms import Family
 
 _VLLM_PARAMETER = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
 """vLLM's names of the dense parameters, which it lays out as transformers does."""
@@ -129,7 +134,10 @@ class GlobeExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Give the layer empty factors, and dense parameters, for vLLM's loader, of families that are in no bank."""
+        """Give the layer its factors, and dense parameters, for vLLM's loader, of families that are not compressed.
+
+        `CheckpointError` names a factor that is missing, of another shape, or that does not fit the others.
+        """
         layout = ExpertsLayout(
             num_experts,
             intermediate_size_per_partition,
@@ -138,6 +146,11 @@ class GlobeExpertsMethod(FusedMoEMethodBase):
             is_concatenated=True,
             has_bias=False,
         )
+        here = _experts_here(layer)
+        coded: dict[Family, BankedExperts] = {
+            spec.family: self._coded(spec, (layer.global_num_experts, *sides(layout, spec.family)))[here]
+            for spec in self._config.section.coded_of(self._number)
+        }
         banks = self._config.section.banks_of(self._number)
         replaced = {
             DENSE_PARAMETER[family] for number, family in self._config.section.compressed if number == self._number
@@ -151,7 +164,8 @@ class GlobeExpertsMethod(FusedMoEMethodBase):
                 layer.register_parameter(_VLLM_PARAMETER[name], parameter)
                 set_weight_attrs(parameter, extra_weight_attrs)
         uses = [self._bank_use(bank, experts, layout) for bank in banks]
-        factorise(experts, layout, uses, self._config.section.coded_of(self._number))
+        factorise(experts, layout, uses, [spec_of(self._number, family, part) for family, part in coded.items()])
+        self._fill(experts, coded, here, layer.global_num_experts)
         layer.add_module("globe_experts", experts.requires_grad_(False))
         layer.add_module(BANKS, nn.ModuleDict(self._owned).requires_grad_(False))
 
@@ -171,23 +185,47 @@ class GlobeExpertsMethod(FusedMoEMethodBase):
         shared[bank.name] = self._owned[bank.name] = module
         return BankUse(module, bank.families, own=None)
 
-    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Read the factors; `CheckpointError` names one that is missing or of another shape."""
-        checkpoint, names = _factors(self._model, self._revision)
-        wanted: dict[tuple[int | None, str], Tensor] = {
-            (self._number, name): parameter
-            for name, parameter in layer.globe_experts.named_parameters()
-            if is_factor(name)
-        }
-        wanted |= {(None, f"{BANKS}.{name}.bases"): bank.bases for name, bank in self._owned.items()}
-        for place, parameter in wanted.items():
-            stored = checkpoint.tensors[names[place]].shape if place in names else None
-            if stored != tuple(parameter.shape):
+    def _coded(self, spec: CodedSpec, sizes: tuple[int, int, int]) -> BankedExperts:
+        """A coded family of all experts, on the CPU: sizes (E, N, K)."""
+        with torch.device("cpu"):  # vLLM makes layers on the device that they are for
+            shapes = spec.shapes(sizes).items()
+            parts = {part: self._read(coded_parameter(spec.family, part), shape) for part, (shape, _) in shapes}
+            whole = spec.experts(parts, sizes[2])
+            if not whole.is_sound():
                 raise CheckpointError(
-                    f"{self._model}, layer {self._number}: expected {place[1]} of shape {tuple(parameter.shape)}, "
-                    f"found {stored or 'none'}; fetch the checkpoint again or repeat the compression"
+                    f"{self._model}, {spec.name}: rows and paths do not fit each other; "
+                    "fetch the checkpoint again or repeat the compression"
                 )
-            parameter.data.copy_(checkpoint.read(names[place]))
+            return whole
+
+    def _fill(self, experts: nn.Module, coded: dict[Family, BankedExperts], here: Tensor, num_experts: int) -> None:
+        """Give the empty factors their values: those of the experts `here` (n,), of `num_experts` that are stored."""
+        values = {
+            coded_parameter(family, part): value
+            for family, own in coded.items()
+            for part, value in stored_parts(own).items()
+        }
+        for name, parameter in experts.named_parameters():
+            if name in values:
+                parameter.data.copy_(values[name])
+            elif name.startswith(BANKS):
+                parameter.data.copy_(self._read(name, tuple(parameter.shape)))
+            elif is_factor(name):
+                parameter.data.copy_(self._read(name, (num_experts, *parameter.shape[1:]))[here])
+        for name, bank in self._owned.items():
+            bank.bases.data.copy_(self._read(f"{BANKS}.{name}.bases", tuple(bank.bases.shape), shared=True))
+
+    def _read(self, name: str, shape: tuple[int, ...], shared: bool = False) -> Tensor:
+        """A factor of the layer, or one that layers share."""
+        checkpoint, names = _factors(self._model, self._revision)
+        place = None if shared else self._number, name
+        stored = checkpoint.tensors[names[place]].shape if place in names else None
+        if stored != shape:
+            raise CheckpointError(
+                f"{self._model}, layer {self._number}: expected {name} of shape {shape}, found {stored or 'none'}; "
+                "fetch the checkpoint again or repeat the compression"
+            )
+        return checkpoint.read(names[place])
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:  # noqa: ARG002
         """None: no kernel of vLLM's runs these experts."""
@@ -215,11 +253,21 @@ class _SwiGLUExperts(nn.Module):
 def _run_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str) -> Tensor:
     """The custom op, which torch.compile does not look into: which experts are hit is read back to the host."""
     layer = get_forward_context().no_compile_layers[layer_name].routed_experts
+    if layer.expert_map is not None:
+        own = layer.expert_map[topk_ids]
+        topk_ids = own.where(own >= 0, layer.local_num_experts)
     return layer.globe_experts(x, topk_ids, topk_weights)
 
 
 def _outputs_like(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str) -> Tensor:  # noqa: ARG001
     return torch.empty_like(x)
+
+
+def _experts_here(layer: RoutedExperts) -> Tensor:
+    """The numbers (n,) of the experts that are this process's, in its order."""
+    if layer.expert_map is None:
+        return torch.arange(layer.global_num_experts, device="cpu")
+    return (layer.expert_map.cpu() >= 0).nonzero().flatten()
 
 
 @functools.lru_cache(maxsize=1)
@@ -237,9 +285,9 @@ def _factors(model: str, revision: str | None) -> tuple[Checkpoint, dict[tuple[i
 def _refuse_unsupported(layer: RoutedExperts) -> None:
     moe, parallel = layer.moe_config, layer.moe_config.moe_parallel_config
     eager = current_platform.is_cpu() or get_current_vllm_config().model_config.enforce_eager
-    sizes = (parallel.tp_size, parallel.ep_size, parallel.dp_size, parallel.pcp_size, parallel.sp_size)
     problems = {
-        "tensor, expert, data or context parallelism": max(sizes) > 1,
+        "parts of an expert in several processes (give --enable-expert-parallel)": parallel.tp_size > 1,
+        "data or context parallelism": max(parallel.dp_size, parallel.pcp_size) > 1,
         "CUDA graphs (give --enforce-eager)": not eager,
         "experts with biases": moe.has_bias,
         f"the activation {moe.activation.value}": moe.activation is not MoEActivation.SILU,

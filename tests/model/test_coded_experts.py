@@ -16,7 +16,14 @@ from accelerate import cpu_offload, disk_offload
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3MoeForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    Qwen3MoeForCausalLM,
+)
 from transformers.trainer_utils import validate_quantization_for_training
 
 from globe import CheckpointError, UnsupportedModelError, compress, export_dense, set_compose_cache
@@ -127,6 +134,16 @@ def test_generate(made: Callable[..., Path]) -> None:
     settings = {"max_new_tokens": 6, "do_sample": False}
     ours, dense = (load(made() / name).generate(token_ids(), **settings) for name in ("coded", "dense"))
     assert torch.equal(ours, dense)
+
+
+def test_continuous_batching(folder: Path) -> None:
+    """Four prompts of several lengths, with room in a batch for some of them and a part of the next."""
+    model, prompts = load(folder), [list(range(3, 3 + length)) for length in (4, 9, 1, 6)]
+    greedy = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = ContinuousBatchingConfig(page_size=16, num_blocks=8, max_batch_tokens=12)
+    found = model.generate_batch(prompts, generation_config=greedy, continuous_batching_config=small)
+    alone = [model.generate(torch.tensor([prompt]), generation_config=greedy)[0, len(prompt) :] for prompt in prompts]
+    assert [output.generated_tokens for output in found.values()] == [ids.tolist() for ids in alone]
 
 
 def test_loading_reports_nothing_amiss(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

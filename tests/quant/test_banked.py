@@ -66,6 +66,9 @@ def test_all_parts_are_counted_and_looked_at() -> None:
     assert experts.num_bytes == rest.num_bytes + bank.num_bytes
     assert experts.is_sound()
     assert torch.equal(experts.decode(), bank.add_to(rest.decode()))
+    some = torch.tensor([4, 1])
+    assert torch.equal(experts[some].decode(), experts.decode()[some])
+    assert len(experts[some].rest.payload) < len(rest.payload)
     assert isinstance(bank.bases.side, OwnRows)
     bank.bases.side.packed_widths[0, 0] ^= 1
     assert not experts.is_sound()

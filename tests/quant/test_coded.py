@@ -71,6 +71,10 @@ def test_what_is_stored_decodes_to_what_was_chosen(form: Form, is_scaled: bool, 
     torch.testing.assert_close(found.decode(), decoded, rtol=0, atol=0)
     some = torch.tensor([2, 0, 2])
     torch.testing.assert_close(found.decode(some), decoded[some], rtol=0, atol=0)
+    apart = [found[torch.tensor(who)] for who in ([1, 3], [0, 2])]
+    assert all(part.is_sound() for part in apart)
+    assert sum(len(part.payload) for part in apart) == len(found.payload)
+    torch.testing.assert_close(torch.cat([part.decode() for part in apart]), decoded[[1, 3, 0, 2]], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("form", FORMS)

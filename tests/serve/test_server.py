@@ -54,6 +54,7 @@ def install(
 
 TRANSFORMERS = ("-c", "import globe; from transformers.cli.transformers import main; main()", "serve")
 VLLM = ("-m", "vllm.entrypoints.openai.api_server", "--model")
+WHOLE = "--enable-expert-parallel"
 
 
 @pytest.mark.parametrize("name", ["small", "dense"])
@@ -74,7 +75,7 @@ def test_transformers_where_there_is_no_vllm(
 
 @pytest.mark.parametrize(
     ("name", "device", "settings"),
-    [("small", "cpu", ()), ("small", "cuda", ("--enforce-eager",)), ("dense", "cuda", ())],
+    [("small", "cpu", (WHOLE,)), ("small", "cuda", (WHOLE, "--enforce-eager")), ("dense", "cuda", ())],
 )
 def test_vllm_where_it_is_installed(
     monkeypatch: pytest.MonkeyPatch,

@@ -1,7 +1,8 @@
 """Run by the servers' Python: continue prompts of token ids greedily by vLLM.
 
 Further settings of `LLM` are given as JSON; `adapter` among them is a LoRA that the prompts are for. JSON on the last
-line holds the continuations, the bytes of the routed experts' parameters, and the bytes of the process in memory.
+line holds the continuations, the bytes of the routed experts' parameters in each of vLLM's processes, and the bytes of
+this process in memory.
 """
 
 from __future__ import annotations
@@ -11,7 +12,13 @@ import os
 import sys
 from pathlib import Path
 
-os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # of `expert_bytes`
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every process wants a memory node of its own
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # the end of the processes is logged behind what is printed here
+}
 
 from torch import nn
 from vllm import LLM, SamplingParams
@@ -40,7 +47,7 @@ def main(model: str, dtype: str, prompts: str, num_tokens: str, further: str) ->
     outputs = server.generate(asked, greedy, lora_request=lora)
     answer = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        "expert_bytes": server.apply_model(expert_bytes)[0],
+        "expert_bytes": server.apply_model(expert_bytes),
         "resident_bytes": resident_bytes(),
     }
     print(json.dumps(answer))
