@@ -87,8 +87,8 @@ class Outputs:
     def factors(self, experts: Tensor, num_outputs: int) -> Tensor:
         """By what outputs of these experts (n,) are multiplied last in `undo_products`, (n, K) or, for all alike,
         (1, K) float32: signs and inverse scales, and the power of the blocks' length if matrices are of ±1."""
-        found = _cached_signs(num_outputs)[None] * block_length(num_outputs) ** -0.5
-        return found if self.exponents is None else found * scales(-STEP * self.exponents[experts].int())
+        found = _cached_signs(num_outputs)
+        return found if self.exponents is None else found * _inverse_scales()[self.exponents[experts].int() + 128]
 
     def is_sound(self) -> bool:
         """Whether no scale is out of its range."""
@@ -154,7 +154,14 @@ def _cached_factors(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _cached_signs(num_outputs: int) -> Tensor:
-    return _signs(torch.ones(num_outputs))
+    """Signs (1, K), and the power of the blocks' length."""
+    return _signs(torch.ones(num_outputs))[None] * block_length(num_outputs) ** -0.5
+
+
+@functools.cache
+def _inverse_scales() -> Tensor:
+    """By the exponent of a scale plus 128."""
+    return scales(-STEP * torch.arange(-128, 128, dtype=torch.int32))
 
 
 def _signs(x: Tensor) -> Tensor:

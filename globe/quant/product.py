@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -86,8 +87,31 @@ def _product_with_bases(x: Tensor, bank: CodedBank) -> Tensor:
 
 
 def _product(x: Tensor, ends: Tensor, coded: CodedExperts) -> Tensor:
+    """By the operation where somebody sees it: the dispatcher costs a tenth of the products of a token."""
+    is_differentiated = torch.is_grad_enabled() and x.requires_grad
+    if type(x) is Tensor and not (x.is_meta or is_differentiated or torch.compiler.is_compiling()):
+        return _multiply_rest(x, ends, coded)
     side = parts_of_side(coded.side)
     return coded_product(x, ends, coded.payload, side, coded.outputs.exponents, coded.num_outputs)
+
+
+def _multiply_rest(x: Tensor, ends: Tensor, coded: CodedExperts) -> Tensor:
+    out = x.new_zeros(len(x), coded.num_outputs, dtype=torch.promote_types(x.dtype, torch.float32))
+    if x.is_cuda and x.dtype != torch.float64 and (on_gpu := _triton()) is not None:
+        on_gpu.multiply(x, ends, coded, out)
+        return coded.outputs.undo_products(out, _owners(ends, len(x)))
+    runs = _runs(ends)
+    if not runs:
+        return out
+    experts = torch.tensor([expert for expert, _, _ in runs], device=coded.payload.device)
+    rows, taken = coded.rows(experts), runs[-1][2]
+    if out.device.type == "cpu" and trellis.compiled() is not None and x.dtype != torch.float64:
+        starts = [start for _, start, _ in runs] + [taken]
+        _Compiled(coded, experts, rows, starts, x[:taken].detach(), out[:taken]).run()
+        return out
+    for (_, start, stop), X in zip(runs, _decoded(coded, rows, x.dtype), strict=True):
+        out[start:stop] = x[start:stop] @ X
+    return coded.outputs.undo_products(out, _owners(ends, len(x)))
 
 
 @torch.library.custom_op(
@@ -99,23 +123,7 @@ def coded_product(
     x: Tensor, ends: Tensor, payload: Tensor, side: Sequence[Tensor], exponents: Tensor | None, num_outputs: int
 ) -> Tensor:
     """`multiply` without a bank, in float32 at least, with the parts of what is coded."""
-    coded = CodedExperts(payload, side_of_parts(side), num_outputs, Outputs(exponents))
-    out = x.new_zeros(len(x), num_outputs, dtype=torch.promote_types(x.dtype, torch.float32))
-    if x.is_cuda and x.dtype != torch.float64 and (on_gpu := _triton()) is not None:
-        on_gpu.multiply(x, ends, coded, out)
-        return coded.outputs.undo_products(out, _owners(ends, len(x)))
-    runs = _runs(ends)
-    if not runs:
-        return out
-    experts = torch.tensor([expert for expert, _, _ in runs], device=payload.device)
-    rows, taken = coded.rows(experts), runs[-1][2]
-    if payload.device.type == "cpu" and trellis.compiled() is not None and x.dtype != torch.float64:
-        starts = torch.tensor([start for _, start, _ in runs] + [taken])
-        _Compiled(coded, experts, rows, starts, x[:taken].detach(), out[:taken]).run()
-        return out
-    for (_, start, stop), X in zip(runs, _decoded(coded, rows, x.dtype), strict=True):
-        out[start:stop] = x[start:stop] @ X
-    return coded.outputs.undo_products(out, _owners(ends, len(x)))
+    return _multiply_rest(x, ends, CodedExperts(payload, side_of_parts(side), num_outputs, Outputs(exponents)))
 
 
 @coded_product.register_fake
@@ -233,29 +241,31 @@ class _Compiled:
     """(R,): those that have rows, R runs of them."""
     rows: PackedRows
     """Of these experts."""
-    starts: Tensor
-    """(R + 1,): where the rows of each begin, and where those of the last end."""
+    starts: Sequence[int]
+    """R + 1: where the rows of each begin, and where those of the last end."""
     x: Tensor
     """(n, N)."""
     out: Tensor
     """(n, K) float32, zeros, where the products go."""
 
     def run(self) -> None:
-        sizes = self.starts.diff()
-        few = sizes <= FEW
-        if bool(few.any()):
-            self._multiply_few(few.nonzero().flatten(), int(sizes[few].amax()))
-        if not bool(few.all()):
-            self._multiply_many((~few).nonzero().flatten().tolist())
+        sizes = [stop - start for start, stop in itertools.pairwise(self.starts)]
+        few, many = ([run for run, size in enumerate(sizes) if (size <= FEW) == is_few] for is_few in (True, False))
+        if few:
+            self._multiply_few(few, max(sizes[run] for run in few))
+        if many:
+            self._multiply_many(many)
         self._rotate_back(sizes)
 
-    def _multiply_few(self, runs: Tensor, most: int) -> None:
+    def _multiply_few(self, runs: Sequence[int], most: int) -> None:
         """All experts with few rows, at most so many, at once; their outputs in blocks that suit cache and threads."""
         rows, K = trellis.compiled().ROWS, self.out.shape[1]
         num_blocks = max(-(-K * (rows + most) // SCRATCH), -(-torch.get_num_threads() // len(runs)))
-        part = _up_to_lanes(-(-K // num_blocks))
-        x = torch.nn.functional.pad(self.x.float(), (0, -self.x.shape[1] % rows)).contiguous()
-        fields = {"x": x, "stride": x.shape[1], "runs": runs, "starts": self.starts, "most": most}
+        part, x = _up_to_lanes(-(-K // num_blocks)), self.x.float()
+        if x.shape[1] % rows:
+            x = torch.nn.functional.pad(x, (0, -x.shape[1] % rows))
+        fields = {"x": x, "stride": x.shape[1], "most": most}
+        fields |= {"runs": torch.tensor(runs), "starts": torch.tensor(self.starts)}
         self._job(num_tasks=len(runs) * -(-K // part), part=part, **fields).run("multiply")
 
     def _multiply_many(self, runs: Sequence[int]) -> None:
@@ -263,7 +273,7 @@ class _Compiled:
         x = self.x if self.x.dtype == torch.bfloat16 and _is_fast_in_bfloat16() else self.x.float()
         N, K = x.shape[1], self.out.shape[1]
         size = min(K, _up_to_lanes(BLOCK_BYTES // (N * x.itemsize)))
-        starts = cast(list[int], self.starts.tolist())
+        starts = self.starts
         payload, decode_block = self.coded.payload.contiguous().numpy(), trellis.compiled().decode_block
         packed = [x.numpy() for x in (self.rows.offsets, self.rows.widths, self.rows.steps)]
         buffers: list[Tensor] = []
@@ -280,10 +290,10 @@ class _Compiled:
 
         run_all([functools.partial(multiply_block, run, first) for run in runs for first in range(0, K, size)])
 
-    def _rotate_back(self, sizes: Tensor) -> None:
+    def _rotate_back(self, sizes: Sequence[int]) -> None:
         num_rows, K, part = *self.out.shape, 4
         factors = self.coded.outputs.factors(self.experts, K)
-        owners = torch.arange(len(sizes)).clamp_max(len(factors) - 1).repeat_interleave(sizes)
+        owners = torch.tensor([min(run, len(factors) - 1) for run, size in enumerate(sizes) for _ in range(size)])
         fields = {"factors": factors, "owners": owners, "num_rows": num_rows, "block": block_length(K)}
         self._job(num_tasks=-(-num_rows // part), part=part, **fields).run("rotate_back")
 
