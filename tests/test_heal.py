@@ -16,7 +16,8 @@ from globe.model.names import is_factor
 from globe.plan.recipe import RECIPE
 from tests.rounding import assert_equal_but_for_rounding
 
-LITTLE = EvaluateConfig("calibration", max_tokens=1024, length=64)
+LEARNT = Path(__file__).parents[1] / "benchmarks" / "python_library.txt"
+LITTLE = EvaluateConfig(str(LEARNT), max_tokens=1024, length=64)
 
 
 @pytest.fixture(scope="module")
