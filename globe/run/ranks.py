@@ -54,8 +54,8 @@ ALONE = Ranks()
 def with_ranks(command: Callable[[Ranks], int]) -> int:
     """Call the command with the processes that torchrun has started, in each of them, or else with this one alone.
 
-    It gives the ranks to what can use them, or has a follower `serve`. Returns the exit status, which is the same in
-    all unless one of them fails.
+    It gives the ranks to what can use them, or has a follower `serve`. Returns the exit status where there is one process; one
+    of several ends here with it, and all with the same unless one of them fails.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return command(ALONE)
@@ -64,11 +64,11 @@ def with_ranks(command: Callable[[Ranks], int]) -> int:
         status = command(ranks)
     except SystemExit as leaving:  # of the command line, with its help or for wrong arguments
         status = leaving.code if isinstance(leaving.code, int) else _FAILED
-    if not ranks.end(status):
+    ranks.end(status)
+    for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-        os._exit(status)  # gloo would wait for those that are still at work
-    return status
+            stream.flush()
+    os._exit(status)  # gloo would wait for those that are still at work, and now and then aborts while Python ends
 
 
 class _Started(Ranks):
@@ -107,15 +107,14 @@ class _Started(Ranks):
         self._is_over = True
         return work
 
-    def end(self, status: int) -> bool:
-        """End the run in all processes, unless they are at work; returns whether that was done."""
+    def end(self, status: int) -> None:
+        """End the run in all processes, unless they are at work."""
         if self._is_idle and not self.is_follower:
             with contextlib.suppress(RankError):
                 self._hand_out(status)
                 self._is_over = True
         if self._is_over:
             self._torch.destroy_process_group()
-        return self._is_over
 
     def _hand_out(self, work: Any) -> Any:
         """What rank 0 gives, to all."""
