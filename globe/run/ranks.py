@@ -54,8 +54,8 @@ ALONE = Ranks()
 def with_ranks(command: Callable[[Ranks], int]) -> int:
     """Call the command with the processes that torchrun has started, in each of them, or else with this one alone.
 
-    It gives the ranks to what can use them, or has a follower `serve`. Returns the exit status where there is one process; one
-    of several ends here with it, and all with the same unless one of them fails.
+    It gives the ranks to what can use them, or has a follower `serve`. Returns the exit status of one process; one of
+    several ends here with it, and all with the same unless one of them fails.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return command(ALONE)
