@@ -29,7 +29,7 @@ from globe.quant.outputs import Outputs, block_length
 from globe.quant.side import parts_of_side, side_of_parts
 from globe.quant.threads import run_all
 
-FEW = 4
+FEW = 6
 """Tokens of an expert that are multiplied row by row; measured."""
 SCRATCH = 6 * 2**10
 """Numbers that these take together with their sums: they fit the first cache."""
