@@ -45,9 +45,9 @@ COLUMNS = (
     Column("fitting", "fits, h", ".0f"),
     Column("generated", "tokens/s at most", ".0f"),
 )
-READ = 8
-"""Times that all weights are read: forward and backward to measure, three to plan, twice for what layers make up for,
-and to code."""
+READ = 7
+"""Times that all weights are read: forward and backward to measure, three to plan, to code and make up for what was
+coded, and for what stays as it is."""
 
 
 @dataclasses.dataclass(frozen=True)
