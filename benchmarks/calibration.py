@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from globe.measure.calibrate import run_hooked
-from globe.measure.expert_run import run_expert
 from globe.model.expert_modules import RoutedExperts, find_experts
+from globe.model.expert_run import run_expert
 from globe.terms import Family
 
 CALIBRATION = str(Path(__file__).parent / "python_library.txt")
@@ -77,15 +77,19 @@ class _Sums:
     """Sums over the tokens of one layer."""
 
     def __init__(self, experts: RoutedExperts, router: Any) -> None:
-        self._layout, self._router = experts.layout, router
-        num_experts, inner, hidden = self._layout.num_experts, self._layout.intermediate_size, self._layout.hidden_size
+        self._experts, self._router = experts, router
+        num_experts, inner, hidden = (
+            experts.layout.num_experts,
+            experts.layout.intermediate_size,
+            experts.layout.hidden_size,
+        )
         zeros = router.weight.new_zeros
         self._num_tokens = 0
         self._inputs, self._inner = zeros(hidden, hidden), zeros(num_experts, inner, inner)
         self._counts, self._norms = zeros(num_experts), zeros(num_experts)
         self._outputs, self._logits = zeros(num_experts, num_experts), zeros(num_experts, num_experts)
 
-    def __call__(self, module: Any, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
+    def __call__(self, _: Any, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
         """Add tokens x (T, D), the experts chosen for each (T, K) and their weights (T, K)."""
         x, chosen, weights = arguments
         self._num_tokens += x.shape[0]
@@ -94,7 +98,7 @@ class _Sums:
         self._logits += logits.mT @ logits
         gates, outputs = logits.softmax(-1), []
         for expert in range(len(self._counts)):
-            found = run_expert(module, self._layout, expert, x)
+            found = run_expert(self._experts, expert, x)
             h, output = found.activations, found.outputs
             token, place = torch.where(chosen == expert)
             self._counts[expert] += len(token)

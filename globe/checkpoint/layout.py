@@ -97,6 +97,11 @@ class ExpertLayer:
     """In the files; several where models of different dtypes were merged."""
 
 
+def is_of_experts(name: str) -> bool:
+    """Whether a tensor of this name is one of routed experts."""
+    return _EXPERTS.fullmatch(name) is not None
+
+
 def source_names(layer: ExpertLayer, family: Family) -> list[str]:
     """The tensors that hold the family: one for each expert in order, the unused ones last, or the one fused tensor."""
     projection = layer.projections[FAMILIES.index(family)]

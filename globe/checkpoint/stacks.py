@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,22 +15,34 @@ from globe.errors import CheckpointError
 from globe.terms import FAMILIES, Family
 
 
-def read_family(checkpoint: Checkpoint, layer: ExpertLayer, family: Family) -> Tensor:
-    """The family's experts, (E, P, D), contiguous and in the source's dtype; `down` is transposed.
+def read_family(checkpoint: Checkpoint, layer: ExpertLayer, family: Family, experts: slice = slice(None)) -> Tensor:
+    """The family's experts, or some next to each other, (E, P, D), contiguous and in the source's dtype; `down` is
+    transposed.
 
     Raises `CheckpointError` naming the source tensor that holds a NaN or an infinity.
     """
-    shape = (layer.num_experts, layer.intermediate_size, layer.hidden_size)
-    stack = torch.empty(shape, dtype=TORCH_DTYPES[layer.dtype])
+    numbers = range(layer.num_experts)[experts]
+    stack = torch.empty(len(numbers), layer.intermediate_size, layer.hidden_size, dtype=TORCH_DTYPES[layer.dtype])
     names = source_names(layer, family)
     if layer.layout == "fused":
-        stack.copy_(_of_fused(layer, checkpoint.read(names[0]), family))
+        stack.copy_(_of_fused(layer, checkpoint.read(names[0]), family)[experts])
         check_finite(stack, names[0])
         return stack
-    for expert, (name, matrix) in zip(stack, checkpoint.read_many(names[: layer.num_experts]), strict=True):
+    for expert, (name, matrix) in zip(stack, checkpoint.read_many(names[numbers.start : numbers.stop]), strict=True):
         check_finite(matrix, name)
         expert.copy_(matrix.T if family == "down" else matrix)
     return stack
+
+
+def read_expert(
+    checkpoint: Checkpoint, layer: ExpertLayer, expert: int, families: Iterable[Family]
+) -> dict[Family, Tensor]:
+    """The matrices (P, D) of one expert by family, in dtypes of the source; `down` is transposed."""
+    names: dict[Family, list[str]] = {family: source_names(layer, family) for family in families}
+    if layer.layout == "fused":
+        return {family: _of_fused(layer, checkpoint.read(name), family)[expert] for family, (name, *_) in names.items()}
+    read = checkpoint.read_many(each[expert] for each in names.values())
+    return {family: matrix.T if family == "down" else matrix for family, (_, matrix) in zip(names, read, strict=True)}
 
 
 def dense_tensor(layer: ExpertLayer, name: str, stacks: Mapping[Family, Tensor]) -> Tensor:

@@ -20,10 +20,10 @@ from globe.errors import CheckpointError
 from globe.experts.metric import LayerStatistics
 from globe.machine.memory import explained_exhaustion
 from globe.measure.evaluate import read_windows
-from globe.measure.expert_run import routed_tokens, run_expert
 from globe.measure.settings import EvaluateConfig
 from globe.measure.tokenizers import check_vocabulary
 from globe.model.expert_modules import RoutedExperts, find_experts
+from globe.model.expert_run import ExpertRun, routed_tokens, run_expert, run_experts
 from globe.model.loading import OUT_OF_MEMORY
 from globe.terms import FAMILIES, Family
 
@@ -32,40 +32,48 @@ MOST_ENERGY = 16.0
 
 
 class LayerSums:
-    """Sums over the tokens of one layer, on the device of its experts: a forward pre-hook of them."""
+    """Sums over the tokens of one layer, on the device of its experts."""
 
     def __init__(self, experts: RoutedExperts, *, inner: bool) -> None:
-        self._layer, self._layout = experts.layer, experts.layout
         layout = experts.layout
-        like = next(experts.module.parameters())
         E, P, D = layout.num_experts, layout.intermediate_size, layout.hidden_size
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, device=like.device)
+            return torch.zeros(shape, device=experts.device)
 
-        self._num_tokens = 0
+        self._experts, self._num_tokens = experts, 0
         self._inputs, self._counts = zeros(D, D), zeros(E)
         self._inner = zeros(E, P, P) if inner else None
         self._rows: dict[Family, Tensor] = {family: zeros(E, P) for family in FAMILIES}
 
-    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """Add what the experts module is called with: tokens, the experts chosen for each, their router weights."""
-        x, chosen, weights = routed_tokens(self._layout, arguments)
-        self._num_tokens += x.shape[0]
-        self._inputs += x.float().mT @ x.float()
-        for expert in range(self._layout.num_experts):
+    def run(self, *arguments: Tensor) -> Tensor:
+        """Add what the experts module is called with; returns what its forward does."""
+        self._add_inputs(arguments)
+        return run_experts(self._experts, arguments, self._add)
+
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:  # noqa: ARG002
+        """The same as a forward pre-hook of the module, which runs its experts once more."""
+        x, chosen, weights = self._add_inputs(arguments)
+        for expert in range(self._experts.layout.num_experts):
             token, place = torch.where(chosen == expert)
-            if not len(token):
-                continue
-            router_weights, inner = weights[token, place].float(), run_expert(module, self._layout, expert, x[token])
-            self._counts[expert] += len(token)
-            energy = inner.down.square().sum(1)
-            self._rows["gate"][expert] += energy * (router_weights.square() @ inner.by_gate.square())
-            self._rows["up"][expert] += energy * (router_weights.square() @ inner.by_up.square())
-            self._rows["down"][expert] += router_weights.square() @ inner.activations.square()
-            if self._inner is not None:
-                weighted = _capped(router_weights[:, None] * inner.activations)
-                self._inner[expert].addmm_(weighted.mT, weighted)
+            if len(token):
+                self._add(expert, x[token], weights[token, place], run_expert(self._experts, expert, x[token]))
+
+    def _add_inputs(self, arguments: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        x, chosen, weights = routed_tokens(self._experts.layout, arguments)
+        self._num_tokens += x.shape[0]
+        self._inputs.addmm_(x.float().mT, x.float())
+        return x, chosen, weights
+
+    def _add(self, expert: int, x: Tensor, router_weights: Tensor, run: ExpertRun) -> None:
+        router_weights, energy = router_weights.float(), run.down.square().sum(1)
+        self._counts[expert] += len(x)
+        self._rows["gate"][expert] += energy * (router_weights.square() @ run.by_gate.square())
+        self._rows["up"][expert] += energy * (router_weights.square() @ run.by_up.square())
+        self._rows["down"][expert] += router_weights.square() @ run.activations.square()
+        if self._inner is not None:
+            weighted = _capped(router_weights[:, None] * run.activations)
+            self._inner[expert].addmm_(weighted.mT, weighted)
 
     def statistics(self) -> LayerStatistics:
         """Of all tokens so far; `CheckpointError` naming the layer where they are not finite."""
@@ -73,8 +81,8 @@ class LayerSums:
         inputs = self._inputs / self._num_tokens
         if not all(bool(tensor.isfinite().all()) for tensor in (inputs, *rows.values())):
             raise CheckpointError(
-                f"the experts of layer {self._layer} compute with NaN or infinite values on the calibration text: mend "
-                "the model's weights, or compress them alone with --calibrate none --allocation uniform"
+                f"the experts of layer {self._experts.layer} compute with NaN or infinite values on the calibration "
+                "text: mend the model's weights, or compress them alone with --calibrate none --allocation uniform"
             )
         inner = None if self._inner is None else self._inner.cpu()
         return LayerStatistics(self._num_tokens, inputs.cpu(), self._counts.cpu(), rows, inner)

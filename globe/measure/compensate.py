@@ -27,13 +27,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from globe.checkpoint.gate_up import split_gate_up
+from globe.checkpoint.header import TORCH_DTYPES
 from globe.machine.memory import explained_exhaustion
-from globe.measure.expert_run import inner_units, routed_tokens
 from globe.model.expert_modules import RoutedExperts
+from globe.model.expert_run import inner_units, routed_tokens, token_numbers
 from globe.model.loading import OUT_OF_MEMORY
-from globe.model.streamed import Passage, StreamedModel
-from globe.terms import FAMILIES, Family
+from globe.model.streamed import Passage, StoredExperts, StreamedModel
+from globe.terms import Family
 
 RIDGE = 0.01
 """λ, over the mean diagonal of the regression's second moment."""
@@ -48,7 +48,7 @@ class Correction:
     """What a layer's experts can do about the errors of those before them."""
 
     down: Tensor
-    """dW (E, P, D), to be added to down before it is coded."""
+    """dW (E, P, D), in the source's dtype, to be added to down before it is coded."""
     share: float
     """Of the squared difference in the layer's output, what that makes up for on the tokens that it was fitted to."""
 
@@ -61,6 +61,7 @@ class Compensation:
         self._model, self._next = model, 0
         with torch.no_grad(), explained_exhaustion(f"running the model on {model.device}", OUT_OF_MEMORY):
             self._original = model.enter(windows, batch)
+            model.let_go()
         self._coded = dataclasses.replace(self._original, hidden=[*self._original.hidden])
         self._is_odd = (torch.arange(len(windows)) % 2 == 1).repeat_interleave(windows.shape[1])
 
@@ -74,7 +75,7 @@ class Compensation:
         experts = self._reach(index)
         with self._layer(index) as layer:
             self._original.through(index, layer)
-            _put(experts, coded)
+            experts.instead.update(coded)
             seen, here = _Seen(experts), dataclasses.replace(self._coded, hidden=[*self._coded.hidden])
             with experts.module.register_forward_pre_hook(seen):
                 here.through(index, layer)
@@ -92,10 +93,10 @@ class Compensation:
         with self._layer(index) as layer:
             if is_new:
                 self._original.through(index, layer)
-            _put(experts, coded)
+            experts.instead.update(coded)
             self._coded.through(index, layer)
 
-    def _reach(self, index: int) -> RoutedExperts:
+    def _reach(self, index: int) -> StoredExperts:
         """Go through the layers before, which are not coded; returns the layer's experts."""
         for between in range(self._next, index):
             with self._layer(between) as layer:
@@ -142,15 +143,8 @@ class _Seen:
 
     def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:  # noqa: ARG002
         x, chosen, weights = routed_tokens(self._layout, arguments)
-        token = torch.arange(len(x), device=x.device)
-        if self._layout.presorted:
-            (repeated,) = arguments
-            num_tokens = len(repeated) // self._layout.num_experts
-            token = torch.where(repeated.any(dim=1))[0] % num_tokens
-        else:
-            num_tokens = len(x)
-        self._calls.append((self._num_tokens + token, x, chosen, weights))
-        self._num_tokens += num_tokens
+        self._calls.append((self._num_tokens + token_numbers(self._layout, arguments), x, chosen, weights))
+        self._num_tokens += len(arguments[0]) // (self._layout.num_experts if self._layout.presorted else 1)
 
     def of(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens that are routed to an expert: their numbers (T,), inputs (T, D) and router weights (T, 1)."""
@@ -162,32 +156,23 @@ class _Seen:
         return numbers, inputs, router_weights
 
 
-def _put(experts: RoutedExperts, coded: Mapping[Family, Tensor]) -> None:
-    """Put families (E, P, D) in the place of a module's own."""
-    module, layout = experts.module, experts.layout
-    gate_up, down = (module.get_parameter(name)[: layout.num_experts] for name in ("gate_up_proj", "down_proj"))
-    gate_up, down = (gate_up, down.mT) if layout.is_transposed else (gate_up.mT, down)  # (E, D, 2P), (E, D, P)
-    places = (*split_gate_up(gate_up, 2, interleaved=not layout.is_concatenated), down)
-    for family, place in zip(FAMILIES, places, strict=True):
-        if family in coded:
-            place.copy_(coded[family].mT)
-
-
-def _fit(experts: RoutedExperts, seen: _Seen, missing: Tensor, is_odd: Tensor) -> Correction:
+def _fit(experts: StoredExperts, seen: _Seen, missing: Tensor, is_odd: Tensor) -> Correction:
     """The corrections of all experts, which make up for some of what is missing (T, D)."""
     layout = experts.layout
     energies = missing.square().sum(1, keepdim=True)
     counted = (
         (MOST_ENERGY * energies.median() / energies.clamp_min(torch.finfo(energies.dtype).tiny)).clamp(max=1).sqrt()
     )
-    found = torch.zeros(layout.num_experts, layout.intermediate_size, layout.hidden_size, device=missing.device)
+    shape = layout.num_experts, layout.intermediate_size, layout.hidden_size
+    found = torch.zeros(shape, dtype=TORCH_DTYPES[experts.stored.dtype])
     for expert in range(layout.num_experts):
         token, x, router_weights = seen.of(expert)
-        units = router_weights * inner_units(experts.module, layout, expert, x)
-        found[expert] = _shrunk(counted[token] * units, counted[token] * missing[token], is_odd[token.cpu()])
-        missing[token] -= units @ found[expert]
+        units = router_weights * inner_units(experts, expert, x)
+        change = _shrunk(counted[token] * units, counted[token] * missing[token], is_odd[token.cpu()])
+        found[expert] = change
+        missing[token] -= units @ change
     before, after = float((counted.square() * energies).sum()), float((counted * missing).square().sum())
-    return Correction(found.cpu(), 1 - after / before if before > 0 else 0.0)
+    return Correction(found, 1 - after / before if before > 0 else 0.0)
 
 
 def _shrunk(inputs: Tensor, outputs: Tensor, is_odd: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections import Counter
 
 import torch
 
+from globe.checkpoint.layout import is_of_experts
 from globe.checkpoint.quantized import DequantizedCheckpoint
 from globe.checkpoint.reader import Checkpoint
 from globe.checkpoint.shards import layer_of
@@ -19,7 +20,9 @@ MEMORY_SHARE = 0.5
 STREAMED_SHARE = 0.8
 """The same of what is in memory at once of a model that is run a layer at a time."""
 LAYERS_AT_ONCE = 2.5
-"""Of such a model, in float32: one is stacked from what was read of it, or has gradients as large as itself."""
+"""Of such a model, in float32 and without experts: one is made of what was read of it, or has gradients as large."""
+COPIES_AT_ONCE = 4
+"""Of the largest tensor of experts, in float32: read, converted, and multiplied."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +67,22 @@ def find_place(checkpoint: Checkpoint, device: str, itemsize: int | None = None)
 
 
 def bytes_at_once(checkpoint: Checkpoint) -> int:
-    """Of a model that is run a layer at a time, in float32: all outside of its layers, and the largest of these as
-    often as it is there at once."""
-    layers = Counter[str]()
+    """Of a model that is run a layer at a time: all outside of its layers, the largest of these as often as it is there
+    at once, and of its experts one, or all where they are dequantised together."""
+    layers, together = Counter[str](), Counter[str]()
+    outside = largest = 0
     for tensor in checkpoint.tensors.values():
-        layers[layer_of(tensor.name)] += torch.float32.itemsize * math.prod(tensor.shape)
-    outside = layers.pop("", 0)
-    return outside + math.ceil(LAYERS_AT_ONCE * max(layers.values(), default=0))
+        layer, wide = layer_of(tensor.name), torch.float32.itemsize * math.prod(tensor.shape)
+        if is_of_experts(tensor.name):
+            is_stack = len(tensor.shape) > 2
+            largest = max(largest, wide // tensor.shape[0] if is_stack else wide)
+            together[layer] += tensor.nbytes if is_stack and not checkpoint.stored_plainly else 0
+        elif layer:
+            layers[layer] += wide
+        else:
+            outside += tensor.nbytes if len(tensor.shape) > 1 else wide
+    of_layers = math.ceil(LAYERS_AT_ONCE * max(layers.values(), default=0)) + max(together.values(), default=0)
+    return outside + of_layers + COPIES_AT_ONCE * largest
 
 
 def _obstacle(needed: int, bounds: list[str]) -> str:

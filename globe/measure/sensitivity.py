@@ -24,8 +24,8 @@ from globe.checkpoint.gate_up import split_gate_up
 from globe.checkpoint.writer import save_tensors
 from globe.errors import CheckpointError
 from globe.machine.memory import explained_exhaustion
-from globe.measure.expert_run import run_experts
-from globe.model.expert_modules import ExpertsLayout, RoutedExperts, find_experts
+from globe.model.expert_modules import RoutedExperts, find_experts
+from globe.model.expert_run import run_by, run_experts
 from globe.model.loading import OUT_OF_MEMORY, text_tokens, window_length
 from globe.terms import FAMILIES, Family
 
@@ -56,7 +56,7 @@ def measure_sensitivities(model: Any, windows: Tensor, layers: Collection[int], 
     with contextlib.ExitStack() as stack:
         for experts in find_experts(model):
             if experts.layer in layers:
-                stack.enter_context(adding_squares(experts, sums))
+                stack.enter_context(adding_squares(experts, sums, windows.shape[1]))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(explained_exhaustion(f"measuring sensitivities on {model.device}", OUT_OF_MEMORY))
         for window in windows:
@@ -66,30 +66,30 @@ def measure_sensitivities(model: Any, windows: Tensor, layers: Collection[int], 
 
 
 @contextlib.contextmanager
-def adding_squares(experts: RoutedExperts, sums: Sensitivities) -> Iterator[None]:
-    """Within it, every backward pass of one window adds the squared gradients of a layer's experts to `sums`.
+def adding_squares(experts: RoutedExperts, sums: Sensitivities, length: int) -> Iterator[None]:
+    """Within it, every backward pass of token windows, of so many tokens each, adds the squared gradients of a layer's
+    experts to `sums`, those of each window by itself.
 
     That of an expert's matrix for a window is Xᵀ G, with its inputs X (T, N) and the gradient G (T, K) of its outputs.
     The sums of its squares over the inputs are the diagonal of Gᵀ (X Xᵀ) G, which takes T² (N + K) operations in place
     of T N K, and no memory of the matrix's size.
     """
-    module: Any = experts.module
-    layout, variances = experts.layout, dict[Family, Tensor]()
-    for name in ("gate_up_proj", "down_proj"):
-        for family, rows in _families(name, module.get_parameter(name), layout):
-            variances[family] = rows.square().mean()
-            sums[experts.layer, family] = torch.zeros_like(rows[:, :, 0])
+    layout, variances = experts.layout, _mean_squares(experts)
+    E, P, D = layout.num_experts, layout.intermediate_size, layout.hidden_size
+    for family in FAMILIES:
+        num_outputs = D if family == "down" else P
+        sums[experts.layer, family] = torch.zeros(E, num_outputs, device=experts.device, dtype=experts.dtype)
 
-    def add(expert: int, name: str, inputs: Tensor, gradient: Tensor) -> None:
-        squares = (inputs @ inputs.mT @ gradient * gradient).sum(0).clamp_min(0)
-        for family, part in _parts(name, squares, layout):
+    def add(expert: int, name: str, token: Tensor, inputs: Tensor, gradient: Tensor) -> None:
+        window = token // length
+        gram = (inputs @ inputs.mT).where(window == window[:, None], 0)
+        squares = (gram @ gradient * gradient).sum(0).clamp_min(0)
+        parts = [squares] if name == "down_proj" else split_gate_up(squares, 0, interleaved=not layout.is_concatenated)
+        for family, part in zip(("down",) if name == "down_proj" else ("gate", "up"), parts, strict=True):
             sums[experts.layer, family][expert] += variances[family] * part
 
-    module.forward = lambda *arguments: run_experts(module, layout, arguments, add)
-    try:
+    with run_by(experts, lambda *arguments: run_experts(experts, arguments, on_gradient=add)):
         yield
-    finally:
-        del module.forward
 
 
 def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -114,19 +114,14 @@ def by_token(sums: Sensitivities, windows: Tensor) -> Sensitivities:
 
 
 @torch.no_grad()
-def _families(name: str, stacked: Tensor, layout: ExpertsLayout) -> list[tuple[Family, Tensor]]:
-    """The families that a fused parameter holds: (E, outputs, inputs) each."""
-    rows = stacked.detach()[: layout.num_experts]
-    rows = rows.mT if layout.is_transposed else rows
-    return _parts(name, rows, layout, 1)
-
-
-def _parts(name: str, outputs: Tensor, layout: ExpertsLayout, dim: int = 0) -> list[tuple[Family, Tensor]]:
-    """What of the outputs of a fused parameter is of which family."""
-    if name == "down_proj":
-        return [("down", outputs)]
-    gate, up = split_gate_up(outputs, dim, interleaved=not layout.is_concatenated)
-    return [("gate", gate), ("up", up)]
+def _mean_squares(experts: RoutedExperts) -> dict[Family, Tensor]:
+    """Of the weights of each family."""
+    layout, found = experts.layout, list[Tensor]()
+    for expert in range(layout.num_experts):
+        own = experts.matrices(expert, experts.dtype)
+        parts = *split_gate_up(own.gate_up, 1, interleaved=not layout.is_concatenated), own.down
+        found.append(torch.stack([part.square().mean() for part in parts]))
+    return dict(zip(FAMILIES, torch.stack(found).mean(0), strict=True))
 
 
 def save_sensitivities(path: Path, sensitivities: Sensitivities) -> str:

@@ -22,6 +22,7 @@ from globe.machine.memory import explained_exhaustion
 from globe.measure.calibrate import LayerSums
 from globe.measure.sensitivity import Sensitivities, adding_squares, by_token, sampled_loss
 from globe.measure.tokenizers import check_vocabulary
+from globe.model.expert_run import run_by
 from globe.model.loading import OUT_OF_MEMORY
 from globe.model.streamed import StreamedModel
 
@@ -80,7 +81,7 @@ def calibrate_streamed(
                     passage.through(index, layer)
                     continue
                 sums = LayerSums(model.experts[index], inner=inner)
-                with model.experts[index].module.register_forward_pre_hook(sums):
+                with run_by(model.experts[index], sums.run):
                     passage.through(index, layer)
             yield index, sums.statistics()
         if kept is not None:
@@ -88,7 +89,7 @@ def calibrate_streamed(
 
 
 def sensitivities_streamed(
-    model: StreamedModel, windows: Tensor, layers: Collection[int], kept: KeptStates, seed: int = 0
+    model: StreamedModel, windows: Tensor, layers: Collection[int], kept: KeptStates, seed: int = 0, batch: int = 8
 ) -> Sensitivities:
     """The sensitivities of the routed experts of `layers` on those of the windows whose states were kept.
 
@@ -98,7 +99,7 @@ def sensitivities_streamed(
     windows, generator = kept.windows(windows), torch.Generator().manual_seed(seed)
     with explained_exhaustion(f"measuring sensitivities on {model.device}", OUT_OF_MEMORY):
         with torch.no_grad():
-            others = model.enter(windows, 1).others
+            others = model.enter(windows, batch).others
         gradients = kept.read(len(model))
         for window, states in zip(windows, gradients, strict=True):
             hidden = states[None].to(model.device).requires_grad_()
@@ -111,12 +112,12 @@ def sensitivities_streamed(
             with contextlib.ExitStack() as stack:
                 layer = stack.enter_context(model.layer(index))
                 if index in layers:
-                    stack.enter_context(adding_squares(model.experts[index], sums))
-                for states, gradient, calls in zip(inputs, gradients, others, strict=True):
-                    hidden = states[None].to(model.device).requires_grad_(index > min(layers))
+                    stack.enter_context(adding_squares(model.experts[index], sums, windows.shape[1]))
+                for states, gradient, calls in zip(inputs.split(batch), gradients.split(batch), others, strict=True):
+                    hidden = states.to(model.device).requires_grad_(index > min(layers))
                     arguments, keywords = calls[index]
                     with torch.enable_grad():
-                        layer(hidden, *arguments, **keywords).backward(gradient[None].to(model.device))
+                        layer(hidden, *arguments, **keywords).backward(gradient.to(model.device))
                     if hidden.grad is not None:
-                        gradient.copy_(hidden.grad[0])
+                        gradient.copy_(hidden.grad)
     return by_token(sums, windows)

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from globe.errors import UnsupportedModelError
 from globe.model.names import FactorNames
@@ -52,6 +53,18 @@ _UNDECORATED: Mapping[str, Mapping[str, bool]] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertMatrices:
+    """One expert; tokens are multiplied by it from the left."""
+
+    gate_up: Tensor
+    """(D, 2P), arranged as in the module."""
+    down: Tensor
+    """(P, D)."""
+    gate_up_bias: Tensor | float = 0.0
+    down_bias: Tensor | float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class RoutedExperts:
     """The experts module of one decoder layer."""
 
@@ -61,6 +74,32 @@ class RoutedExperts:
     """Of the module in the model: model.layers.0.mlp.experts."""
     module: nn.Module
     layout: ExpertsLayout
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which they are computed."""
+        return self.module.get_parameter("down_proj").dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are computed."""
+        return self.module.get_parameter("down_proj").device
+
+    def matrices(self, expert: int, dtype: torch.dtype) -> ExpertMatrices:
+        """Those of one expert, in a dtype."""
+        gate_up, down = (self._part(name, expert, dtype) for name in ("gate_up_proj", "down_proj"))
+        if not self.layout.is_transposed:
+            gate_up, down = gate_up.mT, down.mT
+        return ExpertMatrices(gate_up, down, *self.biases(expert, dtype))
+
+    def biases(self, expert: int, dtype: torch.dtype) -> tuple[Tensor | float, Tensor | float]:
+        """Of one expert's two products."""
+        if not self.layout.has_bias:
+            return 0.0, 0.0
+        return self._part("gate_up_proj_bias", expert, dtype), self._part("down_proj_bias", expert, dtype)
+
+    def _part(self, name: str, expert: int, dtype: torch.dtype) -> Tensor:
+        return self.module.get_parameter(name)[expert].detach().to(dtype)
 
 
 def find_experts(model: nn.Module) -> list[RoutedExperts]:

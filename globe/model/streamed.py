@@ -1,15 +1,17 @@
 """A causal language model of which memory holds one decoder layer at a time: for models that are larger than memory.
 
-The model's own modules compute. Its decoder is a chain: what stands before the layers makes their first input and all
-that they are told beside it (masks, positions); every layer is called with the output of the one before; what stands
-behind them makes logits of the last output. The first and the last part are run with the layers left out, the layers
-one by one, each on all tokens before the next is read.
+The model's own modules compute, but for its routed experts, which are read one by one when they are run. Its decoder
+is a chain: what stands before the layers makes their first input and all that they are told beside it (masks,
+positions); every layer is called with the output of the one before; what stands behind them makes logits of the last
+output. The first and the last part are run with the layers left out, the layers one by one, each on all tokens before
+the next is read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
@@ -26,12 +28,19 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from globe.checkpoint.gate_up import fuse_gate_up
 from globe.checkpoint.header import FLOAT_DTYPES, TORCH_DTYPES
+from globe.checkpoint.layout import ExpertLayer, source_names
 from globe.checkpoint.reader import Checkpoint
+from globe.checkpoint.stacks import read_expert, read_family
 from globe.errors import CheckpointError, UnsupportedModelError
-from globe.model.configuration import explained
-from globe.model.expert_modules import RoutedExperts, find_experts
+from globe.model.configuration import expert_layers, explained
+from globe.model.empty_model import check_same_experts
+from globe.model.expert_modules import ExpertMatrices, RoutedExperts, find_experts
+from globe.model.expert_run import run_experts
 from globe.model.loading import AGAIN, hollow_language_model, quiet
+from globe.model.widened import widen
+from globe.terms import FAMILIES, Family
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Of a layer: the arguments behind the hidden states, and those with names."""
@@ -68,6 +77,38 @@ class _Stored:
         return self.checkpoint.read(self.name).clone()  # what is read is a view of its file, which stays mapped with it
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredExperts(RoutedExperts):
+    """Experts that are read when they are asked for, and computed in float32; their module is empty but for biases."""
+
+    checkpoint: Checkpoint
+    stored: ExpertLayer
+    place: torch.device
+    instead: dict[Family, Tensor] = dataclasses.field(default_factory=dict[Family, Tensor])
+    """Families (E, P, D) that take the place of the checkpoint's."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return self.place
+
+    def begin(self) -> None:
+        """Read those that cannot be read one by one: several in a tensor that is not stored as it is read."""
+        if self.stored.layout == "fused" and not self.checkpoint.stored_plainly:
+            self.instead.update({family: read_family(self.checkpoint, self.stored, family) for family in FAMILIES})
+
+    def matrices(self, expert: int, dtype: torch.dtype) -> ExpertMatrices:
+        held = {family: stack[expert] for family, stack in self.instead.items()}
+        others: list[Family] = [family for family in FAMILIES if family not in held]
+        held |= read_expert(self.checkpoint, self.stored, expert, others)
+        gate, up, down = (held[family].to(self.place, dtype) for family in FAMILIES)
+        gate_up = fuse_gate_up(gate, up, 0, interleaved=not self.layout.is_concatenated)
+        return ExpertMatrices(gate_up.mT, down, *self.biases(expert, dtype))
+
+
 class StreamedModel:
     """A dense model, computing in float32 on a device. A quantised source is dequantised as it is read."""
 
@@ -78,7 +119,22 @@ class StreamedModel:
         """
         self.model: Any = hollow_language_model(checkpoint)
         self.device = torch.device(device)
-        self.experts: dict[int, RoutedExperts] = {found.layer: found for found in find_experts(self.model)}
+        stored = {layer.index: layer for layer in expert_layers(checkpoint)}
+        check_same_experts(stored, found := find_experts(self.model))
+        self.experts = {
+            each.layer: StoredExperts(
+                each.layer, each.path, each.module, each.layout, checkpoint, stored[each.layer], self.device
+            )
+            for each in found
+        }
+        for each in self.experts.values():
+            each.module.forward = functools.partial(_run, each)
+        self._in_files = {
+            name for each in stored.values() for family in FAMILIES for name in source_names(each, family)
+        }
+        self._in_model = {
+            f"{each.path}.{name}" for each in self.experts.values() for name in each.layout.dense_parameters
+        }
         first = min(self.experts)
         self._checkpoint = checkpoint
         self._stem = self.experts[first].path.partition(f".{first}.")[0]
@@ -91,18 +147,31 @@ class StreamedModel:
         missing = self._read(None)
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         inner = f"{self._stem}."
-        self._settle(self.model, {name for name, _ in self.model.named_parameters() if not name.startswith(inner)})
+        self._rest = {name for name, _ in self.model.named_parameters() if not name.startswith(inner)}
+        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        wide = {id(each.weight) for each in ends if each is not None and widen(each)}
+        self._settle(self.model, self._rest, wide)
+
+    def let_go(self) -> None:
+        """Let go of all but the layers: no tokens enter any more, and none leave."""
+        for name in self._rest:
+            _replace(self.model, name, nn.Parameter(self.model.get_parameter(name).to("meta"), requires_grad=False))
 
     @contextlib.contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """A decoder layer with its weights, which are let go afterwards."""
         module: nn.Module = self._layers[index]
-        empty = dict(module.named_parameters())
+        parameters, path = dict(module.named_parameters()), f"{self._stem}.{index}"
+        empty = {name: each for name, each in parameters.items() if f"{path}.{name}" not in self._in_model}
         self._read(index)
+        if index in self.experts:
+            self.experts[index].begin()
         try:
             self._settle(module, empty)
             yield module
         finally:
+            if index in self.experts:
+                self.experts[index].instead.clear()
             for name, parameter in empty.items():
                 _replace(module, name, parameter)
 
@@ -158,6 +227,8 @@ class StreamedModel:
         number = re.compile(rf"{re.escape(self._stem)}\.(\d+)\.")
         names = defaultdict[int | None, list[str]](list)
         for name, info in self._checkpoint.tensors.items():
+            if name in self._in_files:
+                continue
             target, _ = rename_source_key(name, renamings, converters, prefix, own)
             if target not in own:  # as transformers does
                 target, _ = rename_source_key(name, [], [], prefix, own)
@@ -179,13 +250,20 @@ class StreamedModel:
                 raise RuntimeError(faults[0][-300:])
         return found.missing_keys
 
-    def _settle(self, module: nn.Module, names: Collection[str]) -> None:
-        """Make what was read of a module's parameters float32 constants; raise `CheckpointError` for what was not."""
+    def _settle(self, module: nn.Module, names: Collection[str], wide: Collection[int] = ()) -> None:
+        """Make what was read of a module's parameters constants, float32 but for those with an id in `wide`; raise
+        `CheckpointError` for what was not."""
         for name in names:
             parameter = module.get_parameter(name)
             if parameter.is_meta:
                 raise CheckpointError(f"{self._checkpoint.folder} lacks {name} of {type(module).__name__}: {AGAIN}")
-            parameter.requires_grad_(False).data = parameter.data.float()
+            parameter.requires_grad_(False)
+            if id(parameter) not in wide:
+                parameter.data = parameter.data.float()
+
+
+def _run(experts: StoredExperts, *arguments: Tensor) -> Tensor:
+    return run_experts(experts, arguments)
 
 
 def _replace(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -28,6 +28,7 @@ from globe.measure.sensitivity import NUM_WINDOWS, WINDOW, adding_squares
 from globe.measure.settings import EvaluateConfig
 from globe.model.configuration import experts_per_token, read_config, text_config
 from globe.model.expert_modules import ExpertsLayout, RoutedExperts
+from globe.model.expert_run import run_experts
 from globe.model.experts import usual_gate
 from globe.plan.budget import Bits
 from globe.plan.settings import CompressConfig
@@ -124,7 +125,7 @@ class _Run:
         self._is_coded = config.is_coded
         self._is_compensated = is_compensated(config)
         self._is_calibrated, self._is_weighed = config.calibrate != "none", wants_sensitivities(config)
-        self._is_sampled = is_sampled(config, place)
+        self._is_sampled, self._is_streamed = is_sampled(config, place), place.is_streamed
         self._windows, self._length = windows_seen(config, place)
         text = text_config(read_config(outline.checkpoint))
         self._routed, self._rate = experts_per_token(outline.checkpoint) or 1, multiply_add_rate(place.device)
@@ -139,17 +140,25 @@ class _Run:
         """Of a pass forward, and of what is summed over the tokens."""
         if not self._is_calibrated:
             return 0.0
-        tokens, work = min(_BATCH, self._windows) * self._length, _sum if self._is_coded else _sum_rows
-        sums = sum(self._all(work, layer, tokens) for layer in self._layers)
-        return self._windows * self._length / tokens * (self._forward(tokens) + sums)
+        tokens = min(_BATCH, self._windows) * self._length
+        if self._is_streamed:
+            seconds = self._through(tokens) + sum(self._all(_run_and_sum, layer, tokens) for layer in self._layers)
+        else:
+            work = _sum if self._is_coded else _sum_rows
+            seconds = self._forward(tokens) + sum(self._all(work, layer, tokens) for layer in self._layers)
+        return self._windows * self._length / tokens * seconds
 
     def sensitivities(self) -> float:
-        """Of passes forward and backward, a window at a time, and of what is summed over gradients."""
+        """Of passes forward and backward, a window at a time or some, and of what is summed over gradients."""
         if not self._is_weighed:
             return 0.0
         seen = math.ceil(self._windows / math.ceil(self._windows / MOST_WINDOWS))
-        experts = sum(self._all(_differentiate, layer, self._length) for layer in self._layers)
-        return seen * (3 * (self._call + self._length * self._beside) + experts)
+        at_once = min(_BATCH, seen) if self._is_streamed else 1
+        work = _differentiate_windows if self._is_streamed else _differentiate
+        tokens = at_once * self._length
+        return (
+            seen / at_once * (3 * self._through(tokens) + sum(self._all(work, each, tokens) for each in self._layers))
+        )
 
     def compensation(self) -> float:
         """Of three passes forward, and of the regressions between them."""
@@ -159,10 +168,16 @@ class _Run:
         for layer in self._layers:
             E, P, D = layer.num_experts, layer.intermediate_size, layer.hidden_size
             seconds += (self._windows * self._length * self._routed * P * (P + 4 * D) + 2 * E * P**3) / self._rate
-        return seconds + 3 * self._windows * self._length / tokens * self._forward(tokens)
+        passes = 3 * self._windows * self._length / tokens
+        experts = sum(self._all(_run_stored, layer, tokens) for layer in self._layers)
+        return seconds + passes * (self._through(tokens) + experts)
 
     def _forward(self, tokens: int) -> float:
-        return self._call + tokens * self._beside + sum(self._all(_run, layer, tokens) for layer in self._layers)
+        return self._through(tokens) + sum(self._all(_run, layer, tokens) for layer in self._layers)
+
+    def _through(self, tokens: int) -> float:
+        """All but the experts."""
+        return self._call + tokens * self._beside
 
     def _all(self, work: _Work, layer: ExpertLayer, tokens: int) -> float:
         """Of all experts of a layer on so many tokens, routed at random."""
@@ -178,12 +193,14 @@ def _few(E: int, P: int, D: int) -> int:
 def _time(work: _Work, E: int, P: int, D: int, tokens: int, routed: int, device: str) -> float:
     """Of a few of E experts, with as many of the tokens as they would get among all."""
     few = _few(E, P, D)
-    module = _Experts(few, P, D).to(device)
+    module = _Experts(few, P, D).to(device, torch.bfloat16 if work in _OF_STORED else torch.float32)
     x = torch.randn(tokens, D, device=device)
     chosen = torch.rand(tokens, E, device=device).argsort(1)[:, :routed]
     experts = RoutedExperts(0, "", module, ExpertsLayout(few, P, D, False, True, False))
     arguments = x, chosen, torch.ones_like(chosen, dtype=x.dtype)
-    with adding_squares(experts, {}) if work is _differentiate else contextlib.nullcontext():
+    length = tokens // _BATCH if work is _differentiate_windows else tokens
+    is_differentiated = work in (_differentiate, _differentiate_windows)
+    with adding_squares(experts, {}, length) if is_differentiated else contextlib.nullcontext():
         return _seconds(lambda: work(experts, arguments))
 
 
@@ -219,10 +236,29 @@ def _sum(experts: RoutedExperts, arguments: tuple[Tensor, Tensor, Tensor], *, in
 _sum_rows = functools.partial(_sum, inner=False)
 
 
+@torch.no_grad()
+def _run_stored(experts: RoutedExperts, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
+    run_experts(experts, arguments)
+
+
+@torch.no_grad()
+def _run_and_sum(experts: RoutedExperts, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
+    LayerSums(experts, inner=True).run(*arguments)
+
+
 @torch.enable_grad()
 def _differentiate(experts: RoutedExperts, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
     x, chosen, weights = arguments
     experts.module(x.detach().requires_grad_(), chosen, weights).sum().backward()
+
+
+def _differentiate_windows(experts: RoutedExperts, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
+    _differentiate(experts, arguments)
+
+
+_OF_STORED = (_run_stored, _run_and_sum, _differentiate_windows)
+"""What is done with experts of a model that is run a layer at a time, which are read in the dtype in which they are
+stored."""
 
 
 class _Experts(nn.Module):

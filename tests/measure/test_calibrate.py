@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from globe.checkpoint.digest import file_sha256
 from globe.experts.metric import LayerStatistics
 from globe.measure.calibrate import MOST_ENERGY, StoredStatistics, calibrate, save_statistics
-from globe.measure.expert_run import routed_tokens, run_expert
 from globe.model.expert_modules import find_experts
+from globe.model.expert_run import routed_tokens, run_expert
 from tests.conformance.families import SETTINGS
 from tests.conformance.tiny import IDS
 from tests.conformance.tiny import tiny_model as conformance_model
@@ -120,7 +120,7 @@ def test_the_experts_of_every_family_are_run_as_the_model_runs_them(family: str)
     expected = torch.zeros_like(tokens)
     for expert in range(experts.layout.num_experts):
         token, place = torch.where(chosen == expert)
-        found = run_expert(experts.module, experts.layout, expert, tokens[token])
+        found = run_expert(experts, expert, tokens[token])
         expected.index_add_(0, token, weights[token, place, None] * found.outputs)
     if experts.layout.presorted:
         output = output[arguments[0].any(dim=1)]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from globe.checkpoint.gate_up import split_gate_up
 from globe.measure.compensate import MOST_ENERGY, RIDGE, Compensation, Correction
-from globe.measure.expert_run import routed_tokens
 from globe.model import find_experts
 from globe.model.expert_modules import RoutedExperts
+from globe.model.expert_run import routed_tokens
 from globe.model.loading import load, open_source
 from globe.model.streamed import StreamedModel
 from globe.terms import FAMILIES, Family

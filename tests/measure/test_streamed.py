@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +67,19 @@ def test_a_layer_at_a_time_gives_what_the_whole_model_gives(tmp_path: Path, case
         assert_close(squares[key], each)
 
 
-def test_every_weight_is_read_once_forward_and_once_backward_and_a_layer_at_a_time(
+def test_layers_are_read_in_turn_once_forward_and_once_backward_and_experts_when_they_are_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(Case("olmoe", "saved"), tmp_path)
     checkpoint, read = open_source(tmp_path), list[str]()
-    original = type(checkpoint).read
+    original = type(checkpoint).read_many
 
-    def counted(self: Any, name: str) -> Tensor:
-        read.append(name)
-        return original(self, name)
+    def counted(self: Any, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in original(self, names):
+            read.append(name)
+            yield name, tensor
 
-    monkeypatch.setattr(type(checkpoint), "read", counted)
+    monkeypatch.setattr(type(checkpoint), "read_many", counted)
     model = StreamedModel(checkpoint, "cpu")
     parameters = dict(model.model.named_parameters())
     outside = [name for name in checkpoint.tensors if ".layers." not in name]
@@ -87,11 +89,17 @@ def test_every_weight_is_read_once_forward_and_once_backward_and_a_layer_at_a_ti
         for layer, _ in calibrate_streamed(model, WINDOWS, (0, 2), kept, batch=2):
             assert {int(name.split(".")[2]) for name in read if name not in outside} == set(range(layer + 1))
             assert all(each.is_meta for name, each in model.model.named_parameters() if ".layers." in name)
-        inside = [name for name in checkpoint.tensors if name not in outside]
-        assert sorted(read) == sorted(checkpoint.tensors)
-        sensitivities_streamed(model, WINDOWS, (1, 2), kept)
-    again = [name for name in inside if not name.startswith("model.layers.0.")]
-    assert sorted(read) == sorted([*outside, *inside, *again])
+        experts = {name for name in checkpoint.tensors if ".experts." in name}
+        others = [name for name in checkpoint.tensors if name not in outside and name not in experts]
+        assert sorted(set(read)) == sorted(checkpoint.tensors)
+        assert sorted(name for name in read if name not in experts) == sorted(outside + others)
+        assert all(1 <= read.count(name) <= 3 for name in experts)  # batches of windows
+        del read[:]
+        sensitivities_streamed(model, WINDOWS, (1, 2), kept, batch=2)
+    again = [name for name in others if not name.startswith("model.layers.0.")]
+    assert sorted(name for name in read if name not in experts) == sorted(again)
+    numbers = [int(name.split(".")[2]) for name in read]
+    assert numbers == sorted(numbers, reverse=True)
 
 
 def test_layers_with_something_between_them_are_refused(tmp_path: Path) -> None:
