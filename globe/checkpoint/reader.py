@@ -66,6 +66,11 @@ class Checkpoint:
         return self
 
     @property
+    def loaded_bytes(self) -> int:
+        """Of its tensors in memory, in the dtypes that they are stored in."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
     def is_passing(self) -> bool:
         """Whether shards go again when they were read, so that it is never here as a whole."""
         return self.coming is not None and self.coming.folder is not None

@@ -20,19 +20,17 @@ from globe.checkpoint.manifest import read_manifest, verify_model
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.shipped import resolve_model
 from globe.errors import CheckpointError, OutputError, SettingsError
-from globe.machine.device import usable_device
 from globe.measure.kept_logits import About, KeptLogits, keep_logits, open_logits
-from globe.measure.reference import Reference, is_compressed, kept_reference, named_reference
-from globe.measure.runnable import find_place
+from globe.measure.placed_model import place_model
+from globe.measure.reference import Reference, kept_reference, named_reference
 from globe.measure.settings import EvaluateConfig
 from globe.measure.streamed_logits import StreamedLogits
 from globe.measure.tasks import Tasks
 from globe.measure.texts import read_text
 from globe.measure.tokenizers import chat_writer, check_same_tokenizer, check_vocabulary, encode, load_tokenizer
 from globe.model.compose_cache import ComposeCache
-from globe.model.loading import load, open_source, running
+from globe.model.loading import running
 from globe.model.serving import set_compose_cache
-from globe.model.streamed import StreamedModel
 
 
 def token_windows(tokenizer: Any, text: str, config: EvaluateConfig) -> tuple[Tensor, float]:
@@ -59,8 +57,8 @@ def token_windows(tokenizer: Any, text: str, config: EvaluateConfig) -> tuple[Te
 def evaluate_model(
     model: Any, windows: Tensor, bytes_per_token: float, *, batch: int = 8, reference: Any | None = None
 ) -> Evaluation:
-    """Evaluate causal language model `model` on token windows (N, length), against `reference` where given, a model or
-    `KeptLogits` or `StreamedLogits` of one on these windows.
+    """Evaluate causal language model `model` on token windows (N, length), against `reference` where given. Either may
+    also be `StreamedLogits` of one on these windows, the reference `KeptLogits` too.
 
     Raises `CheckpointError` for tokens that a model does not know and for vocabularies of different sizes.
     """
@@ -144,7 +142,7 @@ class Judged:
 
     evaluation: Evaluation
     model: Any
-    """Loaded."""
+    """Loaded, or its `StreamedLogits`."""
     reference: Any | None
     """The reference, if it is loaded, or its `StreamedLogits`."""
     cache: ComposeCache | None
@@ -167,21 +165,24 @@ def judge(
     itself then leaves the memory before the model is loaded.
     """
     checkpoint, tasks = open_checkpoint(model), Tasks(config.tasks) if config.tasks else None
+    placed = place_model(model, config.device)
+    if tasks is not None:
+        placed.check_tasks()
     windows, bytes_per_token = read_windows(checkpoint.folder, config)
     text, other = Path(config.text).name, None
     described = {"text": text, "fingerprint": windows_fingerprint(windows)}
     if against is not None:
         described |= {"reference": against.name, "reference_fingerprint": against.fingerprint()}
         other = _reference(against, model, windows, config, logits, About(**described))
-    loaded = load(model, config.device)
-    cache = set_compose_cache(loaded, compose_cache) if compose_cache else None
-    found = evaluate_model(loaded, windows, bytes_per_token, batch=config.batch, reference=other)
+    ours = placed.run(windows, config.batch, "the model")
+    cache = set_compose_cache(ours, compose_cache) if compose_cache and placed.streamed is None else None
+    found = evaluate_model(ours, windows, bytes_per_token, batch=config.batch, reference=other)
     found = dataclasses.replace(found, **described)
     if tasks is not None:
         runs_beside = other is not None and not isinstance(other, KeptLogits | StreamedLogits)
         tokenizer = load_tokenizer(checkpoint.folder, config.trust_remote_code)
         beside = tasks.run(other, tokenizer, config.batch) if runs_beside else []
-        found = dataclasses.replace(found, tasks=tasks.run(loaded, tokenizer, config.batch, beside))
+        found = dataclasses.replace(found, tasks=tasks.run(ours, tokenizer, config.batch, beside))
     unrecorded = None
     if not all(math.isfinite(value) for value in (found.perplexity, found.kl or 0.0)):
         unrecorded = "what was measured is not finite"
@@ -190,7 +191,7 @@ def judge(
             keep_evaluation(checkpoint.folder, found)
         except OutputError as error:
             unrecorded = str(error)
-    return Judged(found, loaded, None if isinstance(other, KeptLogits) else other, cache, unrecorded)
+    return Judged(found, ours, None if isinstance(other, KeptLogits) else other, cache, unrecorded)
 
 
 @torch.no_grad()
@@ -203,7 +204,7 @@ def _reference(
         kept.check(about, windows)
         return kept
     check_reference(against, model, windows, config)
-    other = _loaded_or_streamed(against.model, windows, config)
+    other = place_model(against.model, config.device).run(windows, config.batch, "the reference")
     if logits is None:
         return other
     if not isinstance(other, StreamedLogits):
@@ -211,15 +212,6 @@ def _reference(
     starts = range(0, len(windows), config.batch)
     batches = (_logits(other, windows[first : first + config.batch], first).cpu() for first in starts)
     return keep_logits(logits, batches, len(windows), dataclasses.replace(about, reference=Path(against.model).name))
-
-
-def _loaded_or_streamed(model: str, windows: Tensor, config: EvaluateConfig) -> Any:
-    if not is_compressed(model):
-        checkpoint = open_source(model)
-        place = find_place(checkpoint, usable_device(config.device))
-        if place.is_streamed and place.device is not None:
-            return StreamedLogits(StreamedModel(checkpoint, place.device), windows, config.batch)
-    return load(model, config.device)
 
 
 def windows_fingerprint(windows: Tensor) -> str:
@@ -238,13 +230,13 @@ def evaluate(
 
     The files of a folder that GloBE wrote are compared with its manifest first, unless `verify` is off, and what was
     measured is recorded in its evaluation.json. The file `reference_logits` keeps the logits of the reference: where it
-    is there, they are read from it, and the reference need be neither named nor at hand. A dense reference that does
-    not fit into memory, or is quantised, is run a layer at a time, in float32. The tasks of `config` are run by lm-eval
-    on the model, and on the reference where that is loaded.
+    is there, they are read from it, and the reference need be neither named nor at hand. What does not fit into memory,
+    or is quantised otherwise, is run a layer at a time, in float32. The tasks of `config` are run by lm-eval on the
+    model, which is to fit for that, and on the reference where that is loaded.
 
     Raises `CheckpointError` for what cannot be loaded or compared, `SettingsError` for a text that is missing, too
-    short or none, for logits of another text or reference and for tasks that lm-eval does not have, and `OutputError`
-    where the disk has no room for logits.
+    short or none, for logits of another text or reference, for tasks that lm-eval does not have or on a model that does
+    not fit, and `OutputError` where the disk has no room for logits.
     """
     model = resolve_model(model)
     checkpoint = open_checkpoint(model)

@@ -37,14 +37,15 @@ class Place:
     """Run a layer at a time, its weights read as they are reached."""
 
 
-def find_place(checkpoint: Checkpoint, device: str, itemsize: int | None = None) -> Place:
+def find_place(checkpoint: Checkpoint, device: str, itemsize: int | None = None, *, stays: bool = False) -> Place:
     """Where the model can be run with weights of `itemsize` bytes each (None: as they are stored).
 
-    As a whole, on the device if its memory allows, else on the CPU if that does; else a layer at a time, in float32,
-    on the first of them that has room for that.
+    As a whole, on the device if its memory allows, else on the CPU if that does, unless the model `stays`; else a layer
+    at a time, in float32, on the first of them that has room for that.
     """
-    tensors = checkpoint.tensors.values()
-    needed = sum(tensor.nbytes if itemsize is None else itemsize * math.prod(tensor.shape) for tensor in tensors)
+    needed = checkpoint.loaded_bytes
+    if itemsize is not None:
+        needed = sum(itemsize * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     candidates = {candidate: total_memory(candidate) for candidate in dict.fromkeys((device, "cpu"))}
     bounds = list[str]()
     if isinstance(checkpoint, DequantizedCheckpoint):
@@ -52,7 +53,8 @@ def find_place(checkpoint: Checkpoint, device: str, itemsize: int | None = None)
     elif checkpoint.is_passing:
         obstacle = "the disk is to hold a part of the source at a time"
     else:
-        for candidate, (memory, bound) in candidates.items():
+        for candidate in [device] if stays else candidates:
+            memory, bound = candidates[candidate]
             if needed <= MEMORY_SHARE * memory:
                 return Place(candidate, _obstacle(needed, bounds) if bounds else None)
             bounds.append(bound)

@@ -1,4 +1,4 @@
-"""The logits of a reference that does not fit into memory: its layers are run at once, its head a batch at a time."""
+"""The logits of a model that does not fit into memory: its layers are run at once, its head a batch at a time."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ class StreamedLogits:
     """Logits of a model on token windows (N, length), with the hidden states behind the last layer in memory."""
 
     @torch.no_grad()
-    def __init__(self, model: StreamedModel, windows: Tensor, batch: int) -> None:
-        """Run all layers, so many windows at a time; `CheckpointError` for tokens that the model does not know."""
-        check_vocabulary(windows, model.model, "the reference")
+    def __init__(self, model: StreamedModel, windows: Tensor, batch: int, *, name: str, because: str) -> None:
+        """Run all layers, so many windows at a time; `CheckpointError` for tokens that the model does not know.
+
+        Args:
+            name: what messages call the model.
+            because: why it was not loaded.
+        """
+        check_vocabulary(windows, model.model, name)
+        self.device, self.because = model.device, because
         self._model, self._windows = model, windows
-        with explained_exhaustion(f"running the reference on {model.device}", OUT_OF_MEMORY):
+        with explained_exhaustion(f"running {name} on {model.device}", OUT_OF_MEMORY):
             passage = model.enter(windows, batch)
             for index in range(len(model)):
                 with model.layer(index) as layer:

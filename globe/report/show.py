@@ -168,9 +168,11 @@ def show_evaluation(
     console.print(table)
     if against is not None and against.is_original:
         console.print(f"original: {against.model}", soft_wrap=True)
-    if isinstance(judged.reference, StreamedLogits):
-        told = "what it is compared with does not fit into memory: it ran a layer at a time, in float32"
-        console.print(f"note: {told}", style="yellow", soft_wrap=True)
+    for one, what in ((judged.reference, "what it is compared with"), (judged.model, "the model")):
+        if isinstance(one, StreamedLogits):
+            silent = "" if prompt is None else " (and does not continue the prompt)"
+            told = f"{what} ran a layer at a time, in float32{silent}: {one.because}"
+            console.print(f"note: {told}", style="yellow", soft_wrap=True)
     if judged.unrecorded is not None:
         console.print(f"note: not recorded: {judged.unrecorded}", style="yellow", soft_wrap=True)
     if judged.cache is not None:
@@ -181,13 +183,14 @@ def show_evaluation(
         )
     if prompt is not None:
         tokenizer = load_tokenizer(checkpoint.folder, config.trust_remote_code)
-        both = (judged.reference, judged.model)
-        loaded = [one for one in both if one is not None and not isinstance(one, StreamedLogits)]
-        texts = Table(show_lines=True)
-        for name in names[-len(loaded) :]:
-            texts.add_column(name, ratio=1, overflow="fold")
-        texts.add_row(*(Text(prompt + generate(one, tokenizer, prompt)) for one in loaded))
-        console.print(texts)
+        texts, written = Table(show_lines=True), list[Text]()
+        for name, one in ((names[0], judged.reference), (names[-1], judged.model)):
+            if one is not None and not isinstance(one, StreamedLogits):
+                texts.add_column(name, ratio=1, overflow="fold")
+                written.append(Text(prompt + generate(one, tokenizer, prompt)))
+        if written:
+            texts.add_row(*written)
+            console.print(texts)
 
 
 def _place(model: Any) -> str:

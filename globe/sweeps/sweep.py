@@ -24,10 +24,10 @@ from globe.checkpoint.writer import TEMPORARY, make_folder
 from globe.errors import CheckpointError, GlobeError, OutputError
 from globe.machine.device import usable_device
 from globe.measure.evaluate import evaluate_model, read_windows, windows_fingerprint
+from globe.measure.placed_model import place_model
 from globe.measure.settings import EvaluateConfig
 from globe.measure.tasks import Tasks
 from globe.measure.tokenizers import load_tokenizer
-from globe.model.loading import load
 from globe.plan.settings import CompressConfig
 from globe.run.compress import compress
 from globe.run.folder import PARTIAL, UNFINISHED, held
@@ -147,7 +147,7 @@ def describe_point(point: dict[str, Setting], config: SweepConfig) -> str:
 
 
 class Judge:
-    """The original, loaded once, and the text on which all are judged."""
+    """The original, loaded once or run a layer at a time, and the text on which all are judged."""
 
     def __init__(self, model: str | Path, config: EvaluateConfig) -> None:
         resolved = resolve_model(model)
@@ -156,7 +156,7 @@ class Judge:
         folder = open_checkpoint(resolved).folder
         self._tokenizer = load_tokenizer(folder, config.trust_remote_code)
         self._windows, self._bytes_per_token = read_windows(folder, config)
-        self._original = load(resolved, config.device)
+        self._original = self._run(resolved, "the original")
 
     def original(self) -> Evaluation:
         return self._evaluate(self._original)
@@ -164,12 +164,18 @@ class Judge:
     def compressed(self, folder: Path, original: Evaluation) -> Evaluation:
         """Recorded in the folder, too."""
         evaluation = dataclasses.replace(
-            self._evaluate(load(folder, self._config.device), self._original, original.tasks),
+            self._evaluate(self._run(folder, "the model"), self._original, original.tasks),
             reference="the original",
             reference_fingerprint=Report.read(folder).fingerprint,
         )
         keep_evaluation(folder, evaluation)
         return evaluation
+
+    def _run(self, model: str | Path, name: str) -> Any:
+        placed = place_model(model, self._config.device)
+        if self._tasks is not None:
+            placed.check_tasks()
+        return placed.run(self._windows, self._config.batch, name)
 
     def _evaluate(self, model: Any, reference: Any = None, beside: Sequence[TaskScore] = ()) -> Evaluation:
         windows, batch = self._windows, self._config.batch

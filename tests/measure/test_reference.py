@@ -121,9 +121,9 @@ def test_nothing_of_a_source_that_is_another_model_is_loaded(
     change_weights(models.source.with_name("other"))
     name_source(models, str(models.source.with_name("other")))
     loaded: list[str] = []
-    load = __import__("globe.measure.evaluate", fromlist=["load"]).load
+    load = __import__("globe.measure.placed_model", fromlist=["load"]).load
     monkeypatch.setattr(
-        "globe.measure.evaluate.load", lambda model, device: loaded.append(str(model)) or load(model, device)
+        "globe.measure.placed_model.load", lambda model, device: loaded.append(str(model)) or load(model, device)
     )
     assert evaluated(capsys, *models.arguments)[0] == 0
     assert loaded == [str(models.small)]

@@ -138,7 +138,7 @@ def test_a_sweep_has_a_column_for_each(models: Path) -> None:
 def test_a_task_that_lm_eval_does_not_have_is_said_before_the_model_is_loaded(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("globe.measure.evaluate.load", None)
+    monkeypatch.setattr("globe.measure.placed_model.load", None)
     with pytest.raises(SettingsError, match=r"Tasks not found: archery; `lm-eval ls tasks`"):
         evaluate(models / "small", settings(models, "arc,archery"), models / "source")
 

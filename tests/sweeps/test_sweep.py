@@ -124,7 +124,7 @@ def test_a_killed_sweep_goes_on_after_the_last_finished_point(
 
 
 def test_a_finished_sweep_loads_nothing(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_module, "load", None)
+    monkeypatch.setattr(sweep_module, "place_model", None)
     monkeypatch.setattr(sweep_module, "compress", None)
     assert len(sweep(source, folder, GRID).points) == 4
 
