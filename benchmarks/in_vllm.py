@@ -31,8 +31,10 @@ from benchmarks.serving import ServingConfig, coded, synthetic_model
 from benchmarks.tables import Column, print_table
 from globe.checkpoint.compressed_tensors import packed_matrix, quantization_section
 from globe.checkpoint.writer import write_json
-from globe.model import GlobeQuantizationConfig, factor_names, find_experts, tripwire_tensor
+from globe.model.expert_modules import factor_names, find_experts
 from globe.model.experts import GlobeExperts
+from globe.model.names import tripwire_tensor
+from globe.model.quantization_config import GlobeQuantizationConfig
 
 COLUMNS = (
     Column("kind", "experts"),

@@ -37,7 +37,7 @@ from benchmarks.tables import Column, print_claims, print_table
 from globe import CompressConfig
 from globe.checkpoint.imatrix import IMATRIX, TENSOR_TYPES, experts_name
 from globe.model.configuration import expert_layers
-from globe.model.loading import open_source
+from globe.model.source import open_source
 from globe.run.calibration import keep_statistics
 from globe.run.imatrix import write_imatrix
 from globe.run.job import make_job

@@ -44,9 +44,10 @@ from benchmarks.tables import Column, print_claims, print_table
 from globe import CompressConfig, compress, set_compose_cache
 from globe.bank_shape import sides
 from globe.checkpoint.shipped import resolve_model
-from globe.model import ComposeCache, find_experts
 from globe.model.bank_module import Bank, BankUse
 from globe.model.coded_spec import CodedSpec, spec_of, stored_parts
+from globe.model.compose_cache import ComposeCache
+from globe.model.expert_modules import find_experts
 from globe.model.experts import factorise
 from globe.model.loading import load
 from globe.model.names import coded_parameter, is_factor

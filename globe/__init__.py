@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from globe.errors import CheckpointError, GlobeError, OutputError, SettingsError, UnsupportedModelError
     from globe.measure.evaluate import evaluate
     from globe.measure.settings import EvaluateConfig
-    from globe.model import ComposeCache, set_compose_cache
+    from globe.model.compose_cache import ComposeCache
     from globe.model.quantization_config import GlobeQuantizationConfig
+    from globe.model.serving import set_compose_cache
     from globe.plan.recipe import Recipe, read_recipe
     from globe.plan.settings import CompressConfig
     from globe.report.page import write_report

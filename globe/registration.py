@@ -18,15 +18,15 @@ LOADING = "transformers.modeling_utils"
 
 
 def register_with_transformers() -> None:
-    """Import `globe.model`, which registers the format, when transformers is about to load models."""
+    """Import `globe.model.register`, which registers the format, when transformers is about to load models."""
     if LOADING in sys.modules:
-        importlib.import_module("globe.model")
+        importlib.import_module("globe.model.register")
     else:
         sys.meta_path.insert(0, _Finder())
 
 
 class _Finder(MetaPathFinder):
-    """Finds the loading module as the other finders do, and has it followed by `globe.model`."""
+    """Finds the loading module as the other finders do, and has it followed by `globe.model.register`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -49,4 +49,4 @@ class _Followed(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        importlib.import_module("globe.model")
+        importlib.import_module("globe.model.register")

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from globe import CompressConfig
-from globe.model import find_experts
+from globe.model.expert_modules import find_experts
 
 E, P, D, LAYERS = 8, 32, 64, 2
 ALONE = CompressConfig(bits=3, calibrate="none", allocation="uniform")

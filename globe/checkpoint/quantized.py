@@ -23,6 +23,8 @@ from globe.checkpoint.reader import Checkpoint
 from globe.errors import CheckpointError, UnsupportedModelError
 from globe.typed import shown
 
+QUANT_METHOD = "globe"
+"""Of checkpoints of GloBE's own."""
 _READ = "block-wise fp8, mxfp4 and compressed-tensors' symmetric int4 and int8 (pack-quantized)"
 _ADVICE = (
     f"only {', '.join(FLOAT_DTYPES)} weights, {_READ} are read: use the unquantised release, or dequantise it first"
@@ -310,7 +312,7 @@ def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _refuse(checkpoint: Checkpoint, method: str) -> NoReturn:
-    if method == "globe":
+    if method == QUANT_METHOD:
         raise UnsupportedModelError(
             f"{checkpoint.folder} is already compressed by GloBE: evaluate or export it, or compress its source"
         )

@@ -12,6 +12,8 @@ from typing import Any
 
 from globe.bank_shape import BankShape
 from globe.checkpoint.files import read_json, unwritten
+from globe.checkpoint.quantized import QUANT_METHOD, quant_method
+from globe.checkpoint.reader import open_checkpoint
 from globe.errors import CheckpointError, SettingsError
 from globe.terms import FAMILIES
 from globe.typed import documented, parsed, shown
@@ -271,3 +273,11 @@ class Report:
 def root_mean_square(errors: Iterable[float]) -> float:
     values = list(errors)
     return math.hypot(*values) / math.sqrt(len(values))
+
+
+def is_compressed(model: str | Path) -> bool:
+    """Whether it is a folder with a model that GloBE has compressed, in its own format or another."""
+    if not Path(model).is_dir():
+        return False
+    method = quant_method(open_checkpoint(model))
+    return method == QUANT_METHOD or (method is not None and (Path(model) / REPORT).is_file())

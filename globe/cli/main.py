@@ -63,11 +63,12 @@ class Compress:
     def run(self, console: Terminal, ranks: Ranks = ALONE) -> None:
         from globe.cli.progress import LiveProgress, PlainProgress
         from globe.cli.track import make_tracker
-        from globe.report.show import fitted_config, show_outlook, show_report
+        from globe.report.inspection import show_outlook
+        from globe.report.show import fitted_config, show_report
         from globe.run.compress import compress
         from globe.run.folder import place_of_shards
-        from globe.run.job import outline
         from globe.run.observer import Observer
+        from globe.run.outline import outline
         from globe.run.size import compress_within
 
         live = LiveProgress(console, self.config.steps) if console.is_terminal else PlainProgress(console)
@@ -339,7 +340,7 @@ class Inspect:
     config: Annotated[CompressConfig, tyro.conf.arg(name="")] = CompressConfig()
 
     def run(self, console: Terminal) -> None:
-        from globe.report.show import show_inspection
+        from globe.report.inspection import show_inspection
 
         if self.plan and self.low_disk:
             raise SettingsError(

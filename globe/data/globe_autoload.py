@@ -6,7 +6,7 @@ config.json names the class below in its `auto_map`. The model's configuration a
 from transformers import AutoConfig
 
 try:
-    import globe.model  # noqa: F401 - teaches transformers the format
+    import globe.model.register  # noqa: F401 - teaches transformers the format
 except ImportError as error:
     raise ImportError(
         f"the experts of this checkpoint are compressed by GloBE, which cannot be imported ({error}): "

@@ -28,7 +28,7 @@ from globe.quant.banked import CodedBank, share_bank
 from globe.quant.coded import CodedExperts, Form, Rehearsal, code_experts, rehearse, row_costs, shared_or_not
 from globe.quant.feedback import Order, order_inputs
 from globe.quant.outputs import Outputs, fit_outputs
-from globe.quant.side import SharedCosts, misfit, side_bytes
+from globe.quant.side import LONG_ROW, SharedCosts, misfit, side_bytes
 from globe.quant.trellis import path_length
 from globe.quant.water_fill import Rows, widths_at
 from globe.terms import Family
@@ -39,9 +39,6 @@ POWER = 0.7
 """Of the experts' sensitivities: second-order theory overstates the largest; measured, see docs/log.md."""
 SHARE_OF_MEAN = 0.1
 """Of the mean, added to each: no expert, and no output of one, is worth nothing."""
-LONG_ROW = 64
-"""Outputs from which rows have widths and scales of their own: a row that feedback makes four times what its expert and
-its input suggest would be cut off, and one in a thousand is enough to lose more than sharing saves; see docs/log.md."""
 LARGEST_WEIGHT = 1e15
 """Beyond it, sums of squares would leave the range of float32."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from globe.checkpoint.quantized import quant_method
+from globe.checkpoint.quantized import QUANT_METHOD, quant_method
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.checkpoint.source_layout import SOURCE_LAYOUT
 from globe.errors import SettingsError, UnsupportedModelError
@@ -17,8 +17,8 @@ from globe.machine.device import usable_device
 from globe.measure.runnable import find_place
 from globe.measure.streamed_logits import StreamedLogits
 from globe.model.dense_view import dense_view
-from globe.model.loading import load, open_source
-from globe.model.quantization_config import QUANT_METHOD
+from globe.model.loading import load
+from globe.model.source import open_source
 from globe.model.streamed import StreamedModel
 
 

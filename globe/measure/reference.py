@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from globe.checkpoint.quantized import quant_method
 from globe.checkpoint.reader import open_checkpoint
-from globe.checkpoint.report import REPORT, Report
+from globe.checkpoint.report import REPORT, Report, is_compressed
 from globe.checkpoint.shipped import resolve_model
 from globe.errors import CheckpointError, GlobeError, SettingsError, UnsupportedModelError
 from globe.measure.kept_logits import About
-from globe.model.loading import open_source
-from globe.model.quantization_config import QUANT_METHOD
+from globe.model.source import open_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +76,6 @@ def kept_reference(model: str | Path, about: About) -> Reference:
 def report_of(model: str | Path) -> Report | None:
     """The report beside a compressed model; a copy that save_pretrained made has none."""
     return Report.read(Path(model)) if is_compressed(model) and (Path(model) / REPORT).is_file() else None
-
-
-def is_compressed(model: str | Path) -> bool:
-    """Whether it is a folder with a model that GloBE has compressed, in its own format or another."""
-    if not Path(model).is_dir():
-        return False
-    method = quant_method(open_checkpoint(model))
-    return method == QUANT_METHOD or (method is not None and (Path(model) / REPORT).is_file())
 
 
 def _fingerprint(model: str | Path) -> str | None:

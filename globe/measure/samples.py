@@ -9,10 +9,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from globe.errors import UnsupportedModelError
+from globe.measure.runs import LENGTH, NUM_SAMPLES
 from globe.model.loading import placeholders, running, text_tokens, window_length
-
-NUM_SAMPLES, LENGTH = 64, 128
-"""Windows, and tokens in each; measured, see docs/log.md."""
 
 
 @torch.no_grad()

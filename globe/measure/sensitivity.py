@@ -24,14 +24,11 @@ from globe.checkpoint.gate_up import split_gate_up
 from globe.checkpoint.writer import save_tensors
 from globe.errors import CheckpointError
 from globe.machine.memory import explained_exhaustion
+from globe.measure.runs import NUM_WINDOWS, WINDOW
 from globe.model.expert_modules import RoutedExperts, find_experts
 from globe.model.expert_run import run_by, run_experts
 from globe.model.loading import OUT_OF_MEMORY, text_tokens, window_length
 from globe.terms import FAMILIES, Family
-
-NUM_WINDOWS = 8
-WINDOW = 256
-"""Tokens in a window, or as many as the model can take."""
 
 Sensitivities = dict[tuple[int, Family], Tensor]
 """Of every output of every expert, (E, K), by layer and family; their sum is that of the family."""

@@ -16,7 +16,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-import globe.model  # noqa: F401  (registers the native format)
 from globe.checkpoint.layout import ExpertLayer, LanguageModel, find_expert_layers
 from globe.checkpoint.reader import Checkpoint
 from globe.checkpoint.side_files import CONFIG

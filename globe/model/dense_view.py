@@ -24,8 +24,8 @@ from globe.model.coded_spec import CodedSpec
 from globe.model.configuration import expert_layers
 from globe.model.empty_model import model_names
 from globe.model.factor_check import check_run
-from globe.model.loading import open_source
 from globe.model.quantization_config import read_section
+from globe.model.source import open_source
 from globe.terms import FAMILIES, Family
 
 

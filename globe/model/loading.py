@@ -8,7 +8,6 @@ checkpoint runs.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import re
 from collections import defaultdict
@@ -30,9 +29,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-import globe.model  # noqa: F401  (registers the native format)
+import globe.model.register  # noqa: F401  (registers the native format)
 from globe.checkpoint.header import FLOAT_DTYPES, TORCH_DTYPES
-from globe.checkpoint.quantized import dequantized, quant_method, refuse_unread
+from globe.checkpoint.quantized import quant_method
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.checkpoint.side_files import CONFIG
 from globe.checkpoint.stacks import check_finite
@@ -40,42 +39,13 @@ from globe.errors import CheckpointError, UnsupportedModelError
 from globe.machine.device import AUTO, usable_device
 from globe.machine.memory import explained_exhaustion
 from globe.model.configuration import explained, read_config, text_config
+from globe.model.source import open_known, open_source
 
-_ALIASES: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
-"""Model types of models that are another family's in all but name: Kimi-K2 is a DeepSeek-V3 of other sizes."""
 _LAYER = re.compile(r"(?P<stem>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?P<rest>.+)")
 AGAIN = "download the checkpoint again, or take a release of transformers that loads it"
 _LISTED = 4
 _TRIAL = 4
 """Tokens on which a model is tried when it is loaded."""
-
-
-def open_source(
-    model: str | Path, revision: str | None = None, cache: Path | None = None, passing: Path | None = None
-) -> Checkpoint:
-    """Open a local folder or a Hub id, as `open_checkpoint` does, as what may be compressed: quantised weights appear
-    dequantised, in the configuration's dtype, and an alias under the family's own name.
-
-    Raises as `open_checkpoint` and `read_config` do, and `UnsupportedModelError` naming a quantisation that is not
-    understood.
-    """
-    checkpoint = _open(model, revision, cache, passing)
-    refuse_unread(checkpoint)
-    config = read_config(checkpoint)
-    stated = (getattr(part, "dtype", None) for part in (text_config(config), config))
-    plain = [TORCH_DTYPES[name] for name in FLOAT_DTYPES]
-    return dequantized(checkpoint, next((dtype for dtype in stated if dtype in plain), torch.bfloat16))
-
-
-def _open(
-    model: str | Path, revision: str | None = None, cache: Path | None = None, passing: Path | None = None
-) -> Checkpoint:
-    checkpoint = open_checkpoint(model, revision, cache, passing)
-    native = _ALIASES.get(str(checkpoint.config.get("model_type")))
-    if native is None:
-        return checkpoint
-    config = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
-    return dataclasses.replace(checkpoint, config=config | {"model_type": native})
 
 
 def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -169,7 +139,7 @@ def load(model: str | Path, device: str = AUTO, dtype: torch.dtype | None = None
     transformers cannot load or run the model; `SettingsError` for a device that is not here; `OutOfMemoryError`.
     """
     device = usable_device(device)
-    checkpoint = _open(model)
+    checkpoint = open_known(model)
     is_packed = quant_method(checkpoint) == "compressed-tensors"
     if is_packed:
         checkpoint = open_source(model)

@@ -9,13 +9,13 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from globe.bank.activations import check_activation
+from globe.checkpoint.quantized import QUANT_METHOD
 from globe.checkpoint.reader import Checkpoint
 from globe.errors import CheckpointError
 from globe.model.bank_spec import BankSpec
 from globe.model.coded_spec import CodedSpec
 from globe.typed import shown
 
-QUANT_METHOD = "globe"
 FORMAT_VERSION = 2
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +17,33 @@ from rich.table import Table
 from rich.text import Text
 
 from globe.checkpoint.imatrix import IMATRIX, TENSOR_TYPES
-from globe.checkpoint.layout import dtype_notes
 from globe.checkpoint.manifest import verify_files, verify_model
 from globe.checkpoint.reader import open_checkpoint
-from globe.checkpoint.report import Report
+from globe.checkpoint.report import Report, is_compressed
 from globe.checkpoint.shipped import resolve_model
 from globe.errors import CheckpointError, GlobeError, SettingsError
 from globe.machine.memory import peak_memory
 from globe.measure.evaluate import generate, judge
 from globe.measure.kept_logits import open_logits
-from globe.measure.reference import (
-    Reference,
-    is_compressed,
-    kept_reference,
-    named_reference,
-    report_of,
-    source_reference,
-)
+from globe.measure.reference import Reference, kept_reference, named_reference, report_of, source_reference
 from globe.measure.settings import EvaluateConfig
 from globe.measure.streamed_logits import StreamedLogits
 from globe.measure.tokenizers import load_tokenizer
-from globe.plan.scopes import Scope, compact, make_plan
+from globe.plan.scopes import Scope, compact
 from globe.plan.settings import CompressConfig
-from globe.run.coding import CodingPlan, check_reach
+from globe.report.inspection import show_notes
+from globe.run.coding import CodingPlan
 from globe.run.imatrix import TypePlan
-from globe.run.job import Job, Outline, make_job, outline
+from globe.run.job import Job
 from globe.run.observer import Observers, clock, describe
-from globe.run.outlook import look_ahead
-from globe.run.prepare import Preparation, prepare
-from globe.run.ranks import ALONE, Ranks
+from globe.run.outline import Outline
+from globe.run.prepare import prepare
 from globe.run.rounding import RoundingPlan
 from globe.run.size import bits_to_fit, cache_per_token
 from globe.terminal import Terminal
 from globe.typed import shown
 from globe.units import byte_size, read_size, with_error
 from globe.version import versions
-
-_BITS, _KEEPS = (2.0, 2.5, 3.0, 4.0, 6.0), (0.75, 0.5)
-"""Budgets that inspect shows."""
 
 
 def show_report(console: Terminal, report: Report, output: Path) -> None:
@@ -100,7 +89,7 @@ def show_report(console: Terminal, report: Report, output: Path) -> None:
         )
     _show_fallbacks(console, report.uncalibrated_because, report.uniform_because, report.config)
     _show_uncompensated(console, report)
-    _show_notes(console, report.notes)
+    show_notes(console, report.notes)
     console.print(f"next            globe evaluate {shlex.quote(str(output))}", soft_wrap=True)
 
 
@@ -216,50 +205,6 @@ def _size(model: str) -> int:
     return sum(tensor.nbytes for tensor in checkpoint.tensors.values())
 
 
-def show_inspection(
-    console: Terminal,
-    model: str,
-    config: CompressConfig,
-    revision: str | None = None,
-    cache: Path | None = None,
-    passing: Path | None = None,
-    *,
-    plan: bool = False,
-) -> None:
-    """A model's experts, what each budget gives, and what a compression with these settings will take, from headers
-    alone; with `plan` also what running the model tells."""
-    folder = resolve_model(model)
-    if is_compressed(str(folder)):
-        _show_compressed(console, Report.read(Path(folder)))
-        return
-    outlined = outline(model, config, revision, cache, passing)
-    _show_experts(console, outlined)
-    console.print(_table_of_budgets(outlined))
-    show_outlook(console, outlined)
-    first = next(iter(outlined.layers.values()))
-    ratio = first.intermediate_size / first.hidden_size
-    if not outlined.config.is_coded and ratio >= 0.9:
-        console.print(
-            f"note: these experts are coarse (P/D = {ratio:.2f}). The bank is shared along D and every adapter carries "
-            "P, so expect a high error unless little is removed; look at the errors of one layer first (--layers)",
-            style="yellow",
-            soft_wrap=True,
-        )
-    checkpoint = outlined.checkpoint
-    notes = [*checkpoint.notes, *dtype_notes(outlined.layers.values()), *checkpoint.side_files().left_out]
-    if plan:
-        job = make_job(model, config, revision, cache)
-        notes = job.notes
-        _show_prepared(console, job, prepare(job, Observers(())))
-    _show_notes(console, notes)
-
-
-def show_outlook(console: Terminal, outlined: Outline, output: Path | None = None, ranks: Ranks = ALONE) -> None:
-    """What a compression will read, write and need, in three lines, and what will not go as asked."""
-    for line in look_ahead(outlined, output, ranks).lines():
-        console.print(line, style="yellow" if line.startswith("note") else "none", soft_wrap=True)
-
-
 def fitted_config(console: Terminal, outlined: Outline, config: CompressConfig, size: str) -> CompressConfig:
     """The settings with the most bits that fit a size, which are told with what else a runtime needs."""
     if (num_bytes := read_size(size)) is None:
@@ -275,32 +220,9 @@ def fitted_config(console: Terminal, outlined: Outline, config: CompressConfig, 
     return dataclasses.replace(config, bits=bits)
 
 
-def _table_of_budgets(outlined: Outline) -> Table:
-    """The whole model's bytes by budget."""
-    table = Table(title="budgets")
-    for name in ("budget", "whole model", "of the original", "rank", "bases"):
-        table.add_column(name, justify="right")
-    original = outlined.original_bytes()
-    kept = CompressConfig(families=outlined.config.families, layers=outlined.config.layers)
-    budgets = [dataclasses.replace(kept, bits=bits) for bits in _BITS]
-    budgets += [dataclasses.replace(kept, keep=keep) for keep in _KEEPS]
-    for config in budgets:
-        name = f"--bits {config.bits:g}" if config.keep is None else f"--keep {config.keep:g}"
-        try:
-            scopes = tuple(make_plan(list(outlined.layers.values()), config))
-            at = dataclasses.replace(outlined, config=config, scopes=scopes)
-            check_reach(at)
-        except SettingsError:
-            table.add_row(name, "out of reach", "", "", "")
-            continue
-        stored, shape = at.predicted_bytes(scopes), scopes[0].banks[0].shape if scopes[0].banks else None
-        sizes = ("", "") if shape is None else (str(shape.rank), str(shape.num_bases))
-        table.add_row(name, byte_size(stored), f"{stored / original:.1%}", *sizes)
-    return table
-
-
-def _show_prepared(console: Terminal, job: Job, preparation: Preparation) -> None:
-    """What running the model told."""
+def show_prepared(console: Terminal, job: Job, told: Sequence[str]) -> None:
+    """What running the model tells, and the notes that were not told before."""
+    preparation = prepare(job, Observers(()))
     if not job.config.is_coded:
         _show_plan(console, preparation.scopes)
     because, coding = preparation.calibration.uncalibrated_because, preparation.coding
@@ -309,6 +231,7 @@ def _show_prepared(console: Terminal, job: Job, preparation: Preparation) -> Non
     console.print(f"whole model {byte_size(original)} -> {byte_size(predicted)} ({predicted / original:.1%})")
     if coding is not None:
         _show_coding(console, job, coding)
+    show_notes(console, [note for note in job.notes if note not in told])
 
 
 def _show_coding(console: Terminal, job: Job, plan: CodingPlan | RoundingPlan) -> None:
@@ -358,30 +281,6 @@ def _show_uncompensated(console: Terminal, report: Report) -> None:
         )
 
 
-def _show_notes(console: Terminal, notes: Iterable[str]) -> None:
-    """What was passed over in the model's files, or done otherwise than asked."""
-    for note in notes:
-        console.print(f"note            {note}", style="yellow", soft_wrap=True)
-
-
-def _show_experts(console: Terminal, outlined: Outline) -> None:
-    checkpoint, layers = outlined.checkpoint, [*outlined.layers.values()]
-    first, name = layers[0], checkpoint.folder if checkpoint.repo is None else checkpoint.repo.repo_id
-    table = Table(title=f"{name}: {checkpoint.config.get('model_type')}")
-    for name in ("layers", "experts", "P (rows)", "D (columns)", "P/D", "dtype", "on disk"):
-        table.add_column(name, justify="right")
-    table.add_row(
-        compact([layer.index for layer in layers]),
-        str(first.num_experts),
-        str(first.intermediate_size),
-        str(first.hidden_size),
-        f"{first.intermediate_size / first.hidden_size:.3f}",
-        first.dtype,
-        first.layout.replace("_", " "),
-    )
-    console.print(table)
-
-
 def _show_plan(console: Terminal, scopes: Sequence[Scope]) -> None:
     table = Table(title="plan", caption="error: to expect of a fit to the weights alone")
     for name in ("bank", "matrices", "rank", "bases", "kept", "error"):
@@ -395,41 +294,6 @@ def _show_plan(console: Terminal, scopes: Sequence[Scope]) -> None:
             sizes = (str(shape.num_matrices), str(shape.rank), str(shape.num_bases))
             table.add_row(describe(bank), *sizes, f"{shape.share:.4f}", error)
     console.print(table)
-
-
-def _show_compressed(console: Terminal, report: Report) -> None:
-    title = f"compressed from {report.source}"
-    console.print(_table_of_banks(title, report) if report.banks else _table_of_coded(title, report))
-    stored = (
-        f"kept {report.kept:.4f} of the compressed families"
-        if report.bits is None
-        else f"{report.bits:.3f} bits a weight of the compressed families"
-    )
-    console.print(f"{stored}; whole model {byte_size(report.original_bytes)} -> {byte_size(report.compressed_bytes)}")
-
-
-def _table_of_banks(title: str, report: Report) -> Table:
-    table = Table(title=title)
-    for name in ("bank", "rank", "bases", "error", "outcome"):
-        table.add_column(name, justify="right")
-    for bank in report.banks:
-        table.add_row(
-            describe(bank),
-            str(bank.shape.rank),
-            str(bank.shape.num_bases),
-            f"{bank.error:.4f}",
-            bank.outcome,
-        )
-    return table
-
-
-def _table_of_coded(title: str, report: Report) -> Table:
-    table = Table(title=title)
-    for name in ("layer", "family", "bits", "bases", "error"):
-        table.add_column(name, justify="right")
-    for part in report.coded:
-        table.add_row(str(part.layer), part.family, f"{part.bits:.2f}", str(part.num_bases), f"{part.error:.4f}")
-    return table
 
 
 def show_verification(console: Terminal, folder: Path) -> None:

@@ -23,8 +23,8 @@ from globe.errors import CheckpointError
 from globe.machine.memory import peak_memory
 from globe.model.autoload import AUTO_MAP, AUTOLOAD, write_autoload
 from globe.model.configuration import in_json
-from globe.model.loading import open_source
 from globe.model.quantization_config import GlobeQuantizationConfig
+from globe.model.source import open_source
 from globe.plan.recipe import RECIPE, recipe_text
 from globe.run.folder import RunFolder
 from globe.run.job import Job

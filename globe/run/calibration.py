@@ -20,8 +20,8 @@ from globe.checkpoint.writer import save_each
 from globe.errors import CheckpointError, SettingsError
 from globe.experts.metric import LayerStatistics
 from globe.measure.calibrate import StoredStatistics, layer_infos, layer_tensors
+from globe.measure.runs import wants_sensitivities
 from globe.measure.sensitivity import Sensitivities
-from globe.run.coding import wants_sensitivities
 from globe.run.job import Job
 from globe.typed import parsed
 

@@ -13,34 +13,27 @@ import torch
 from torch import Tensor
 
 from globe.bank_shape import sides
-from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.report import CodedReport
-from globe.errors import SettingsError
-from globe.experts.coding import LONG_ROW, CodingProblem, coding_problem, damped
+from globe.experts.coding import CodingProblem, coding_problem, damped
 from globe.experts.metric import LayerStatistics
 from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.measure.compensate import Correction
 from globe.measure.placed import placed_sensitivities
 from globe.measure.runnable import find_place
+from globe.measure.runs import MOST_WINDOWS, wants_sensitivities
 from globe.measure.sensitivity import Sensitivities
 from globe.model.coded_spec import CodedSpec, spec_of
 from globe.plan.budget import Bits
-from globe.plan.settings import CompressConfig
 from globe.quant.banked import BankedExperts, CodedBank
-from globe.quant.side import side_bytes
 from globe.quant.trellis import MAX_WIDTH
 from globe.quant.water_fill import Rows, water_fill
-from globe.run.job import Job, Outline
+from globe.run.job import Job
+from globe.run.outline import out_of_reach
 from globe.run.ranks import ALONE, Ranks
 from globe.terms import Family
 
 _Key = tuple[int, Family]
 _Problem = Callable[[int, Family], CodingProblem]
-
-PLANNING_PASSES = 3
-"""Of `plan_coding` through all experts, where no bank pays."""
-MOST_WINDOWS = 64
-"""On which sensitivities are measured: single experts want more tokens than whole banks; measured, see docs/log.md."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +70,6 @@ def plan_from_json(record: Mapping[str, Any]) -> CodingPlan:
         num_bases[int(layer), cast(Family, family)] = count
     first, second, third = record["multipliers"]
     return CodingPlan((first, second, third), num_bases, record["num_bytes"], record["predicted_kl"])
-
-
-def wants_sensitivities(config: CompressConfig) -> bool:
-    """Whether it is measured what errors cost, and not every expert is to count the same."""
-    return config.is_coded and config.allocation == "sensitivity"
 
 
 def measured_sensitivities(
@@ -125,7 +113,7 @@ def plan_coding(
 
     def payload(other_bytes: int) -> int:
         if other_bytes > budget:
-            raise _out_of_reach(asked, 8 * other_bytes / original)
+            raise out_of_reach(asked, 8 * other_bytes / original)
         return budget - other_bytes
 
     keys, problem = [*importance], functools.partial(_problem, job, statistics, importance)
@@ -168,28 +156,6 @@ def _rehearsed(
     """What is to be shared out in the end, and what leaving it out costs."""
     rehearsed = problem(*key).without(bank).rehearsed(multiplier)
     return rehearsed.rows(), rehearsed.stakes(sensitivities)
-
-
-def check_reach(job: Outline) -> None:
-    """Raise `SettingsError` where the least that is stored beside paths takes all the bits that are asked for."""
-    layers = [job.layers[index] for scope in job.scopes for index in scope.layers]
-    side = sum(_least_side_bytes(layer, family) for layer in layers for family in job.config.families)
-    least = 8 * side / job.original_parameters()
-    if isinstance(job.config.budget, Bits) and job.config.budget.per_weight < least:
-        raise _out_of_reach(job.config.budget, least)
-
-
-def _out_of_reach(budget: Bits, least: float) -> SettingsError:
-    return SettingsError(
-        f"bits {budget.per_weight:g} is out of reach: widths and scales of experts this small take {least:.2f} bits "
-        "a weight; choose more, or keep"
-    )
-
-
-def _least_side_bytes(layer: ExpertLayer, family: Family) -> int:
-    num_inputs, num_outputs = sides(layer, family)
-    forms = (False,) if num_outputs >= LONG_ROW else (False, True)
-    return min(side_bytes(layer.num_experts, num_inputs, is_shared) for is_shared in forms)
 
 
 @dataclasses.dataclass(frozen=True)

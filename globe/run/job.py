@@ -3,120 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from globe.checkpoint.compressed_tensors import WIDTHS, group_notes, layer_bytes
-from globe.checkpoint.header import TORCH_DTYPES
-from globe.checkpoint.layout import ExpertLayer, dtype_notes, source_names
-from globe.checkpoint.reader import Checkpoint
-from globe.checkpoint.shipped import resolve_model
-from globe.errors import CheckpointError, SettingsError, UntrustedCodeError
+from globe.checkpoint.compressed_tensors import group_notes
+from globe.checkpoint.layout import dtype_notes
+from globe.errors import CheckpointError, UntrustedCodeError
 from globe.measure.calibrate import CalibrationText, read_calibration_text
 from globe.model.bank_spec import BankSpec
-from globe.model.configuration import expert_layers
 from globe.model.empty_model import check_same_experts
 from globe.model.expert_modules import factor_names, find_experts
-from globe.model.loading import check_language_model, check_weights, empty_model, open_source
-from globe.model.names import FactorNames, dense_halves
-from globe.plan.budget import Bits
-from globe.plan.scopes import BankPlan, Scope, make_plan
+from globe.model.loading import check_language_model, check_weights, empty_model
+from globe.model.names import FactorNames
+from globe.plan.scopes import BankPlan, Scope
 from globe.plan.settings import CompressConfig
 from globe.run import allocation
-from globe.terms import Family
+from globe.run.outline import Outline, outline
 from globe.version import versions
-
-
-@dataclasses.dataclass(frozen=True)
-class Outline:
-    """What the headers of a source and the settings say of a compression."""
-
-    source: str
-    """The model as it was named."""
-    checkpoint: Checkpoint
-    config: CompressConfig
-    """Resolved."""
-    layers: Mapping[int, ExpertLayer]
-    """By number, those that hold experts."""
-    scopes: tuple[Scope, ...]
-    """Every bank with the same share of the budget."""
-
-    def dtype(self, layer: int) -> torch.dtype:
-        """What a layer's factors in floating point are stored in."""
-        if self.config.factor_dtype in ("float32", "bfloat16", "float16"):
-            return getattr(torch, self.config.factor_dtype)
-        return TORCH_DTYPES[self.layers[layer].dtype]
-
-    def predicted_bytes(self, scopes: Sequence[Scope], coded: int | None = None) -> int:
-        """Of the output's tensors, with banks as in `scopes`, and `coded` bytes where experts are coded: as long as
-        that is not known, their budget."""
-        kept = sum(self.checkpoint.tensors[name].nbytes for names in self.kept().values() for name in names)
-        if not self.config.is_packed:
-            kept += self.dtype(self.scopes[0].layers[0]).itemsize  # the tripwire
-        budget = self.config.budget
-        if isinstance(budget, Bits):
-            kept += budget.num_bytes(self.original_parameters()) if coded is None else coded
-        factors = sum(
-            bank.shape.parameters * self.dtype(bank.layers[0]).itemsize for scope in scopes for bank in scope.banks
-        )
-        halves = sum(
-            layer.num_experts * layer.intermediate_size * layer.hidden_size * TORCH_DTYPES[layer.dtype].itemsize
-            for scope in scopes
-            for layer in (self.layers[index] for index in scope.layers)
-            for _ in dense_halves(self.config.families)
-        )
-        return kept + factors + halves
-
-    def original_bytes(self) -> int:
-        """Of the source's tensors."""
-        return sum(tensor.nbytes for tensor in self.checkpoint.tensors.values())
-
-    def original_parameters(self) -> int:
-        """Of the families to be compressed."""
-        layers = [self.layers[index] for scope in self.scopes for index in scope.layers]
-        return len(self.config.families) * sum(
-            layer.num_experts * layer.intermediate_size * layer.hidden_size for layer in layers
-        )
-
-    def least_packed_bits(self) -> float:
-        """In the format of compressed-tensors: stored bits of a weight with all layers in the least width, rounded
-        up."""
-        layers = [self.layers[index] for scope in self.scopes for index in scope.layers]
-        bits = 8 * sum(layer_bytes(layer, WIDTHS[0]) for layer in layers) / self.original_parameters()
-        return math.ceil(1000 * bits) / 1000
-
-    def compressed(self) -> list[tuple[int, Family]]:
-        """Layer and family of all that is compressed."""
-        return [(index, family) for scope in self.scopes for index in scope.layers for family in self.config.families]
-
-    def kept(self) -> dict[str, list[str]]:
-        """The tensors that stay as they are, by shard; shards that keep none are left out."""
-        replaced = {name for scope in self.scopes for index in scope.layers for name in self._sources(index)}
-        kept = {
-            shard: [t.name for t in self.checkpoint.shard_tensors(shard) if t.name not in replaced]
-            for shard in self.checkpoint.shards
-        }
-        return {shard: names for shard, names in kept.items() if names}
-
-    def factor_files(self, number: int) -> list[str]:
-        """The output's files with the factors of a scope: one, or one for each layer where layers are streamed."""
-        counts = [len(scope.layers) if self.config.stream else 1 for scope in self.scopes]
-        first, total = sum(counts[:number]), sum(counts) + len(self.kept())
-        return [_file(first + piece, total) for piece in range(counts[number])]
-
-    def kept_files(self) -> dict[str, str]:
-        """The output's files with the tensors that stay, by the shard that they come from."""
-        before, kept = sum(len(self.factor_files(number)) for number in range(len(self.scopes))), self.kept()
-        return {shard: _file(before + offset, before + len(kept)) for offset, shard in enumerate(kept)}
-
-    def _sources(self, index: int) -> list[str]:
-        """The layer's source tensors that the output replaces: of its families in banks and of the dense halves."""
-        families: set[Family] = {*self.config.families, *dense_halves(self.config.families)}
-        return [name for family in families for name in source_names(self.layers[index], family)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,29 +59,6 @@ class Job(Outline):
         return [self.spec(bank) for scope in scopes for bank in scope.banks]
 
 
-def outline(
-    model: str | Path,
-    config: CompressConfig,
-    revision: str | None = None,
-    cache: Path | None = None,
-    passing: Path | None = None,
-) -> Outline:
-    """Open the source, as `open_checkpoint` does, and lay settings and headers side by side; nothing else is read and
-    no model is built.
-
-    Raises `CheckpointError` for what cannot be read, `UnsupportedModelError` and `SettingsError` as `compress` does.
-    """
-    checkpoint, resolved = open_source(resolve_model(model), revision, cache, passing), config.resolved()
-    if checkpoint.is_passing and not resolved.is_coded:
-        raise SettingsError("low_disk is for bits: banks in floating point go through the source at every step")
-    layers = {layer.index: layer for layer in expert_layers(checkpoint)}
-    source = str(model).encode(errors="backslashreplace").decode()  # a path that is not UTF-8
-    found = Outline(source, checkpoint, resolved, layers, tuple(make_plan(list(layers.values()), resolved)))
-    if config.is_packed and config.bits is None:
-        return dataclasses.replace(found, config=dataclasses.replace(resolved, bits=found.least_packed_bits()))
-    return found
-
-
 def make_job(
     model: str | Path,
     config: CompressConfig,
@@ -209,7 +90,3 @@ def make_job(
         except UntrustedCodeError as error:
             notes.append(f"calibrated on samples of the model itself, not on {name}: {error}")
     return Job(outlined.source, checkpoint, config, layers, scopes, factor_names(empty), text, tuple(notes))
-
-
-def _file(number: int, total: int) -> str:
-    return f"model-{number + 1:05d}-of-{total:05d}.safetensors"

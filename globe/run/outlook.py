@@ -8,18 +8,21 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from globe.machine.memory import total_memory
 from globe.measure.runnable import Place, bytes_at_once, find_place
+from globe.measure.runs import is_compensated, wants_sensitivities, windows_seen
 from globe.plan.settings import CompressConfig
-from globe.run.coding import PLANNING_PASSES, wants_sensitivities
-from globe.run.job import Outline, outline
 from globe.run.observer import clock
-from globe.run.pace import Foreseen, foresee, is_compensated, windows_seen
+from globe.run.outline import PLANNING_PASSES, Outline, outline
 from globe.run.ranks import ALONE, Ranks
 from globe.units import byte_size
+
+if TYPE_CHECKING:
+    from globe.run.pace import Foreseen
 
 _PROCESS = 1_300_000_000
 """Bytes of a process that has compressed next to nothing: libraries, compiled kernels, activations; see docs/log.md."""
@@ -74,16 +77,14 @@ class Outlook:
         return "\n".join(self.lines())
 
     def lines(self) -> Iterator[str]:
-        """The three lines that say it, and one for each thing that will not go as asked; as soon as they are known."""
+        """The four lines that say it, and one for each thing that will not go as asked; as soon as they are known: how
+        long it takes comes last."""
         absent = f", {byte_size(self.absent)} of it downloaded" if self.absent else ""
         if self.absent and self.passes:
             absent += f" {self.passes} times, {byte_size(self.here)} here at a time"
         yield f"reads       {byte_size(self.read)} of {self.source}{absent}"
         yield f"writes      {byte_size(self.written)} ({self.written / self.read:.1%}); {byte_size(self.free)} are free"
-        yield (
-            f"needs       about {byte_size(self.memory)} of memory and {'about' if self.is_coded else 'at least'} "
-            f"{clock(self.seconds)} on this {self.device}{self._parts()}; {self.bound}"
-        )
+        yield f"needs       about {byte_size(self.memory)} of memory; {self.bound}"
         if self.written + self.here > self.free:
             yield "note: the disk is too small for that: make room, or choose another folder"
         if self.unmeasured_because is not None:
@@ -98,6 +99,8 @@ class Outlook:
             )
         if self.memory > self.available:
             yield "note: the memory is too small for that: choose --scope layer or --stream, or another machine"
+        least = "about" if self.is_coded else "at least"
+        yield f"takes       {least} {clock(self.seconds)} on this {self.device}{self._parts()}"
 
     def _parts(self) -> str:
         measuring, working = (clock(seconds) for seconds in (self.foreseen.measuring, self.foreseen.working))
@@ -152,12 +155,18 @@ def look_ahead(outline: Outline, output: Path | None = None, ranks: Ranks = ALON
         ranks.num_here * _PROCESS + max(needed * runs, ranks.num_here * each),
         available,
         bound,
-        functools.partial(foresee, outline, place if measured else Place(None, None), ranks.size),
+        functools.partial(_foresee, outline, place if measured else Place(None, None), ranks.size),
         config.is_coded,
         config.device if ranks.size == 1 else f"{config.device} in {ranks.size} processes",
         place.obstacle if measured and place.device is None else None,
         place.obstacle if measured and place.is_streamed else None,
     )
+
+
+def _foresee(outline: Outline, place: Place, processes: int) -> Foreseen:
+    from globe.run.pace import foresee  # what runs models takes seconds to import
+
+    return foresee(outline, place, processes)
 
 
 def _passes(config: CompressConfig, *, runs: bool) -> int:

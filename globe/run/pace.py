@@ -23,19 +23,17 @@ from globe.experts.coding import CodingProblem
 from globe.machine.device import multiply_add_rate
 from globe.measure.calibrate import LayerSums
 from globe.measure.runnable import Place
-from globe.measure.samples import LENGTH, NUM_SAMPLES
-from globe.measure.sensitivity import NUM_WINDOWS, WINDOW, adding_squares
-from globe.measure.settings import EvaluateConfig
+from globe.measure.runs import MOST_WINDOWS, is_compensated, is_sampled, wants_sensitivities, windows_seen
+from globe.measure.samples import NUM_SAMPLES
+from globe.measure.sensitivity import adding_squares
 from globe.model.configuration import experts_per_token, read_config, text_config
 from globe.model.expert_modules import ExpertsLayout, RoutedExperts
 from globe.model.expert_run import run_experts
 from globe.model.experts import usual_gate
 from globe.plan.budget import Bits
-from globe.plan.settings import CompressConfig
 from globe.quant.feedback import BLOCK, order_inputs
 from globe.quant.water_fill import water_fill
-from globe.run.coding import MOST_WINDOWS, PLANNING_PASSES, wants_sensitivities
-from globe.run.job import Outline
+from globe.run.outline import PLANNING_PASSES, Outline
 from globe.terms import FAMILIES
 
 _BATCH = 8
@@ -74,29 +72,6 @@ def foresee(outline: Outline, place: Place, processes: int = 1) -> Foreseen:
                 measuring = run.samples() + run.calibration() + run.sensitivities()
             working += run.compensation()
     return Foreseen(measuring, working)
-
-
-def is_sampled(config: CompressConfig, place: Place) -> bool:
-    """Whether the model is run on text of its own."""
-    return config.calibrate == "samples" and not place.is_streamed
-
-
-def is_compensated(config: CompressConfig) -> bool:
-    """Whether layers are to make up for the errors of those before them."""
-    is_run = config.calibrate != "none"
-    return is_run and config.is_coded and not config.is_packed and "down" in config.families
-
-
-def windows_seen(config: CompressConfig, place: Place) -> tuple[int, int]:
-    """How many token windows the model is run on at most, and their length."""
-    if config.calibrate == "none":
-        return NUM_WINDOWS, WINDOW
-    if is_sampled(config, place):
-        return NUM_SAMPLES, LENGTH
-    most = config.calibration_tokens
-    if config.calibrate == "samples":  # which a text stands for
-        most = min(most, NUM_SAMPLES * EvaluateConfig.length)
-    return max(1, most // EvaluateConfig.length), EvaluateConfig.length
 
 
 def _working_seconds(outline: Outline) -> float:

@@ -28,6 +28,7 @@ from globe.measure.calibrate import (
 )
 from globe.measure.placed import every
 from globe.measure.runnable import Place, find_place
+from globe.measure.runs import MOST_WINDOWS, wants_sensitivities
 from globe.measure.samples import NUM_SAMPLES, sample_windows
 from globe.measure.sensitivity import load_sensitivities, save_sensitivities
 from globe.measure.settings import EvaluateConfig
@@ -37,19 +38,11 @@ from globe.model.streamed import StreamedModel
 from globe.plan.scopes import Scope, scope_from_json
 from globe.run import allocation
 from globe.run.calibration import Calibration, keep_statistics, kept_statistics, wants_inner
-from globe.run.coding import (
-    MOST_WINDOWS,
-    CodingPlan,
-    check_reach,
-    measured_sensitivities,
-    plan_coding,
-    plan_from_json,
-    plan_to_json,
-    wants_sensitivities,
-)
+from globe.run.coding import CodingPlan, measured_sensitivities, plan_coding, plan_from_json, plan_to_json
 from globe.run.folder import RunFolder
 from globe.run.job import Job
 from globe.run.observer import Observer
+from globe.run.outline import check_reach
 from globe.run.ranks import ALONE, Ranks
 from globe.run.records import as_json
 from globe.run.rounding import RoundingPlan, check_packable, plan_rounding

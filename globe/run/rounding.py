@@ -32,7 +32,8 @@ from globe.measure.sensitivity import Sensitivities
 from globe.plan.budget import Bits
 from globe.plan.knapsack import choose
 from globe.quant.trellis import MAX_WIDTH
-from globe.run.job import Job, Outline
+from globe.run.job import Job
+from globe.run.outline import Outline
 from globe.terms import FAMILIES, Family
 
 

@@ -23,8 +23,9 @@ from globe.plan.budget import LEAST_BITS, MOST_BITS, MOST_PACKED_BITS, Bits
 from globe.plan.settings import CompressConfig
 from globe.run.compress import run_job
 from globe.run.folder import check_vacant
-from globe.run.job import Outline, make_job
+from globe.run.job import make_job
 from globe.run.observer import Observer, Observers
+from globe.run.outline import Outline
 from globe.run.prepare import run_all
 from globe.run.ranks import ALONE, Ranks
 from globe.units import byte_size

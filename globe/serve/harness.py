@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-import globe.model  # noqa: F401  (registers the native format)
+import globe.model.register  # noqa: F401  (registers the native format)
 from globe.errors import SettingsError
 
 

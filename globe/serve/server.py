@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from globe.checkpoint.quantized import QUANT_METHOD
 from globe.checkpoint.reader import open_checkpoint
 from globe.errors import SettingsError
-from globe.model.quantization_config import QUANT_METHOD, read_section
+from globe.model.quantization_config import read_section
 
 _VLLM = ("-m", "vllm.entrypoints.openai.api_server")  # what `vllm serve` runs, which some of its packages lack
 _TRANSFORMERS = ("-c", "import globe; from transformers.cli.transformers import main; main()")

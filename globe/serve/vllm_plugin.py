@@ -32,13 +32,16 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from globe.bank_shape import sides
+from globe.checkpoint.quantized import QUANT_METHOD
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.errors import CheckpointError, UnsupportedModelError
-from globe.model import QUANT_METHOD, BankSpec, ExpertsLayout, FactorNames, GlobeQuantizationConfig
 from globe.model.bank_module import Bank, BankUse
+from globe.model.bank_spec import BankSpec
 from globe.model.coded_spec import CodedSpec, spec_of, stored_parts
+from globe.model.expert_modules import ExpertsLayout
 from globe.model.experts import factorise
-from globe.model.names import BANKS, DENSE_PARAMETER, coded_parameter, is_factor
+from globe.model.names import BANKS, DENSE_PARAMETER, FactorNames, coded_parameter, is_factor
+from globe.model.quantization_config import GlobeQuantizationConfig
 from globe.quant.banked import BankedExperts
 from globe.terms import Family
 

@@ -164,12 +164,34 @@ def test_inspect_tells_what_each_budget_gives_without_reading_weights(
     assert re.search(r"--keep 0\.75 │ +\d+\.\d\d kB", out)
     assert re.search(rf"reads +{(kept - 4 + experts) / 1000:.2f} kB of .*source", out)
     assert re.search(r"writes +\d+\.\d\d kB \(\d+\.\d%\); .* are free", out)
-    assert re.search(r"needs +about .* of memory and about 0:\d\d on this cpu", out)
+    assert re.search(r"needs +about .* of memory; .*\ntakes +about 0:\d\d on this cpu", out)
     monkeypatch.setattr("globe.measure.runnable.MEMORY_SHARE", 0.0)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
     status, out, _ = run(capsys, "inspect", tmp_path / "source", "--bits", "3")
     assert "note: the disk is too small for that" in out
     assert "to run, over 0% of what there is" in out
+
+
+STARTS_FAST = """
+import contextlib, sys
+from types import SimpleNamespace
+from globe.cli.main import main
+with contextlib.suppress(SystemExit):
+    main(["--help"])
+assert not {"torch", "transformers", "matplotlib"} & sys.modules.keys()
+from globe.run import outlook
+def foresee(*_):
+    print("slow", {"torch._dynamo", "transformers.modeling_utils", "accelerate", "numba"} & sys.modules.keys())
+    return SimpleNamespace(measuring=60.0, working=1.0)
+outlook._foresee = foresee
+main(["inspect"])
+"""
+
+
+def test_what_headers_say_comes_before_what_takes_long_to_import() -> None:
+    done = subprocess.run([sys.executable, "-c", STARTS_FAST], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"needs .*\nslow set\(\)\ntakes +about 1:01 on this", done.stdout)
 
 
 def test_coarse_experts_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

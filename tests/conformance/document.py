@@ -16,9 +16,9 @@ from transformers.integrations.moe import _default_apply_gate
 from globe.checkpoint.layout import ExpertLayer, source_names
 from globe.checkpoint.reader import open_checkpoint
 from globe.errors import UnsupportedModelError
-from globe.model import ExpertsLayout, find_experts
 from globe.model.configuration import expert_layers
-from globe.model.loading import open_source
+from globe.model.expert_modules import ExpertsLayout, find_experts
+from globe.model.source import open_source
 from globe.terms import FAMILIES
 from tests.conformance.families import COMMON, COMPOSITES, SETTINGS
 from tests.conformance.quantise import FP8, INT4, MXFP4, change_config

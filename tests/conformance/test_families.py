@@ -16,8 +16,8 @@ from globe import CompressConfig, compress
 from globe.checkpoint.layout import ExpertLayer, source_names
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.checkpoint.report import Report
-from globe.model import RoutedExperts, find_experts
 from globe.model.configuration import expert_layers
+from globe.model.expert_modules import RoutedExperts, find_experts
 from globe.model.experts import GlobeExperts, _globe_class
 from globe.model.names import is_factor
 from globe.run.export import export_dense

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from globe import CompressConfig, UnsupportedModelError, compress
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.errors import CheckpointError, GlobeError
-from globe.model.loading import open_source
+from globe.model.source import open_source
 from globe.run.export import export_dense
 from tests.conformance.quantise import BLOCK, INT4, change_config, write_quantised, write_shards
 from tests.conformance.tiny import load, logits

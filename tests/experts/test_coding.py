@@ -17,8 +17,8 @@ from globe.experts import coding
 from globe.experts.coding import POWER, SHARE_OF_MEAN, SHRINKAGE, CodingProblem, coding_problem, damped
 from globe.experts.metric import LayerStatistics
 from globe.measure.calibrate import calibrate
-from globe.model import find_experts
 from globe.model.configuration import expert_layers
+from globe.model.expert_modules import find_experts
 from globe.quant.feedback import order_inputs
 from globe.quant.side import SharedCosts, side_bytes
 from globe.quant.trellis import LOG_STATES

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from globe.checkpoint.gate_up import split_gate_up
 from globe.measure.compensate import MOST_ENERGY, RIDGE, Compensation, Correction
-from globe.model import find_experts
-from globe.model.expert_modules import RoutedExperts
+from globe.model.expert_modules import RoutedExperts, find_experts
 from globe.model.expert_run import routed_tokens
-from globe.model.loading import load, open_source
+from globe.model.loading import load
+from globe.model.source import open_source
 from globe.model.streamed import StreamedModel
 from globe.terms import FAMILIES, Family
 from tests.conformance.tiny import Case, write

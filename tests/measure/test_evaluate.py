@@ -12,7 +12,8 @@ from globe.checkpoint.shipped import MODEL
 from globe.measure.evaluate import evaluate_model, token_windows
 from globe.measure.streamed_logits import StreamedLogits
 from globe.measure.texts import read_text
-from globe.model.loading import load, open_source
+from globe.model.loading import load
+from globe.model.source import open_source
 from globe.model.streamed import StreamedModel
 from tests.model.compressed import tiny_model
 from tests.tiny_sources import write_source

@@ -15,7 +15,7 @@ from globe.measure.sensitivity import (
     random_windows,
     save_sensitivities,
 )
-from globe.model import find_experts
+from globe.model.expert_modules import find_experts
 from globe.model.loading import load
 from globe.terms import Family
 from tests.conformance.tiny import tiny_model

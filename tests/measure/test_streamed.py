@@ -15,8 +15,9 @@ from globe.errors import CheckpointError, UnsupportedModelError
 from globe.measure.calibrate import calibrate
 from globe.measure.sensitivity import measure_sensitivities
 from globe.measure.streamed import KeptStates, calibrate_streamed, sensitivities_streamed
-from globe.model import find_experts
-from globe.model.loading import load, open_source
+from globe.model.expert_modules import find_experts
+from globe.model.loading import load
+from globe.model.source import open_source
 from globe.model.streamed import StreamedModel
 from globe.terms import FAMILIES
 from tests.conformance.tiny import Case, write

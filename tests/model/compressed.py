@@ -12,7 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from globe.model import BankSpec, FactorNames, GlobeQuantizationConfig, dense_halves, factor_names, tripwire_tensor
+from globe.model.bank_spec import BankSpec
+from globe.model.expert_modules import factor_names
+from globe.model.names import FactorNames, dense_halves, tripwire_tensor
+from globe.model.quantization_config import GlobeQuantizationConfig
 
 E, P, D, LAYERS = 6, 8, 16, 3
 FAMILIES = ("gate", "up", "down")

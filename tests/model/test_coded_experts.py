@@ -28,7 +28,7 @@ from transformers.trainer_utils import validate_quantization_for_training
 
 from globe import CheckpointError, UnsupportedModelError, compress, export_dense, set_compose_cache
 from globe.checkpoint.reader import open_checkpoint
-from globe.model import find_experts
+from globe.model.expert_modules import find_experts
 from globe.model.experts import GlobeExperts, _globe_class
 from globe.model.names import is_factor
 from tests.coded import ALONE, LAYERS, E, bytes_of_experts, write_source

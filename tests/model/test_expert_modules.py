@@ -8,7 +8,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from globe.errors import UnsupportedModelError
-from globe.model import ExpertsLayout, FactorNames, experts_layout, factor_names, find_experts
+from globe.model.expert_modules import ExpertsLayout, experts_layout, factor_names, find_experts
+from globe.model.names import FactorNames
 from tests.model.compressed import FAMILY_SETTINGS, LAYERS, D, E, P, tiny_config
 
 

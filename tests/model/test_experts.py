@@ -14,8 +14,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from globe.errors import UnsupportedModelError
-from globe.model import bank_module, experts_layout, find_experts
+from globe.model import bank_module
 from globe.model.bank_module import Bank, BankUse
+from globe.model.expert_modules import experts_layout, find_experts
 from globe.model.experts import factorise
 from tests.model.compressed import (
     BANK_SETS,

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from globe.errors import CheckpointError, SettingsError, UnsupportedModelError
-from globe.model import GlobeQuantizationConfig
 from globe.model.names import is_factor
+from globe.model.quantization_config import GlobeQuantizationConfig
 from tests.model.compressed import (
     BANK_SETS,
     FAMILY_SETTINGS,

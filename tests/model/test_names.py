@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from globe.model import BankSpec, FactorNames, dense_halves, tripwire_tensor
+from globe.model.bank_spec import BankSpec
+from globe.model.names import FactorNames, dense_halves, tripwire_tensor
 
 NAMES = FactorNames(experts={layer: f"model.layers.{layer}.mlp.experts" for layer in range(4)}, base="model")
 

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from globe.model import experts, set_compose_cache
+from globe.model import experts
 from globe.model.autoload import AUTOLOAD
+from globe.model.serving import set_compose_cache
 from tests.fresh_process import FreshProcess
 from tests.model.compressed import FAMILY_SETTINGS, logits, token_ids
 from tests.model.conftest import Make

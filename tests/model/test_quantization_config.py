@@ -9,8 +9,9 @@ import pytest
 from transformers.quantizers import AutoQuantizationConfig
 
 from globe.errors import CheckpointError, GlobeError
-from globe.model import BankSpec, GlobeQuantizationConfig
+from globe.model.bank_spec import BankSpec
 from globe.model.coded_spec import CodedSpec
+from globe.model.quantization_config import GlobeQuantizationConfig
 
 BANK: dict[str, Any] = {
     "layers": [0],

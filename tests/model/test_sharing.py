@@ -12,9 +12,10 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from globe import set_compose_cache
-from globe.model import bank_module, experts_layout
+from globe.model import bank_module
 from globe.model.bank_module import Bank, BankUse
 from globe.model.compose_cache import split_whole
+from globe.model.expert_modules import experts_layout
 from globe.model.experts import GlobeExperts, factorise
 from globe.model.names import is_factor
 from globe.model.sharing import is_cheaper

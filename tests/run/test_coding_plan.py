@@ -13,15 +13,9 @@ import torch
 from globe import CompressConfig, SettingsError
 from globe.experts.coding import damped
 from globe.run import coding as coding_module
-from globe.run.coding import (
-    check_reach,
-    code_family,
-    measured_sensitivities,
-    plan_coding,
-    plan_from_json,
-    plan_to_json,
-)
+from globe.run.coding import code_family, measured_sensitivities, plan_coding, plan_from_json, plan_to_json
 from globe.run.job import Job, make_job
+from globe.run.outline import check_reach
 from globe.run.records import as_json
 from globe.terms import FAMILIES
 from tests.coded import ALONE, LAYERS, D, E, P, rewrite, write_source

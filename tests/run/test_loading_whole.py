@@ -27,7 +27,8 @@ from globe.errors import CheckpointError, UnsupportedModelError
 from globe.measure.samples import sample_windows
 from globe.measure.sensitivity import random_windows
 from globe.model.configuration import expert_layers
-from globe.model.loading import check_weights, empty_language_model, empty_model, load, open_source
+from globe.model.loading import check_weights, empty_language_model, empty_model, load
+from globe.model.source import open_source
 from tests.conformance.families import COMPOSITES, SETTINGS
 from tests.conformance.quantise import write_quantised
 from tests.conformance.tiny import Case, auto_class, logits, write

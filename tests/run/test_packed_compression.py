@@ -17,11 +17,14 @@ from globe import CompressConfig, SettingsError, UnsupportedModelError, compress
 from globe.checkpoint.card import CARD
 from globe.checkpoint.manifest import verify_files
 from globe.checkpoint.reader import open_checkpoint
-from globe.measure.reference import is_compressed, source_reference
+from globe.checkpoint.report import is_compressed
+from globe.measure.reference import source_reference
 from globe.measure.sensitivity import Sensitivities
-from globe.model.loading import load, open_source
+from globe.model.loading import load
+from globe.model.source import open_source
 from globe.report.page import render
-from globe.run.job import make_job, outline
+from globe.run.job import make_job
+from globe.run.outline import outline
 from globe.run.rounding import RoundingPlan, plan_rounding
 from globe.run.size import bits_to_fit, compress_within
 from globe.terms import FAMILIES

@@ -16,7 +16,7 @@ from globe.checkpoint.manifest import verify_files
 from globe.checkpoint.reader import open_checkpoint
 from globe.cli.main import main
 from globe.run import prepare as prepare_module
-from globe.run.job import outline
+from globe.run.outline import outline
 from globe.run.size import bits_to_fit, compress_within, least_bits
 from globe.units import read_size
 from tests.coded import ALONE, write_source
