@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from globe.run.observer import Observer
     from globe.run.outlook import Outlook, inspect
     from globe.run.size import compress_within
+    from globe.run.while_loading import GlobeConfig
     from globe.sweeps.settings import SweepConfig
     from globe.sweeps.sweep import SweepResult, sweep
     from globe.train.config import FitConfig
@@ -51,6 +52,7 @@ __all__ = [
     "Factors",
     "FitConfig",
     "FitResult",
+    "GlobeConfig",
     "GlobeError",
     "GlobeQuantizationConfig",
     "Observer",
@@ -98,6 +100,7 @@ _ROOMS = {
     "run.observer": ("Observer",),
     "run.outlook": ("Outlook", "inspect"),
     "run.size": ("compress_within",),
+    "run.while_loading": ("GlobeConfig",),
     "sweeps.settings": ("SweepConfig",),
     "sweeps.sweep": ("SweepResult", "sweep"),
     "train.config": ("FitConfig",),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import abc
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -17,6 +20,14 @@ from globe.model.coded_spec import CodedSpec
 from globe.typed import shown
 
 FORMAT_VERSION = 2
+
+
+class CompressingConfig(QuantizationConfigMixin, abc.ABC):
+    """What a dense model is loaded with that is to be compressed first."""
+
+    @abc.abstractmethod
+    def compressed(self, source: Path) -> AbstractContextManager[Path]:
+        """The folder of the compressed model, given that of the dense one; there until the model is loaded."""
 
 
 class GlobeQuantizationConfig(QuantizationConfigMixin):

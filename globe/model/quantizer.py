@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from transformers.quantizers.base import HfQuantizer
 
 from globe.checkpoint.manifest import MANIFEST
+from globe.checkpoint.reader import open_checkpoint
 from globe.errors import CheckpointError, SettingsError
 from globe.model.autoload import save_with_autoload, save_without_autoload, write_autoload
 from globe.model.bank_module import Bank, BankUse
@@ -33,7 +35,8 @@ from globe.model.factor_check import (
     check_run,
 )
 from globe.model.names import BANKS, DENSE_PARAMETER, is_factor, tripwire_tensor
-from globe.model.quantization_config import GlobeQuantizationConfig
+from globe.model.quantization_config import CompressingConfig, GlobeQuantizationConfig, read_section
+from globe.typed import shown
 
 _FACTOR_STYLES = {"moe_tp_experts": "colwise", "ep_dispatch_experts": "grouped_gemm"}
 """How to shard (E, P, …) factors where the plan has the experts: their P for tensor, their E for expert parallelism."""
@@ -42,24 +45,39 @@ _FACTOR_STYLES = {"moe_tp_experts": "colwise", "ep_dispatch_experts": "grouped_g
 class GlobeQuantizer(HfQuantizer):
     """Gives a model on the meta device factorised experts before its weights load, and guards what is loaded.
 
-    One instance serves one model.
+    A dense model is compressed first where it is loaded with a `CompressingConfig`: between building the model and
+    loading its weights, the files to load become those of the output. One instance serves one model.
     """
 
     quantization_config: GlobeQuantizationConfig
 
-    def __init__(self, quantization_config: GlobeQuantizationConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: GlobeQuantizationConfig | CompressingConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        if not self.pre_quantized:
+        self._compressing = quantization_config if isinstance(quantization_config, CompressingConfig) else None
+        if self._compressing is None and not self.pre_quantized:
             raise SettingsError(
-                "a dense model cannot be compressed while it loads; run `globe compress` and load its output"
+                "a dense model is compressed while loading by globe.GlobeConfig; or load what `globe compress` wrote"
             )
+        self._was_dense = not self.pre_quantized
+        self._loading = contextlib.ExitStack()  # closed when weights are loaded
         self._files: list[str] = []
         self._tripwire = ""
         self.save_directory: Path | None = None  # of the save under way, where this process writes
 
+    def update_device_map(self, device_map: dict[str, Any] | str | None) -> dict[str, Any] | str | None:
+        if self._compressing is not None and (isinstance(device_map, str) or len(set((device_map or {}).values())) > 1):
+            raise SettingsError(
+                f"device_map {shown(device_map)} may spread a model that is compressed while it loads over several "
+                "places: name one, or give the output's folder to from_pretrained with this device_map"
+            )
+        return device_map
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> PreTrainedModel:
+        if self._compressing is not None:  # when the model is built: until then tensors are made on the meta device
+            self._files = checkpoint_files or []
+            return model
         experts = {found.layer: found for found in find_experts(model)}
         config = self.quantization_config
         named = [(f"bank {bank.name}", bank.layers) for bank in config.banks]
@@ -109,6 +127,8 @@ class GlobeQuantizer(HfQuantizer):
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel
     ) -> list[WeightTransform]:
         """Called last before weights load: all that can be checked is known."""
+        if self._compressing is not None:
+            self._compress_first(self._compressing, model)
         if self._files:
             check_run(self._files, self.quantization_config.run)
             check_factors_in_files(model, self._files, weight_conversions)
@@ -118,8 +138,20 @@ class GlobeQuantizer(HfQuantizer):
         keep_tripwire.rename_source_key(self._tripwire)
         return [*super().update_weight_conversions(weight_conversions, model), keep_tripwire]
 
+    def _compress_first(self, config: CompressingConfig, model: PreTrainedModel) -> None:
+        """Put the compressed model in the place of the dense one, in the list of files that is then loaded."""
+        files = self._files
+        if not files or not files[0].endswith(".safetensors"):
+            raise SettingsError("a model is compressed while it loads from its folder or Hub id, in safetensors alone")
+        checkpoint = open_checkpoint(self._loading.enter_context(config.compressed(Path(files[0]).parent)))
+        files[:] = [str(checkpoint.shard_path(shard)) for shard in checkpoint.shards]
+        self.quantization_config, self._compressing, self.pre_quantized = read_section(checkpoint), None, True
+        model.config.quantization_config = self.quantization_config
+        self.preprocess_model(model, checkpoint_files=files)
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        if not self._files:
+        self._loading.close()
+        if self._was_dense or not self._files:
             check_factors_loaded(model)
         check_finite_factors(model)
         check_coded(model)
