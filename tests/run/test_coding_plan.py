@@ -12,7 +12,7 @@ import torch
 
 from globe import CompressConfig, SettingsError
 from globe.experts.coding import damped
-from globe.run import coding as coding_module
+from globe.run import outline as outline_module
 from globe.run.coding import code_family, measured_sensitivities, plan_coding, plan_from_json, plan_to_json
 from globe.run.job import Job, make_job
 from globe.run.outline import check_reach
@@ -107,7 +107,7 @@ def test_bits_below_widths_and_scales_are_out_of_reach(source: Path, monkeypatch
     job = make_job(source, dataclasses.replace(ALONE, bits=2))
     check_reach(job)
     more = E * P * D // 4 + 1  # than two bits a weight
-    monkeypatch.setattr(coding_module, "_least_side_bytes", lambda *_: more)
+    monkeypatch.setattr(outline_module, "_least_side_bytes", lambda *_: more)
     with pytest.raises(SettingsError, match=r"bits 2 is out of reach: .* take 2\.00 bits a weight"):
         check_reach(job)
 
