@@ -66,6 +66,11 @@ class Checkpoint:
         return self
 
     @property
+    def is_composed(self) -> bool:
+        """Whether the experts of a layer are made together, and kept, when one of them is read."""
+        return False
+
+    @property
     def loaded_bytes(self) -> int:
         """Of its tensors in memory, in the dtypes that they are stored in."""
         return sum(tensor.nbytes for tensor in self.tensors.values())

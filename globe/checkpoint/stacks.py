@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -92,5 +93,6 @@ def _fuse(layer: ExpertLayer, gate: Tensor, up: Tensor) -> Tensor:
     return torch.cat([both, both.new_zeros(layer.num_unused, *both.shape[1:])]) if layer.num_unused else both
 
 
+@functools.lru_cache(maxsize=1)
 def _places(layer: ExpertLayer) -> dict[str, tuple[Family, int]]:
     return {name: (family, expert) for family in FAMILIES for expert, name in enumerate(source_names(layer, family))}

@@ -70,7 +70,7 @@ def find_place(checkpoint: Checkpoint, device: str, itemsize: int | None = None,
 
 def bytes_at_once(checkpoint: Checkpoint) -> int:
     """Of a model that is run a layer at a time: all outside of its layers, the largest of these as often as it is there
-    at once, and of its experts one, or all where they are dequantised together."""
+    at once, and of its experts one, or all where they are dequantised or composed together."""
     layers, together = Counter[str](), Counter[str]()
     outside = largest = 0
     for tensor in checkpoint.tensors.values():
@@ -79,6 +79,7 @@ def bytes_at_once(checkpoint: Checkpoint) -> int:
             is_stack = len(tensor.shape) > 2
             largest = max(largest, wide // tensor.shape[0] if is_stack else wide)
             together[layer] += tensor.nbytes if is_stack and not checkpoint.stored_plainly else 0
+            together[layer] += wide if checkpoint.is_composed else 0
         elif layer:
             layers[layer] += wide
         else:

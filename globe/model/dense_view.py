@@ -52,6 +52,11 @@ class DenseView(Checkpoint):
         return self.compressed
 
     @property
+    def is_composed(self) -> bool:
+        """Those in GloBE's own format."""
+        return self.loads_packed
+
+    @property
     def loaded_bytes(self) -> int:
         """Of its tensors, or of what they are composed from, when they are loaded."""
         return self.compressed.loaded_bytes if self.loads_packed else super().loaded_bytes

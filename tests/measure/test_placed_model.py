@@ -14,9 +14,10 @@ from globe.checkpoint.reader import open_checkpoint
 from globe.cli.main import main
 from globe.measure import runnable
 from globe.measure.placed_model import place_model
+from globe.measure.runnable import bytes_at_once
 from globe.model.dense_view import dense_view
 from globe.quant.coded import CodedExperts
-from tests.coded import ALONE, LAYERS, write_source
+from tests.coded import ALONE, LAYERS, D, E, P, write_source
 from tests.tiny_sources import write_tokenizer
 
 BANKS = CompressConfig(keep=0.7, steps=2, calibrate="none", allocation="uniform")
@@ -87,6 +88,12 @@ def test_what_counts_is_the_memory_that_it_takes_as_it_is_stored(models: Path, m
         f"the model takes {size['coded'] / 1000:.2f} kB to run, over 50%"
         in place_model(models / "coded", "cpu").because
     )
+
+
+def test_a_layer_of_composed_experts_counts_as_a_whole(models: Path) -> None:
+    source, experts = open_checkpoint(models / "source"), 4 * 3 * E * P * D
+    assert bytes_at_once(dense_view(open_checkpoint(models / "coded"))) == bytes_at_once(source) + experts
+    assert bytes_at_once(dense_view(open_checkpoint(models / "packed"))) == bytes_at_once(source)
 
 
 def test_a_gpu_that_is_too_small_has_a_layer_of_it_at_a_time(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
