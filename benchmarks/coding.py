@@ -23,6 +23,7 @@ from benchmarks.record import RESULTS, write_record
 from benchmarks.tables import Column, print_table
 from globe.experts.coding import CodingProblem
 from globe.quant.feedback import order_inputs
+from globe.quant.outputs import fit_outputs
 from globe.quant.water_fill import water_fill
 
 COLUMNS = (
@@ -68,7 +69,8 @@ def problem(shape: tuple[int, int, int], seed: int) -> CodingProblem:
     C = half @ half.mT
     C = C / C.diagonal().mean() + 0.05 * torch.eye(N)
     importance = torch.where(torch.arange(E) % 2 == 0, 1.0, 0.1) / (N * K)
-    return CodingProblem(X, order_inputs(C[None]), importance[:, None].expand(E, K), C, 1.0)
+    of_outputs = importance[:, None].expand(E, K)
+    return CodingProblem(X, order_inputs(C[None]), of_outputs, C, 1.0, fit_outputs(X.square().mean(1), N, of_outputs))
 
 
 def limit(costs: Tensor, bits: float) -> float:

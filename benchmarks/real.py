@@ -246,7 +246,7 @@ def globe_row(config: RealConfig, model: str | Path, judge: Judge, method: str, 
         seed=config.seed,
     )
     without = {
-        BANKLESS: mock.patch("globe.experts.coding.share_bank", return_value=None),
+        BANKLESS: mock.patch("globe.run.coding.ExpertFamily.find_bank", return_value=None),
         UNCOMPENSATED: mock.patch("globe.run.compress.begin_compensation", return_value=(None, "it is left out")),
     }
     with tempfile.TemporaryDirectory() as folder:

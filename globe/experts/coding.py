@@ -26,8 +26,8 @@ from globe.errors import CheckpointError
 from globe.experts.metric import LayerStatistics
 from globe.quant.banked import CodedBank, share_bank
 from globe.quant.coded import CodedExperts, Form, Rehearsal, code_experts, rehearse, row_costs, shared_or_not
-from globe.quant.feedback import Order, order_inputs
-from globe.quant.outputs import Outputs, fit_outputs
+from globe.quant.feedback import Order
+from globe.quant.outputs import Outputs
 from globe.quant.side import LONG_ROW, SharedCosts, misfit, side_bytes
 from globe.quant.trellis import path_length
 from globe.quant.water_fill import Rows, widths_at
@@ -57,11 +57,8 @@ class CodingProblem:
     """C (N, N) of all experts' inputs together."""
     noise: float
     """The squared error of an output that the sensitivities are of."""
-
-    @functools.cached_property
-    def outputs(self) -> Outputs:
-        """What is done to them before they are coded."""
-        return fit_outputs(self.X, self.importance)
+    outputs: Outputs
+    """What is done to them before they are coded."""
 
     @functools.cached_property
     def mean_squares(self) -> Tensor:
@@ -103,11 +100,8 @@ class CodingProblem:
 
     def bank(self, multiplier: int, num_bases: int | None = None) -> CodedBank | None:
         """What the experts share, if it pays at a multiplier, or as many bases as were found before."""
-        return share_bank(self.X, self.second_moment, self.order, self.importance.mean(1), multiplier, num_bases)
-
-    def without(self, bank: CodedBank | None) -> CodingProblem:
-        """What is left of the experts when the bank's mixtures are taken from them."""
-        return self if bank is None else dataclasses.replace(self, X=self.X - bank.add_to(torch.zeros_like(self.X)))
+        importance, prices = self.importance.mean(1), self.order.prices_by_input()
+        return share_bank(self.X, self.second_moment, prices, importance, multiplier, num_bases)
 
     def rehearsed(self, multiplier: int) -> Rehearsed:
         """With the rows as feedback will make them at about this multiplier."""
@@ -145,44 +139,34 @@ def _rows(costs: Tensor | SharedCosts, num_outputs: int) -> Rows:
     return Rows(costs.total() if isinstance(costs, SharedCosts) else costs, path_length(num_outputs))
 
 
-def coding_problem(
-    checkpoint: Checkpoint,
-    layer: ExpertLayer,
-    family: Family,
-    statistics: LayerStatistics | None,
-    sensitivities: Tensor,
-) -> CodingProblem:
-    """Read the experts of a family of a layer and what is known of them; C is the identity without `statistics`.
-
-    `sensitivities` (E, K), damped (`damped`). Raises as `read_experts` does.
-    """
-    X, noise = read_experts(checkpoint, layer, family)
-    C = second_moments(statistics, family, X.shape[1])
-    importance = sensitivities / noise if noise > 0 else torch.zeros_like(sensitivities)
-    return CodingProblem(X, order_inputs(C), importance, C.mean(0), noise or 1.0)
-
-
-def read_experts(checkpoint: Checkpoint, layer: ExpertLayer, family: Family) -> tuple[Tensor, float]:
-    """X (E, N, K), float32, and the squared error of an output that sensitivities are of: N times their mean square.
+def read_experts(checkpoint: Checkpoint, layer: ExpertLayer, family: Family, experts: slice = slice(None)) -> Tensor:
+    """X (E, N, K), float32, of all experts or some next to each other.
 
     Raises `CheckpointError` naming the tensor that holds NaN or Inf, or the family with weights whose squares would.
     """
-    weights = read_family(checkpoint, layer, family).float()
+    weights = read_family(checkpoint, layer, family, experts).float()
     if (peak := float(weights.abs().max())) > LARGEST_WEIGHT:
         raise CheckpointError(
             f"layer {layer.index} {family} has weights of {peak:.3g}, too large to be coded: mend them, or give --keep"
         )
-    X = weights if family == "down" else weights.mT.contiguous()
-    return X, X.shape[1] * float(X.square().mean())
+    return weights if family == "down" else weights.mT.contiguous()
 
 
-def second_moments(statistics: LayerStatistics | None, family: Family, num_inputs: int) -> Tensor:
-    """C (1 or E, N, N), with a mean diagonal of 1, shrunk towards the identity; the identity where nothing is known."""
+def second_moments(
+    statistics: LayerStatistics | None, family: Family, num_inputs: int, experts: slice = slice(None)
+) -> Tensor:
+    """C (1 or E, N, N), with a mean diagonal of 1, shrunk towards the identity; the identity where nothing is known.
+
+    Those of down are of the experts, of all or some next to each other; those of gate and up of the layer.
+    """
     eye = torch.eye(num_inputs)
     if statistics is None:
         return eye[None]
-    found = statistics.inputs[None] if family != "down" else statistics.inner
-    assert found is not None
+    if family == "down":
+        assert statistics.inner is not None
+        found = statistics.inner[experts]
+    else:
+        found = statistics.inputs[None]
     mean = found.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     scaled = torch.where(mean > 0, found / mean.clamp_min(torch.finfo(mean.dtype).tiny), eye)
     return scaled + SHRINKAGE * eye

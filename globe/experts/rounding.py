@@ -62,5 +62,6 @@ def rounding_problem(
 
     Raises as `read_experts` does.
     """
-    X, noise = read_experts(checkpoint, layer, family)
+    X = read_experts(checkpoint, layer, family)
+    noise = X.shape[1] * float(X.square().mean())
     return RoundingProblem(X, second_moments(statistics, family, X.shape[1]), noise, group_size(layer), scale_dtype)

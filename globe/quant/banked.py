@@ -15,13 +15,14 @@ that share nothing get none.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from globe.quant.coded import CodedExperts, code_own, rehearse
-from globe.quant.feedback import Order, order_inputs
+from globe.quant.feedback import order_inputs
 from globe.quant.outputs import Outputs
 from globe.quant.packing import row_bytes
 from globe.quant.side import side_bytes
@@ -93,12 +94,19 @@ def bits_and_loss(costs: Tensor, multiplier: int) -> Tensor:
 
 
 def share_bank(
-    X: Tensor, second_moment: Tensor, order: Order, importance: Tensor, multiplier: int, num_bases: int | None = None
+    X: Tensor,
+    second_moment: Tensor,
+    prices: Tensor,
+    importance: Tensor,
+    multiplier: int,
+    num_bases: int | None = None,
+    mixed: Callable[[Tensor], Tensor] | None = None,
 ) -> CodedBank | None:
     """The bank that saves most at a log multiplier, coded; None where none pays.
 
-    X (E, N, K), second_moment C (N, N) of all experts' inputs together, importance (E,). 1, 2, 4, … bases are tried as
-    long as they save bits; or the bank has `num_bases`, which were found before.
+    X (E, N, K), second_moment C (N, N) of all experts' inputs together, prices (1 or E, N) of these, importance (E,).
+    1, 2, 4, … bases are tried as long as they save bits; or the bank has `num_bases`, which were found before. Where X
+    has some of the outputs only, `mixed` gives Σ_e m_je X_e (M, N, all outputs) for m (M, E).
     """
     weights = importance.clamp_min(1e-6 * importance.mean()).double()
     if len(X) < 2 or num_bases == 0 or not bool((weights > 0).all()):
@@ -106,7 +114,6 @@ def share_bank(
     roots = weights.sqrt()
     gram = ((second_moment @ X).flatten(1) @ X.flatten(1).mT).double() * roots[:, None] * roots
     vectors = cast(Tensor, torch.linalg.eigh(gram)[1]).flip(1)
-    prices = torch.empty_like(order.prices).scatter_(1, order.inputs, order.prices)
 
     def row_costs(x: Tensor) -> Tensor:
         return log_costs(importance[:, None] * prices * x.square().mean(2))
@@ -114,14 +121,17 @@ def share_bank(
     def fit(count: int) -> _Fitted:
         codes = vectors[:, :count] / roots[:, None]
         codes = (codes / codes.abs().amax(0) * (_LARGEST_CODE / CODE_UNIT)).round().to(torch.int16)
-        bases = _fit_bases(X, codes, weights)
+        bases = _mix(_mixing(codes, weights), X)
         return _Fitted(bases, codes, _widths(X, bases, codes, importance[:, None] * prices, multiplier))
+
+    def whole(fitted: _Fitted) -> _Fitted:
+        return fitted if mixed is None else dataclasses.replace(fitted, bases=mixed(_mixing(fitted.codes, weights)))
 
     def total(rest: Tensor) -> float:
         return float(bits_and_loss(row_costs(rest), multiplier).sum()) * X.shape[2]
 
     if num_bases is not None:
-        return fit(num_bases).coded(second_moment)
+        return whole(fit(num_bases)).coded(second_moment)
     least, best, count = total(X), None, 1
     while count <= min(MOST_BASES, len(X) // 2):
         fitted = fit(count)
@@ -131,7 +141,7 @@ def share_bank(
         found = total(X - bank.add_to(torch.zeros_like(X))) + 8 * bank.num_bytes
         if found >= least:
             break
-        least, best, count = found, bank, 2 * count
+        least, best, count = found, bank if mixed is None else whole(fitted).coded(second_moment), 2 * count
     return best
 
 
@@ -164,12 +174,15 @@ class _Fitted:
         return CodedBank(code_own(self.bases, outputs, order, self.widths, expected)[0], self.codes)
 
 
-def _fit_bases(X: Tensor, codes: Tensor, weights: Tensor) -> Tensor:
-    """B (M, N, K) that minimises Σ_e w_e ‖X_e − Σ_j a_ej B_j‖²."""
+def _mixing(codes: Tensor, weights: Tensor) -> Tensor:
+    """m (M, E) of the bases B_j = Σ_e m_je X_e that minimise Σ_e w_e ‖X_e − Σ_j a_ej B_j‖²."""
     a = codes.double() * CODE_UNIT
     gram = a.mT @ (weights[:, None] * a)
-    mixing = cast(Tensor, torch.linalg.solve(gram, (weights[:, None] * a).mT))
-    return torch.einsum("me,enk->mnk", mixing.to(X), X)
+    return cast(Tensor, torch.linalg.solve(gram, (weights[:, None] * a).mT)).float()
+
+
+def _mix(mixing: Tensor, X: Tensor) -> Tensor:
+    return torch.einsum("me,enk->mnk", mixing, X)
 
 
 def _mixtures(bases: Tensor, codes: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -61,6 +61,15 @@ class CodedExperts:
     """K."""
     outputs: Outputs
     """What was done to them."""
+
+    @classmethod
+    def cat(cls, parts: Sequence[CodedExperts]) -> CodedExperts:
+        """Parts of a family, whose rows have widths and scales of their own, as one; one part as it is."""
+        if len(parts) == 1:
+            return parts[0]
+        sides = [part.side for part in parts if isinstance(part.side, OwnRows)]
+        outputs = Outputs.cat([part.outputs for part in parts])
+        return cls(torch.cat([part.payload for part in parts]), OwnRows.cat(sides), parts[0].num_outputs, outputs)
 
     @property
     def num_bytes(self) -> int:
@@ -126,8 +135,7 @@ def row_costs(mean_squares: Tensor, importance: Tensor, order: Order) -> Tensor:
 
     `mean_squares` are the rows' own to begin with and those of a rehearsal once there are widths.
     """
-    prices = torch.empty_like(order.prices).scatter_(1, order.inputs, order.prices)
-    return log_costs(importance[:, None] * prices * mean_squares)
+    return log_costs(importance[:, None] * order.prices_by_input() * mean_squares)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,6 +41,10 @@ class Order:
         """The inverse of `sort`."""
         return torch.empty_like(x).scatter_(1, self._index(x), x)
 
+    def prices_by_input(self) -> Tensor:
+        """(S, N), in the order of the inputs themselves."""
+        return torch.empty_like(self.prices).scatter_(1, self.inputs, self.prices)
+
     def _index(self, x: Tensor) -> Tensor:
         index = self.inputs.view(*self.inputs.shape, *([1] * (x.dim() - 2)))
         return index.expand(x.shape)

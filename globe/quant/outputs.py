@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -53,6 +54,12 @@ class Outputs:
 
     def __getitem__(self, experts: Tensor) -> Outputs:
         return Outputs(None if self.exponents is None else self.exponents[experts])
+
+    @classmethod
+    def cat(cls, parts: Sequence[Outputs]) -> Outputs:
+        """Those of experts one after the other, which are all scaled or none."""
+        found = [part.exponents for part in parts if part.exponents is not None]
+        return cls(torch.cat(found) if found else None)
 
     def apply(self, X: Tensor) -> Tensor:
         """The rows of X (E, N, K) as they are coded; a new tensor."""
@@ -100,9 +107,10 @@ class Outputs:
         return scales(STEP * self.exponents.int())
 
 
-def fit_outputs(X: Tensor, weights: Tensor) -> Outputs:
-    """The scales that suit X (E, N, K) whose errors cost weights (E, K), or none where they do not pay."""
-    mean_squares, weights = X.square().mean(1).double(), weights.double()  # their ratios can be beyond float32
+def fit_outputs(mean_squares: Tensor, num_inputs: int, weights: Tensor) -> Outputs:
+    """The scales that suit outputs with these mean squares (E, K) over so many inputs, whose errors cost weights
+    (E, K), or none where they do not pay."""
+    mean_squares, weights = mean_squares.double(), weights.double()  # their ratios can be beyond float32
     known = (mean_squares > 0) & (weights > 0)
     wanted = torch.where(known, 0.5 * (weights.log2() - mean_squares.log2()), 0.0)  # log₂ d²
     wanted = wanted - (wanted.sum(1) / known.sum(1).clamp_min(1))[:, None]
@@ -111,7 +119,7 @@ def fit_outputs(X: Tensor, weights: Tensor) -> Outputs:
     without = weights.mean(1) * mean_squares.mean(1)
     with_ = (weights / squares).mean(1) * (squares * mean_squares).mean(1)
     saved = 0.5 * torch.where(without > 0, without / with_, 1.0).log2().mean()
-    pays = float(saved) > WORTH * 8 / X.shape[1]
+    pays = float(saved) > WORTH * 8 / num_inputs
     return Outputs(exponents.to(torch.int8) if pays else None)
 
 

@@ -68,6 +68,11 @@ class OwnRows:
         """Stored."""
         return side_bytes(*self.scales.shape, is_shared=False)
 
+    @classmethod
+    def cat(cls, parts: Sequence[OwnRows]) -> OwnRows:
+        """Those of experts one after the other."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(cls)))
+
     def __getitem__(self, experts: Tensor) -> OwnRows:
         return OwnRows(self.packed_widths[experts], self.scales[experts], self.bases[experts])
 

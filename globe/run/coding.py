@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from globe.bank_shape import sides
 from globe.checkpoint.report import CodedReport
-from globe.experts.coding import CodingProblem, coding_problem, damped
+from globe.experts.coding import damped
+from globe.experts.family import MOST_WEIGHTS, ExpertFamily, joined
 from globe.experts.metric import LayerStatistics
 from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.measure.compensate import Correction
@@ -25,6 +27,7 @@ from globe.measure.sensitivity import Sensitivities
 from globe.model.coded_spec import CodedSpec, spec_of
 from globe.plan.budget import Bits
 from globe.quant.banked import BankedExperts, CodedBank
+from globe.quant.coded import CodedExperts
 from globe.quant.trellis import MAX_WIDTH
 from globe.quant.water_fill import Rows, water_fill
 from globe.run.job import Job
@@ -33,7 +36,7 @@ from globe.run.ranks import ALONE, Ranks
 from globe.terms import Family
 
 _Key = tuple[int, Family]
-_Problem = Callable[[int, Family], CodingProblem]
+_FamilyOf = Callable[[int, Family], ExpertFamily]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,16 +119,16 @@ def plan_coding(
             raise out_of_reach(asked, 8 * other_bytes / original)
         return budget - other_bytes
 
-    keys, problem = [*importance], functools.partial(_problem, job, statistics, importance)
-    rows_and_side = functools.partial(_rows_and_side, problem)
+    keys, family_of = [*importance], functools.partial(_family, job, statistics, importance)
+    rows_and_side = functools.partial(_rows_and_side, family_of)
     rows, sides = zip(*ranks.map(rows_and_side, keys, [None] * len(keys)), strict=True)
     first = second = water_fill(rows, payload(sum(sides))).multiplier
-    banks = ranks.map(functools.partial(_bank, problem, first), keys)
+    banks = ranks.map(functools.partial(_bank, family_of, first), keys)
     if in_banks := sum(bank.num_bytes for bank in banks if bank is not None):
         rows, sides = zip(*ranks.map(rows_and_side, keys, banks), strict=True)
         second = water_fill(rows, payload(sum(sides) + in_banks)).multiplier
     costs = [sensitivities[key] for key in keys]
-    rehearsals = ranks.map(functools.partial(_rehearsed, problem, second), keys, banks, costs)
+    rehearsals = ranks.map(functools.partial(_rehearsed, family_of, second), keys, banks, costs)
     filled = water_fill([each for each, _ in rehearsals], payload(sum(sides) + in_banks))
     lost = sum(each.loss(stake, filled.multiplier) for each, stake in rehearsals)
     num_bases = {key: 0 if bank is None else bank.codes.shape[1] for key, bank in zip(keys, banks, strict=True)}
@@ -137,25 +140,30 @@ _exhausted = explained_exhaustion("planning", FITS_EXHAUSTED)
 
 
 @_exhausted
-def _rows_and_side(problem: _Problem, key: _Key, bank: CodedBank | None) -> tuple[Rows, int]:
-    """What of a problem is to be shared out when the bank's mixtures are taken from it, and the bytes of what is stored
+def _rows_and_side(family_of: _FamilyOf, key: _Key, bank: CodedBank | None) -> tuple[Rows, int]:
+    """What of a family is to be shared out when the bank's mixtures are taken from it, and the bytes of what is stored
     beside that."""
-    left = problem(*key).without(bank)
-    return left.rows(), left.side_bytes
+    left = family_of(*key).without(bank)
+    rows, side_bytes = zip(*((each.rows(), each.side_bytes) for each in left.problems()), strict=True)
+    return joined(rows), sum(side_bytes)
 
 
 @_exhausted
-def _bank(problem: _Problem, multiplier: int, key: _Key) -> CodedBank | None:
-    return problem(*key).bank(multiplier)
+def _bank(family_of: _FamilyOf, multiplier: int, key: _Key) -> CodedBank | None:
+    return family_of(*key).find_bank(multiplier)
 
 
 @_exhausted
 def _rehearsed(
-    problem: _Problem, multiplier: int, key: _Key, bank: CodedBank | None, sensitivities: Tensor
+    family_of: _FamilyOf, multiplier: int, key: _Key, bank: CodedBank | None, sensitivities: Tensor
 ) -> tuple[Rows, Tensor]:
     """What is to be shared out in the end, and what leaving it out costs."""
-    rehearsed = problem(*key).without(bank).rehearsed(multiplier)
-    return rehearsed.rows(), rehearsed.stakes(sensitivities)
+    left, rows, stakes = family_of(*key).without(bank), list[Rows](), list[Tensor]()
+    for part, problem in zip(left.parts, left.problems(), strict=True):
+        rehearsed = problem.rehearsed(multiplier)
+        rows.append(rehearsed.rows())
+        stakes.append(rehearsed.stakes(sensitivities[part]))
+    return joined(rows), torch.cat(stakes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,9 +177,9 @@ class CodedFamily:
     report: CodedReport
     """How it went."""
 
-    def matrices(self) -> Tensor:
-        """What it decodes to, (E, P, D)."""
-        return matrices(self.spec.family, self.experts)
+    def matrices(self, dtype: torch.dtype) -> Tensor:
+        """What it decodes to, (E, P, D), rounded to a dtype."""
+        return matrices(self.spec.family, self.experts, dtype)
 
 
 def code_family(
@@ -185,26 +193,27 @@ def code_family(
 ) -> CodedFamily:
     """Code a family of a layer, with a correction in place of what it is."""
     began = time.monotonic()
-    whole = _problem(job, statistics, damped(sensitivities), index, family)
-    bank = whole.bank(plan.multipliers[0], plan.num_bases[index, family])
-    problem = whole.without(bank)
-    rest, decoded = problem.rehearsed(plan.multipliers[1]).code(
-        plan.multipliers[2], None if correction is None else correction.down
-    )
-    coded = BankedExperts(rest, bank)
-    missed = torch.stack([(x - y).double().square().sum() for x, y in zip(problem.X, decoded, strict=True)])
-    energies = torch.stack([x.double().square().sum() for x in whole.X])
-    widths = rest.side.widths()
+    whole = _family(job, statistics, damped(sensitivities), index, family)
+    bank = whole.find_bank(plan.multipliers[0], plan.num_bases[index, family])
+    left, parts, errors, energies = whole.without(bank), list[CodedExperts](), list[Tensor](), list[Tensor]()
+    for part, problem in zip(left.parts, left.problems(), strict=True):
+        energies.append(_energies(whole.read(part)))
+        added = None if correction is None else correction.down[part].float()
+        coded_part, decoded = problem.rehearsed(plan.multipliers[1]).code(plan.multipliers[2], added)
+        parts.append(coded_part)
+        errors.append(_energies(decoded.sub_(problem.X)))
+    rest, missed, energy = CodedExperts.cat(parts), torch.cat(errors), torch.cat(energies)
+    coded, widths = BankedExperts(rest, bank), rest.side.widths()
     report = CodedReport(
         index,
         family,
-        whole.X.numel(),
+        math.prod(widths.shape) * rest.num_outputs,
         coded.num_bytes,
         0 if bank is None else bank.codes.shape[1],
         0 if bank is None else bank.num_bytes,
         time.monotonic() - began,
-        float((missed.sum() / energies.sum()).sqrt()) if energies.sum() > 0 else 0.0,
-        torch.where(missed > 0, (missed / energies).sqrt(), 0.0).tolist(),
+        float((missed.sum() / energy.sum()).sqrt()) if energy.sum() > 0 else 0.0,
+        torch.where(missed > 0, (missed / energy).sqrt(), 0.0).tolist(),
         [float(f"{bits:.4g}") for bits in (widths.double().mean(1) / 2).tolist()],
         torch.bincount(widths.flatten().int(), minlength=MAX_WIDTH + 1).tolist(),
         None if correction is None else correction.share,
@@ -212,18 +221,26 @@ def code_family(
     return CodedFamily(spec_of(index, family, coded), coded, report)
 
 
-def matrices(family: Family, coded: BankedExperts) -> Tensor:
-    """What coded experts decode to, (E, P, D)."""
-    decoded = coded.decode()
-    return decoded if family == "down" else decoded.mT
+def matrices(family: Family, coded: BankedExperts, dtype: torch.dtype) -> Tensor:
+    """What coded experts decode to, (E, P, D), rounded to a dtype."""
+    E, N = coded.rest.side.widths().shape
+    K = coded.rest.num_outputs
+    found = torch.empty(E, N, K, dtype=dtype)
+    for some in torch.arange(E).split(max(1, MOST_WEIGHTS // (N * K))):
+        found[some] = coded.decode(some).to(dtype)
+    return found if family == "down" else found.mT
 
 
-def _problem(
+def _energies(X: Tensor) -> Tensor:
+    return torch.stack([x.double().square().sum() for x in X])
+
+
+def _family(
     job: Job,
     statistics: Mapping[int, LayerStatistics] | None,
     importance: Mapping[tuple[int, Family], Tensor],
     index: int,
     family: Family,
-) -> CodingProblem:
+) -> ExpertFamily:
     own = None if statistics is None else statistics[index]
-    return coding_problem(job.checkpoint, job.layers[index], family, own, importance[index, family])
+    return ExpertFamily(job.checkpoint, job.layers[index], family, own, importance[index, family])

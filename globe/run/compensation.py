@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from globe.checkpoint.header import TORCH_DTYPES
 from globe.errors import UnsupportedModelError
 from globe.measure.compensate import Compensation
 from globe.measure.runnable import find_place
@@ -30,6 +31,7 @@ class LayersInOrder:
         """`layers` are those to be coded."""
         self.compensation = compensation
         self._layers, self._ranks, self._families = layers, ranks, job.config.families
+        self._sizes = job.layers
         calibration = preparation.calibration
         known = job, preparation.coding, calibration.statistics, calibration.sensitivities
         self._code = functools.partial(code_family, *known)
@@ -40,9 +42,10 @@ class LayersInOrder:
         if index not in self._ahead:
             self._code_ahead(self._layers.index(index))
         began, found = time.monotonic(), self._ahead.pop(index)
-        correction = self.compensation.correction(index, {each.spec.family: each.matrices() for each in found})
+        dtype = TORCH_DTYPES[self._sizes[index].dtype]
+        correction = self.compensation.correction(index, {each.spec.family: each.matrices(dtype) for each in found})
         found.append(self._code(index, "down", correction))
-        self.compensation.go_through(index, {each.spec.family: each.matrices() for each in found})
+        self.compensation.go_through(index, {each.spec.family: each.matrices(dtype) for each in found})
         report = dataclasses.replace(found[-1].report, seconds=time.monotonic() - began)
         return [*found[:-1], dataclasses.replace(found[-1], report=report)]
 

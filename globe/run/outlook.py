@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from globe.checkpoint.header import TORCH_DTYPES
+from globe.checkpoint.layout import ExpertLayer
+from globe.experts.family import MOST_WEIGHTS
 from globe.machine.memory import total_memory
 from globe.measure.runnable import Place, bytes_at_once, find_place
 from globe.measure.runs import is_compensated, wants_sensitivities, windows_seen
@@ -142,7 +145,9 @@ def look_ahead(outline: Outline, output: Path | None = None, ranks: Ranks = ALON
     else:
         needed = 4 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()) + sum(statistics)
         needed = max(needed, bytes_at_once(checkpoint) + _states(outline, place))
-    each = max(statistics) * runs + 4 * (_COPIES_CODED if config.is_coded else _COPIES_FITTED) * _widest(outline)
+    working = ranks.num_here * (max(statistics) * runs + _worked_on(outline))
+    if runs and is_compensated(config):
+        working += _states(outline, place)
     available, bound = total_memory("cpu")
     return Outlook(
         outline.source,
@@ -152,7 +157,7 @@ def look_ahead(outline: Outline, output: Path | None = None, ranks: Ranks = ALON
         at_a_time,
         outline.predicted_bytes(outline.scopes),
         free,
-        ranks.num_here * _PROCESS + max(needed * runs, ranks.num_here * each),
+        ranks.num_here * _PROCESS + max(needed * runs, working),
         available,
         bound,
         functools.partial(_foresee, outline, place if measured else Place(None, None), ranks.size),
@@ -185,14 +190,23 @@ def _states(outline: Outline, place: Place) -> int:
     return 4 * windows * length * width * (5 if is_compensated(outline.config) else 2)
 
 
-def _widest(outline: Outline) -> int:
-    """Weights of the experts that are worked on at once."""
-    at_once = [scope.layers[:1] if outline.config.stream else scope.layers for scope in outline.scopes]
-    weights = [
-        sum(layer.num_experts * layer.intermediate_size * layer.hidden_size for layer in held)
-        for held in ([outline.layers[index] for index in layers] for layers in at_once)
-    ]
-    return max(weights) * (1 if outline.config.is_coded else len(outline.config.families))
+def _worked_on(outline: Outline) -> int:
+    """Bytes of the experts that a process works on at once: all of a scope that are fitted together, or a part of a
+    family that is coded, beside what is to be added to it, or the families of a layer that are coded before it."""
+    config, sizes = outline.config, outline.layers
+    if not config.is_coded:
+        at_once = [scope.layers[:1] if config.stream else scope.layers for scope in outline.scopes]
+        most = max(sum(_weights(sizes[index]) for index in layers) for layers in at_once)
+        return 4 * _COPIES_FITTED * most * len(config.families)
+    weights, itemsize = max((_weights(each), TORCH_DTYPES[each.dtype].itemsize) for each in sizes.values())
+    part = 4 * _COPIES_CODED * (weights if config.is_packed else math.ceil(weights / math.ceil(weights / MOST_WEIGHTS)))
+    stack = itemsize * weights * is_compensated(config)
+    return max(part + stack, len(config.families) * stack)
+
+
+def _weights(layer: ExpertLayer) -> int:
+    """Of a family."""
+    return layer.num_experts * layer.intermediate_size * layer.hidden_size
 
 
 def _statistics(outline: Outline) -> list[int]:

@@ -32,6 +32,7 @@ from globe.model.expert_run import run_experts
 from globe.model.experts import usual_gate
 from globe.plan.budget import Bits
 from globe.quant.feedback import BLOCK, order_inputs
+from globe.quant.outputs import fit_outputs
 from globe.quant.water_fill import water_fill
 from globe.run.outline import PLANNING_PASSES, Outline
 from globe.terms import FAMILIES
@@ -275,7 +276,8 @@ def _code(budget: Bits, E: int, N: int, K: int) -> None:
     """Plan and code normal experts."""
     generator = torch.Generator().manual_seed(0)
     X, C = torch.randn(E, N, K, generator=generator), torch.eye(N)
-    problem = CodingProblem(X, order_inputs(C[None]), torch.ones(E, K), C, float(N))
+    outputs = fit_outputs(X.square().mean(1), N, torch.ones(E, K))
+    problem = CodingProblem(X, order_inputs(C[None]), torch.ones(E, K), C, float(N), outputs)
     multiplier = water_fill([problem.rows()], budget.num_bytes(X.numel())).multiplier
     problem.bank(multiplier)
     for _ in range(_READ - 2):

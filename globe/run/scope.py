@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from globe.bank_shape import sides
+from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.report import BankReport, CodedReport
 from globe.checkpoint.stacks import read_family
 from globe.checkpoint.writer import (
@@ -118,7 +119,7 @@ def follow(job: Job, preparation: Preparation, folder: RunFolder, number: int, c
                 N, K = sides(layer, spec.family)
                 shapes = spec.shapes((layer.num_experts, N, K))
                 parts = {part: tensors.get_tensor(job.names.coded(index, spec.family, part)) for part in shapes}
-                done[spec.family] = matrices(spec.family, spec.experts(parts, K))
+                done[spec.family] = matrices(spec.family, spec.experts(parts, K), TORCH_DTYPES[layer.dtype])
             compensation.go_through(index, done)
 
 

@@ -14,12 +14,14 @@ from torch import Tensor
 from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.experts import coding
-from globe.experts.coding import POWER, SHARE_OF_MEAN, SHRINKAGE, CodingProblem, coding_problem, damped
+from globe.experts.coding import POWER, SHARE_OF_MEAN, SHRINKAGE, CodingProblem, damped
+from globe.experts.family import ExpertFamily
 from globe.experts.metric import LayerStatistics
 from globe.measure.calibrate import calibrate
 from globe.model.configuration import expert_layers
 from globe.model.expert_modules import find_experts
 from globe.quant.feedback import order_inputs
+from globe.quant.outputs import Outputs
 from globe.quant.side import SharedCosts, side_bytes
 from globe.quant.trellis import LOG_STATES
 from globe.quant.water_fill import LEAST_MULTIPLIER, UNIT, widths_at
@@ -53,6 +55,13 @@ def statistics(**changes: Any) -> LayerStatistics:
         "inner": moments.float(),
     }
     return LayerStatistics(**settings | changes)
+
+
+def coding_problem(*given: Any) -> CodingProblem:
+    """Of all experts."""
+    whole = ExpertFamily(*given)
+    (part,) = whole.parts
+    return whole.problem(part)
 
 
 def stored(checkpoint: Checkpoint, expert: int, family: str) -> Tensor:
@@ -254,7 +263,7 @@ def stack(num_experts: int, num_inputs: int, num_outputs: int, spread: float) ->
     X = normal(num_experts, num_inputs, num_outputs) * sizes.exp2()
     C = second_moment(num_inputs).float()
     importance = torch.ones(num_experts, num_outputs)
-    return CodingProblem(X.float(), order_inputs(C[None]), importance, C, 1.0)
+    return CodingProblem(X.float(), order_inputs(C[None]), importance, C, 1.0, Outputs())
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_all_parts_are_counted_and_looked_at() -> None:
 @pytest.mark.parametrize("num_shared", [1, 2])
 def test_what_is_shared_is_found(num_shared: int) -> None:
     X, C, order, importance = problem(num_shared)
-    bank = share_bank(X, C, order, importance, MULTIPLIER)
+    bank = share_bank(X, C, order.prices_by_input(), importance, MULTIPLIER)
     assert bank is not None
     assert bank.codes.shape == (E, num_shared)
     assert bank.bases.is_sound()
@@ -85,7 +85,7 @@ def test_what_is_shared_is_found(num_shared: int) -> None:
     assert float(left.norm() / X.norm()) < 0.1
     whole, rest = (bits_and_loss(row_costs(x.square().mean(2), importance, order), MULTIPLIER) for x in (X, left))
     assert float(rest.sum()) * K + 8 * bank.num_bytes < 0.7 * float(whole.sum()) * K
-    again = share_bank(X, C, order, importance, MULTIPLIER, num_shared)
+    again = share_bank(X, C, order.prices_by_input(), importance, MULTIPLIER, num_shared)
     assert again is not None
     assert torch.equal(again.bases.payload, bank.bases.payload)
     assert torch.equal(again.codes, bank.codes)
@@ -102,11 +102,11 @@ def test_experts_that_share_nothing_have_no_bank(monkeypatch: pytest.MonkeyPatch
     X, C, order, importance = problem(0)
     with monkeypatch.context() as patch:
         patch.setattr(banked, "code_own", None)  # bases that cannot pay are not coded
-        assert share_bank(X, C, order, importance, MULTIPLIER) is None
+        assert share_bank(X, C, order.prices_by_input(), importance, MULTIPLIER) is None
     X, C, order, importance = problem(1)
-    assert share_bank(X, C, order, importance, MULTIPLIER, 0) is None
-    assert share_bank(X[:1], C, order, importance[:1], MULTIPLIER) is None
-    assert share_bank(X, C, order, 0 * importance, MULTIPLIER) is None
+    assert share_bank(X, C, order.prices_by_input(), importance, MULTIPLIER, 0) is None
+    assert share_bank(X[:1], C, order.prices_by_input(), importance[:1], MULTIPLIER) is None
+    assert share_bank(X, C, order.prices_by_input(), 0 * importance, MULTIPLIER) is None
 
 
 def test_bases_are_no_more_precise_than_what_is_left_asks_for() -> None:
@@ -116,12 +116,12 @@ def test_bases_are_no_more_precise_than_what_is_left_asks_for() -> None:
         X, C, order, importance = problem(1)
         mixture = normal(E, 1, 1, seed=5) * normal(1, N, K, seed=6)
         X = (mixture + own * normal(E, N, K, seed=7)).float()
-        bank = share_bank(X, C, order, importance, -40 * UNIT, 1)
+        bank = share_bank(X, C, order.prices_by_input(), importance, -40 * UNIT, 1)
         assert bank is not None
         widths.append(float(bank.bases.side.widths().double().mean()))
     assert widths[1] - widths[0] == pytest.approx(2, abs=0.3)
     assert widths[2] - widths[1] == pytest.approx(2, abs=0.3)
     X, C, order, importance = problem(1)
-    coarse = share_bank(X, C, order, importance, 40 * UNIT, 1)
+    coarse = share_bank(X, C, order.prices_by_input(), importance, 40 * UNIT, 1)
     assert coarse is not None
     assert not bool(coarse.bases.side.widths().any())

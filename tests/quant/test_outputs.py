@@ -29,6 +29,10 @@ def rotation(num_outputs: int) -> Tensor:
     return found
 
 
+def fitted(X: Tensor, weights: Tensor) -> Outputs:
+    return fit_outputs(X.square().mean(1), X.shape[1], weights)
+
+
 def uneven(seed: int = 0, spread: float = 2.0, num_outputs: int = K) -> tuple[Tensor, Tensor]:
     """X (E, N, K) and weights (E, K), float32, of outputs of many sizes and worths."""
     X = normal(E, N, num_outputs, seed=seed) * (spread * normal(E, 1, num_outputs, seed=seed + 1)).exp()
@@ -101,7 +105,7 @@ def test_scales_that_are_out_of_range_are_not_sound() -> None:
 def test_scales_cost_the_least_that_there_is(seed: int) -> None:
     """(mean √w rms)², by Cauchy's inequality, but for the rounding to powers of √2: 2 % on average, 12 % at most."""
     X, weights = uneven(seed)
-    outputs = fit_outputs(X, weights)
+    outputs = fitted(X, weights)
     assert outputs.exponents is not None
     assert outputs.exponents.dtype == torch.int8
     least = (weights.double().sqrt() * X.double().square().mean(1).sqrt()).mean(1).square()
@@ -116,9 +120,10 @@ def test_scales_are_stored_where_they_save_twice_what_they_take() -> None:
     stored: list[bool] = []
     for spread in torch.linspace(0, 1.5, 10).tolist():
         X, weights = uneven(spread=spread, num_outputs=64)
-        always = fit_outputs(X.repeat(1, 200, 1), weights).exponents  # for many inputs they cost nothing
+        mean_squares = X.square().mean(1)
+        always = fit_outputs(mean_squares, 200 * X.shape[1], weights).exponents  # for many inputs they cost nothing
         saved = 0.0 if always is None else float((cost(X, weights, None) / cost(X, weights, always)).log2().mean()) / 2
-        stored.append(fit_outputs(X, weights).exponents is not None)
+        stored.append(fit_outputs(mean_squares, X.shape[1], weights).exponents is not None)
         assert stored[-1] == (saved > 2 * 8 / N)
     assert stored == sorted(stored)
     assert set(stored) == {False, True}
@@ -126,11 +131,11 @@ def test_scales_are_stored_where_they_save_twice_what_they_take() -> None:
 
 def test_outputs_that_are_alike_have_no_scales() -> None:
     X, _ = uneven(spread=0.0)
-    assert fit_outputs(X, torch.ones(E, K)).exponents is None
-    assert fit_outputs(X[:, :, :1], torch.ones(E, 1)).exponents is None
+    assert fitted(X, torch.ones(E, K)).exponents is None
+    assert fitted(X[:, :, :1], torch.ones(E, 1)).exponents is None
     rms = X.square().mean(1, keepdim=True).sqrt()
     sizes = normal(E, 1, K, seed=5).exp().float()
-    assert fit_outputs(X / rms * sizes, sizes[:, 0].square()).exponents is None  # worth as much as they are large
+    assert fitted(X / rms * sizes, sizes[:, 0].square()).exponents is None  # worth as much as they are large
 
 
 def test_outputs_of_which_nothing_is_known_have_the_scale_of_the_others_mean() -> None:
@@ -138,25 +143,25 @@ def test_outputs_of_which_nothing_is_known_have_the_scale_of_the_others_mean() -
     X[0, :, 3] = 0
     weights[1, 5] = 0
     X[2] = 0
-    found = fit_outputs(X, weights).exponents
+    found = fitted(X, weights).exponents
     assert found is not None
     assert (int(found[0, 3]), int(found[1, 5])) == (0, 0)
     assert not bool(found[2].any())
     for expert, left in ((0, 3), (1, 5)):
         known = [k for k in range(K) if k != left]
-        others = fit_outputs(X[expert : expert + 1, :, known], weights[expert : expert + 1, known]).exponents
+        others = fitted(X[expert : expert + 1, :, known], weights[expert : expert + 1, known]).exponents
         assert others is not None
         assert torch.equal(found[expert, known], others[0])
     for zeros in ((torch.zeros_like(X), weights), (uneven()[0], torch.zeros_like(weights))):
-        assert fit_outputs(*zeros).exponents is None
+        assert fitted(*zeros).exponents is None
 
 
 @pytest.mark.parametrize("size", [1e-18, 1.0, 1e14])
 @pytest.mark.parametrize("worth", [1e-30, 1e30])
 def test_the_units_of_weights_and_worths_do_not_matter(size: float, worth: float) -> None:
     X, weights = uneven()
-    expected = fit_outputs(X, weights).exponents
-    found = fit_outputs(X * size, weights * worth)
+    expected = fitted(X, weights).exponents
+    found = fitted(X * size, weights * worth)
     assert expected is not None
     assert found.exponents is not None
     assert int((found.exponents - expected).abs().max()) <= 1  # where rounding turns
@@ -168,7 +173,7 @@ def test_extremes_are_within_what_a_scale_can_be() -> None:
     X, weights = torch.ones(1, N, 4), torch.ones(1, 4)
     X[:, :, 0], X[:, :, 1] = 1e15, 1e-18
     weights[0, 2], weights[0, 3] = 1e-30, 1e30
-    outputs = fit_outputs(X, weights)
+    outputs = fitted(X, weights)
     assert outputs.exponents is not None
     assert outputs.exponents[0, [0, 2]].max() < -MOST_STEPS // 2
     assert outputs.exponents[0, [1, 3]].min() > MOST_STEPS // 2
