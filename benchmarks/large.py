@@ -13,7 +13,9 @@ take.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -45,7 +47,10 @@ runnable.total_memory = lambda device: (int(sys.argv[1]), "this benchmark allows
 sys.exit(main(sys.argv[2:]))
 """
 """What a process runs: a command of GloBE that is told how much memory there is."""
-BACKWARD = "measuring what errors cost, a layer at a time"
+PHASES = ("running the model to calibrate", "measuring what errors cost", "planning", " left")
+"""What compress says at the beginning of each of its phases, and when a layer is coded."""
+TOLERANCE = 0.2
+"""How far the time that is said to be left may be from what it then takes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +71,8 @@ class LargeConfig:
     """Tokens on which the model is run to calibrate; by default GloBE would take 16,384."""
     evaluation_tokens: int = 512
     """Tokens on which original and compressed model are compared."""
+    threads: int = 1
+    """CPU threads."""
     folder: Path = Path("runs/large")
     """Where the models are written."""
     output: Path = RESULTS / "large.json"
@@ -84,18 +91,21 @@ def main(config: LargeConfig) -> None:
     compress += ["--calibration-tokens", f"{config.calibration_tokens}"]
     evaluate = ["evaluate", str(small), "--reference", str(source), "--batch", "1"]
     evaluate += ["--max-tokens", f"{config.evaluation_tokens}"]
+    killed = [(f"compress, killed in phase {number}", phase) for number, phase in enumerate(PHASES, 1)]
+    run = functools.partial(_run, memory=config.memory, size=size, threads=config.threads)
     rows = [
-        _run("env", ["env"], config.memory, size),
-        _run("compress, killed", compress, config.memory, size, stop_at=BACKWARD),
-        _run("compress, resumed", compress, config.memory, size),
-        _run("evaluate", evaluate, config.memory, size),
-        _run("export", ["export", str(small), "-o", str(dense)], config.memory, size),
+        run("env", ["env"]),
+        *(run(name, compress, stop_at=phase) for name, phase in killed),
+        run("compress, resumed", compress),
+        run("evaluate", evaluate),
+        run("export", ["export", str(small), "-o", str(dense)]),
     ]
     report = Report.read(small)
     evaluation = of_original(read_evaluations(small))
     assert evaluation is not None
     assert evaluation.kl is not None
     assert report.calibration is not None
+    ratios = rows[-3].pop("left_over_taken")[1:-1]
     claims = [
         Claim(
             "no command takes more than it may",
@@ -115,7 +125,12 @@ def main(config: LargeConfig) -> None:
         Claim(
             "every command ends, the killed one resumed",
             ", ".join(f"{row['command']} {row['status']}" for row in rows),
-            [row["status"] for row in rows] == [0, -signal.SIGKILL, 0, 0, 0],
+            [row["status"] for row in rows] == [0, *[-signal.SIGKILL] * len(PHASES), 0, 0, 0],
+        ),
+        Claim(
+            f"the time that is left is known to {TOLERANCE:.0%} from the second layer on",
+            f"said over taken {', '.join(f'{ratio:.2f}' for ratio in ratios)}",
+            all(abs(ratio - 1) <= TOLERANCE for ratio in ratios),
         ),
         Claim("the compressed model is near the original", f"KL {evaluation.kl:.4f}", evaluation.kl < 1),
     ]
@@ -124,21 +139,27 @@ def main(config: LargeConfig) -> None:
     write_record(config.output, "large", config, rows, claims)
 
 
-def _run(name: str, arguments: list[str], memory: float, size: int, stop_at: str | None = None) -> dict[str, Any]:
+def _run(
+    name: str, arguments: list[str], memory: float, size: int, threads: int, stop_at: str | None = None
+) -> dict[str, Any]:
     """Run a command of GloBE in a process that is told of so many GB, and kill it when it says something."""
-    began = time.monotonic()
+    began, said = time.monotonic(), list[tuple[float, float]]()
     process = subprocess.Popen(
         [sys.executable, "-c", TOLD, str(int(1e9 * memory)), *arguments],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "COLUMNS": "200"},
     )
     assert process.stdout is not None
     for line in process.stdout:
         print(line, end="", flush=True)
+        if match := re.search(r"([0-9:]+) left$", line):
+            left = sum(60**place * int(part) for place, part in enumerate(reversed(match[1].split(":"))))
+            said.append((left, time.monotonic()))
         if stop_at is not None and stop_at in line:
             time.sleep(1)
             process.kill()
+    ended = time.monotonic()
     _, status, usage = os.wait4(process.pid, 0)
     peak = 1024 * usage.ru_maxrss
     return {
@@ -147,6 +168,7 @@ def _run(name: str, arguments: list[str], memory: float, size: int, stop_at: str
         "seconds": time.monotonic() - began,
         "peak": peak / 1e9,
         "of_model": peak / size,
+        **({"left_over_taken": [left / (ended - when) for left, when in said]} if stop_at is None and said else {}),
     }
 
 
