@@ -21,12 +21,9 @@ from globe.experts.metric import LayerStatistics
 from globe.quant.banked import CodedBank, share_bank
 from globe.quant.feedback import Order, order_inputs
 from globe.quant.outputs import Outputs, fit_outputs, rotate
-from globe.quant.side import LONG_ROW
+from globe.quant.side import LONG_ROW, MOST_WEIGHTS
 from globe.quant.water_fill import Rows
 from globe.terms import Family
-
-MOST_WEIGHTS = 1 << 27
-"""Of a part. The last digits of what is coded depend on it, so it is the same on every machine."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,9 +78,9 @@ def adding_squares(experts: RoutedExperts, sums: Sensitivities, length: int) -> 
         sums[experts.layer, family] = torch.zeros(E, num_outputs, device=experts.device, dtype=experts.dtype)
 
     def add(expert: int, name: str, token: Tensor, inputs: Tensor, gradient: Tensor) -> None:
-        window = token // length
-        gram = (inputs @ inputs.mT).where(window == window[:, None], 0)
-        squares = (gram @ gradient * gradient).sum(0).clamp_min(0)
+        _, counts = (token // length).unique_consecutive(return_counts=True)
+        pairs = zip(inputs.split(counts.tolist()), gradient.split(counts.tolist()), strict=True)
+        squares = torch.stack([(X @ X.mT @ G * G).sum(0).clamp_min(0) for X, G in pairs]).sum(0)
         parts = [squares] if name == "down_proj" else split_gate_up(squares, 0, interleaved=not layout.is_concatenated)
         for family, part in zip(("down",) if name == "down_proj" else ("gate", "up"), parts, strict=True):
             sums[experts.layer, family][expert] += variances[family] * part

@@ -16,7 +16,7 @@ from torch import Tensor
 from globe.bank_shape import sides
 from globe.checkpoint.report import CodedReport
 from globe.experts.coding import damped
-from globe.experts.family import MOST_WEIGHTS, ExpertFamily, joined
+from globe.experts.family import ExpertFamily, joined
 from globe.experts.metric import LayerStatistics
 from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.measure.compensate import Correction
@@ -28,6 +28,7 @@ from globe.model.coded_spec import CodedSpec, spec_of
 from globe.plan.budget import Bits
 from globe.quant.banked import BankedExperts, CodedBank
 from globe.quant.coded import CodedExperts
+from globe.quant.side import MOST_WEIGHTS
 from globe.quant.trellis import MAX_WIDTH
 from globe.quant.water_fill import Rows, water_fill
 from globe.run.job import Job

@@ -14,11 +14,11 @@ import torch
 
 from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.layout import ExpertLayer
-from globe.experts.family import MOST_WEIGHTS
 from globe.machine.memory import total_memory
 from globe.measure.runnable import Place, bytes_at_once, find_place
 from globe.measure.runs import is_compensated, wants_sensitivities, windows_seen
 from globe.plan.settings import CompressConfig
+from globe.quant.side import MOST_WEIGHTS
 from globe.run.observer import clock
 from globe.run.outline import PLANNING_PASSES, Outline, outline
 from globe.run.ranks import ALONE, Ranks

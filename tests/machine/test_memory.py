@@ -17,13 +17,14 @@ from globe.machine import memory
 from globe.machine.device import usable_device
 from globe.machine.memory import explained_exhaustion, total_memory
 from globe.measure.evaluate import evaluate
-from globe.measure.runnable import find_place
+from globe.measure.runnable import bytes_at_once, find_place
 from globe.measure.settings import EvaluateConfig
 from globe.sweeps.settings import SweepConfig
 from globe.sweeps.sweep import sweep
 
 GB = 10**9
 WEIGHTS = sum(tensor.nbytes for tensor in open_checkpoint(MODEL).tensors.values())
+AT_ONCE = bytes_at_once(open_checkpoint(MODEL))
 
 
 @pytest.fixture
@@ -84,8 +85,8 @@ def test_memory_is_bounded_by_the_process_s_own_limits(
         (3 * WEIGHTS, 5 * WEIGHTS, 4, "cpu"),
         (WEIGHTS, 3 * WEIGHTS, None, "cpu"),
         (WEIGHTS, WEIGHTS, None, "cuda a layer at a time"),
-        (WEIGHTS // 2, WEIGHTS, None, "cpu a layer at a time"),
-        (WEIGHTS // 2, WEIGHTS // 2, None, "nowhere"),
+        (AT_ONCE, WEIGHTS, None, "cpu a layer at a time"),
+        (AT_ONCE, AT_ONCE, None, "nowhere"),
     ],
 )
 def test_a_model_runs_where_it_fits(
