@@ -16,6 +16,7 @@ import tyro
 
 from globe.cli.arguments import registry
 from globe.cli.ending import FAILED, close_quietly, describe, stoppable, tell, tell_bug, tell_stopped
+from globe.cli.launch import gpus_for, start_again
 from globe.errors import FinishedError, GlobeError, SettingsError
 from globe.measure.settings import EvaluateConfig
 from globe.plan.budget import DEFAULT_BITS
@@ -382,10 +383,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     SIGTERM, 129 by SIGHUP), 141 when nobody reads what is printed; wrong arguments leave with 2.
     """
     given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
-    return with_ranks(functools.partial(_main, given))
+    return with_ranks(functools.partial(_main, given, can_start_again=arguments is None))
 
 
-def _main(given: Sequence[str], ranks: Ranks) -> int:
+def _main(given: Sequence[str], ranks: Ranks, *, can_start_again: bool) -> int:
     command, go_on = None, ""
     try:
         with stoppable():
@@ -398,6 +399,10 @@ def _main(given: Sequence[str], ranks: Ranks) -> int:
             go_on = getattr(command, "go_on", "")
             tame_logging()
             if isinstance(command, Compress):
+                if can_start_again and not command.low_disk and (size := gpus_for(command.config.device)) > 1:
+                    print(f"starting again in {size} processes, one for each GPU; with --device cuda:0 it is one alone")
+                    sys.stdout.flush()
+                    return start_again(size, go_on)
                 command.run(Terminal(), ranks)
             elif ranks.size == 1:
                 command.run(Terminal())

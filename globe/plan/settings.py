@@ -97,7 +97,8 @@ class CompressConfig:
     seed: int = 0
     """Seeds what is random in a warm start."""
     device: str = AUTO
-    """Where the fits run: cpu, cuda, mps, or auto: the GPU where there is one."""
+    """Where the fits run: cpu, cuda, mps, or auto: the GPU where there is one. `globe compress` takes all GPUs,
+    in a process each; with cuda:1 that one."""
     factor_dtype: FloatDtype = "source"
     """What the factors of a bank are stored in: the dtype of the weights (source) or another."""
 
