@@ -51,7 +51,6 @@ from globe.errors import SettingsError
 from globe.measure.evaluate import token_windows
 from globe.measure.texts import read_text
 from globe.run import prepare
-from globe.run.folder import RunFolder
 from globe.run.job import Job
 from globe.run.observer import Observer
 
@@ -226,7 +225,7 @@ def calibrated_once() -> Iterator[None]:
     """Within it, GloBE takes up the calibration of an earlier budget, and the seconds that it took."""
     measure = prepare.run_all
 
-    def run_all(job: Job, watch: Observer, folder: RunFolder | None = None) -> prepare.Calibration:  # noqa: ARG001
+    def run_all(job: Job, watch: Observer, *_: object) -> prepare.Calibration:
         name = job.config.calibrate
         if name not in _CALIBRATIONS:
             _CALIBRATIONS[name] = measure(job, watch)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from globe.checkpoint.header import TORCH_DTYPES, TensorInfo, aligned, build_header, data_start
 from globe.checkpoint.reader import INDEX, Checkpoint
-from globe.errors import CheckpointError, OutputError
+from globe.errors import CheckpointError, GlobeError, OutputError
 from globe.units import byte_size
 
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -168,7 +168,7 @@ def replacing(path: Path, nbytes: int = 0) -> Iterator[Hashed]:
     except BaseException as error:  # Ctrl-C too leaves nothing behind
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if not isinstance(error, OSError) or isinstance(error, OutputError):
+        if not isinstance(error, OSError) or isinstance(error, GlobeError):
             raise
         if error.errno in _FULL:
             raise OutputError(

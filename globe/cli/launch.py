@@ -25,15 +25,14 @@ def start_again(size: int, go_on: str) -> int:
     that failed first, told where a signal ended it.
     """
     import torch
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // size)))
     logging.disable(logging.ERROR)  # torch's, of what the processes say themselves
-    launch = LaunchConfig(
-        1, 1, size, run_id=f"{os.getpid()}", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
-    )
+    logs, run_id = DefaultLogsSpecs(os.devnull), f"{os.getpid()}"
+    launch = LaunchConfig(1, 1, size, logs, run_id, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
     try:
         elastic_launch(launch, sys.executable)(*sys.orig_argv[1:])
     except SignalException as stop:  # they have said how to go on

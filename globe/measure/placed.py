@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from globe.checkpoint.reader import Checkpoint
+from globe.machine.ring import Ring
 from globe.measure.runnable import Place
 from globe.measure.sensitivity import Sensitivities, measure_sensitivities, random_windows
 from globe.measure.streamed import KeptStates, calibrate_streamed, sensitivities_streamed
@@ -31,11 +32,13 @@ def placed_sensitivities(
     most_windows: int,
     seed: int,
     folder: Path | None,
+    ring: Ring,
 ) -> Sensitivities:
     """The sensitivities of the routed experts of `layers` on some of the token windows (N, length), or on random ones.
 
-    A model that does not fit keeps hidden states in a file without a name in the folder (None: where such files lie).
-    Raises as `load` and `measure_sensitivities` do.
+    Of a model that does not fit, each process of the ring finds those of the layers that it runs, and keeps hidden
+    states in a file without a name in the folder (None: where such files lie). Raises as `load` and
+    `measure_sensitivities` do.
     """
     assert place.device is not None
     if not place.is_streamed:
@@ -46,5 +49,5 @@ def placed_sensitivities(
     windows = random_windows(model.model, seed) if windows is None else windows
     windows = windows[:: every(windows, most_windows)]
     with contextlib.closing(KeptStates(folder)) as kept:
-        list(calibrate_streamed(model, windows, (), kept))  # for what is kept alone
-        return sensitivities_streamed(model, windows, layers, kept, seed)
+        list(calibrate_streamed(model, windows, (), kept, ring=ring))  # for what is kept alone
+        return sensitivities_streamed(model, windows, layers, kept, seed, ring=ring)

@@ -68,6 +68,15 @@ def find_place(checkpoint: Checkpoint, device: str, itemsize: int | None = None,
     return Place(None, f"{obstacle}; {least}: {', '.join(bounds)}")
 
 
+def has_room(checkpoint: Checkpoint, place: Place, processes: int) -> bool:
+    """Whether the model is run a layer at a time, and so many processes of this machine can do so at that place; of
+    GPUs each has its own."""
+    if place.device is None or not place.is_streamed:
+        return False
+    memory, _ = total_memory(place.device)
+    return bytes_at_once(checkpoint) * (processes if place.device == "cpu" else 1) <= STREAMED_SHARE * memory
+
+
 def bytes_at_once(checkpoint: Checkpoint) -> int:
     """Of a model that is run a layer at a time: all outside of its layers, the largest of these as often as it is there
     at once, and of its experts one, or all where they are dequantised or composed together."""

@@ -57,9 +57,13 @@ class Passage:
 
     def through(self, index: int, layer: nn.Module) -> None:
         """Go through one layer."""
-        for batch, others in enumerate(self.others):
-            arguments, keywords = others[index]
-            self.hidden[batch] = layer(self.hidden[batch], *arguments, **keywords)
+        for batch in range(len(self.hidden)):
+            self.hidden[batch] = self.output(index, layer, batch)
+
+    def output(self, index: int, layer: nn.Module, batch: int) -> Tensor:
+        """What a layer makes of one batch."""
+        arguments, keywords = self.others[batch][index]
+        return layer(self.hidden[batch], *arguments, **keywords)
 
 
 class _AtLastLayerError(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from globe.checkpoint.reader import Checkpoint
 from globe.experts.stack import read_stack
 from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.measure.placed import placed_sensitivities
-from globe.measure.runnable import Place, find_place
+from globe.measure.runnable import Place, find_place, has_room
 from globe.measure.sensitivity import NUM_WINDOWS
 from globe.plan.allocate import REACH, ErrorCurve, allocate
 from globe.plan.budget import Keep, least_share
@@ -57,21 +58,17 @@ def allocated(
     """The uniform `scopes` with the budget shared out by what was measured on the weights and the model itself.
 
     The model is run on some of the token windows (N, length) of a text, or on random tokens; one that does not fit into
-    memory keeps a file in the folder meanwhile.
+    memory keeps files in the folder meanwhile.
     """
     budget = config.budget
     assert isinstance(budget, Keep)
     banks = [bank for scope in scopes for bank in scope.banks]
     curves = ranks.map(functools.partial(_curve, checkpoint, layers, config), banks)
-    by_family = placed_sensitivities(
-        _place(checkpoint, config),
-        checkpoint,
-        windows,
-        {index for bank in banks for index in bank.layers},
-        NUM_WINDOWS,
-        config.seed,
-        folder,
-    )
+    place, measured = _place(checkpoint, config), {index for bank in banks for index in bank.layers}
+    if not has_room(checkpoint, place, ranks.num_here):
+        ranks = ALONE
+    settings = (windows, measured, NUM_WINDOWS, config.seed, folder)
+    by_family = ChainMap(*ranks.together(placed_sensitivities, place, checkpoint, *settings))
     sensitivities = [
         sum(float(by_family[index, family].sum()) for index in bank.layers for family in bank.families)
         for bank in banks

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import time
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,7 @@ from globe.experts.metric import LayerStatistics
 from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.measure.compensate import Correction
 from globe.measure.placed import placed_sensitivities
-from globe.measure.runnable import find_place
+from globe.measure.runnable import find_place, has_room
 from globe.measure.runs import MOST_WINDOWS, wants_sensitivities
 from globe.measure.sensitivity import Sensitivities
 from globe.model.coded_spec import CodedSpec, spec_of
@@ -77,10 +78,10 @@ def plan_from_json(record: Mapping[str, Any]) -> CodingPlan:
 
 
 def measured_sensitivities(
-    job: Job, windows: Tensor | None, folder: Path | None = None
+    job: Job, windows: Tensor | None, folder: Path | None = None, ranks: Ranks = ALONE
 ) -> tuple[Sensitivities, str | None]:
     """Of all experts to be coded, on some of the token windows or on random tokens; equal ones, and the reason, where
-    the model cannot be run. One that does not fit into memory keeps a file in the folder meanwhile."""
+    the model cannot be run. One that does not fit into memory keeps files in the folder meanwhile."""
     layers = {index for scope in job.scopes for index in scope.layers}
     equal: Sensitivities = {
         (index, family): torch.ones(job.layers[index].num_experts, sides(job.layers[index], family)[1])
@@ -92,7 +93,10 @@ def measured_sensitivities(
     place = find_place(job.checkpoint, job.config.device, torch.float32.itemsize)
     if place.device is None:
         return equal, place.obstacle
-    found = placed_sensitivities(place, job.checkpoint, windows, layers, MOST_WINDOWS, job.config.seed, folder)
+    if not has_room(job.checkpoint, place, ranks.num_here):
+        ranks = ALONE
+    settings = (windows, layers, MOST_WINDOWS, job.config.seed, folder)
+    found = ChainMap(*ranks.together(placed_sensitivities, place, job.checkpoint, *settings))
     return {key: found[key] for key in equal}, None
 
 

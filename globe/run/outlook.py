@@ -15,7 +15,7 @@ import torch
 from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.layout import ExpertLayer
 from globe.machine.memory import total_memory
-from globe.measure.runnable import Place, bytes_at_once, find_place
+from globe.measure.runnable import Place, bytes_at_once, find_place, has_room
 from globe.measure.runs import is_compensated, wants_sensitivities, windows_seen
 from globe.plan.settings import CompressConfig
 from globe.quant.side import MOST_WEIGHTS
@@ -145,6 +145,8 @@ def look_ahead(outline: Outline, output: Path | None = None, ranks: Ranks = ALON
     else:
         needed = 4 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()) + sum(statistics)
         needed = max(needed, bytes_at_once(checkpoint) + _states(outline, place))
+    is_shared = has_room(checkpoint, place, ranks.num_here)
+    needed *= ranks.num_here if is_shared else 1
     working = ranks.num_here * (max(statistics) * runs + _worked_on(outline))
     if runs and is_compensated(config):
         working += _states(outline, place)
@@ -160,7 +162,7 @@ def look_ahead(outline: Outline, output: Path | None = None, ranks: Ranks = ALON
         ranks.num_here * _PROCESS + max(needed * runs, working),
         available,
         bound,
-        functools.partial(_foresee, outline, place if measured else Place(None, None), ranks.size),
+        functools.partial(_foresee, outline, place if measured else Place(None, None), ranks.size, is_shared),
         config.is_coded,
         config.device if ranks.size == 1 else f"{config.device} in {ranks.size} processes",
         place.obstacle if measured and place.device is None else None,

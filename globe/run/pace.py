@@ -63,14 +63,16 @@ class Foreseen:
     """Of planning and coding or of fitting, by all processes, with what layers make up for."""
 
 
-def foresee(outline: Outline, place: Place, processes: int = 1) -> Foreseen:
-    """How long it takes to measure the model, which can be run at that place, and to plan, code or fit its experts."""
+def foresee(outline: Outline, place: Place, processes: int = 1, is_shared: bool = False) -> Foreseen:
+    """How long it takes to measure the model, which can be run at that place, by all processes where that `is_shared`,
+    and to plan, code or fit its experts."""
     with torch.random.fork_rng(devices=[]):
         measuring, working = 0.0, _working_seconds(outline) / processes
         if place.device is not None:
             run = _Run(outline, place)
             if outline.config.statistics is None:
                 measuring = run.samples() + run.calibration() + run.sensitivities()
+                measuring /= processes if is_shared else 1
             working += run.compensation()
     return Foreseen(measuring, working)
 

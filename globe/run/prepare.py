@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from globe.checkpoint.digest import file_sha256
 from globe.checkpoint.layout import ExpertLayer
@@ -19,6 +21,7 @@ from globe.checkpoint.writer import (
 )
 from globe.errors import GlobeError, UnsupportedModelError
 from globe.experts.metric import LayerStatistics
+from globe.machine.ring import Ring
 from globe.measure.calibrate import (
     CalibrationText,
     StoredStatistics,
@@ -27,10 +30,10 @@ from globe.measure.calibrate import (
     save_statistics,
 )
 from globe.measure.placed import every
-from globe.measure.runnable import Place, find_place
+from globe.measure.runnable import Place, find_place, has_room
 from globe.measure.runs import MOST_WINDOWS, wants_sensitivities
 from globe.measure.samples import NUM_SAMPLES, sample_windows
-from globe.measure.sensitivity import load_sensitivities, save_sensitivities
+from globe.measure.sensitivity import Sensitivities, load_sensitivities, save_sensitivities
 from globe.measure.settings import EvaluateConfig
 from globe.measure.streamed import KeptStates, calibrate_streamed, sensitivities_streamed
 from globe.model.loading import load
@@ -80,7 +83,7 @@ def prepare(
         check_packable(job)
     elif job.config.is_coded:
         check_reach(job)
-    calibration = calibration_of(job, watch, folder, calibrated)
+    calibration = calibration_of(job, watch, folder, calibrated, ranks)
     record = None if folder is None else folder.records.read("plan")
     if record is None:
         watch.prepare("planning")
@@ -101,27 +104,28 @@ def calibration_of(
     watch: Observer,
     folder: RunFolder | None = None,
     calibrated: Callable[[], Calibration] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Calibration:
     """Run the model, or take what `calibrated` gives, or take up what is finished in the `folder`; it is kept there."""
     calibration = None if folder is None else _load_calibration(folder, watch)
     if calibration is None:
-        calibration = run_all(job, watch, folder) if calibrated is None else calibrated()
+        calibration = run_all(job, watch, folder, ranks) if calibrated is None else calibrated()
         if folder is not None:
             calibration = _save_calibration(job, folder, calibration)
     return calibration
 
 
-def run_all(job: Job, watch: Observer, folder: RunFolder | None = None) -> Calibration:
-    """All that running the model is to tell, or a file of what it told."""
+def run_all(job: Job, watch: Observer, folder: RunFolder | None = None, ranks: Ranks = ALONE) -> Calibration:
+    """All that running the model is to tell, or a file of what it told. Without a folder it is for one process."""
     kept = job.config.statistics
-    calibration = run_calibration(job, watch, folder) if kept is None else kept_statistics(Path(kept), job)
+    calibration = run_calibration(job, watch, folder, ranks) if kept is None else kept_statistics(Path(kept), job)
     if not job.config.is_coded or calibration.sensitivities is not None:
         return calibration
     watch.prepare("measuring what errors cost")
-    return with_sensitivities(job, calibration, folder)
+    return with_sensitivities(job, calibration, folder, ranks)
 
 
-def run_calibration(job: Job, watch: Observer, folder: RunFolder | None = None) -> Calibration:
+def run_calibration(job: Job, watch: Observer, folder: RunFolder | None = None, ranks: Ranks = ALONE) -> Calibration:
     """Run the model on the calibration text, or on samples of its own, if that is asked for.
 
     A model that does not fit into memory is run a layer at a time, on the split that ships with GloBE in place of
@@ -133,7 +137,7 @@ def run_calibration(job: Job, watch: Observer, folder: RunFolder | None = None) 
         return Calibration(uncalibrated_because="that is asked for")
     place = find_place(job.checkpoint, job.config.device)
     if place.is_streamed:
-        return _run_streamed(job, place, watch, folder)
+        return _run_streamed(job, place, watch, folder, ranks)
     if text is None and place.device is None:
         return Calibration(uncalibrated_because=place.obstacle)
     watch.prepare("running the model to calibrate")
@@ -150,9 +154,9 @@ def run_calibration(job: Job, watch: Observer, folder: RunFolder | None = None) 
     return Calibration(statistics, report, text.windows, seconds=time.monotonic() - began)
 
 
-def _run_streamed(job: Job, place: Place, watch: Observer, folder: RunFolder | None) -> Calibration:
+def _run_streamed(job: Job, place: Place, watch: Observer, folder: RunFolder | None, ranks: Ranks) -> Calibration:
     assert place.device is not None
-    began, text = time.monotonic(), job.calibration_text
+    began, text, sizes = time.monotonic(), job.calibration_text, _sizes(job)
     if text is None:
         try:
             most = min(job.config.calibration_tokens, NUM_SAMPLES * EvaluateConfig.length)
@@ -161,22 +165,54 @@ def _run_streamed(job: Job, place: Place, watch: Observer, folder: RunFolder | N
             because = f"{place.obstacle}; run a layer at a time it would be on a text, but {error}"
             return Calibration(uncalibrated_because=because)
     watch.prepare("running the model to calibrate, a layer at a time")
-    model, sizes, sensitivities = StreamedModel(job.checkpoint, place.device), _sizes(job), None
-    wanted = wants_sensitivities(job.config)
-    place_of_states, one_in = folder and folder.path, every(text.windows, MOST_WINDOWS)
-    with contextlib.closing(KeptStates(place_of_states, one_in)) as kept:
-        found = calibrate_streamed(model, text.windows, sizes, kept if wanted else None, inner=wants_inner(job))
+    if folder is None or not has_room(job.checkpoint, place, ranks.num_here):
+        ranks = ALONE
+    parts = ranks.together(_measure_layers, job, place.device, text.windows, folder, watch=watch)
+    statistics, sensitivities = parts[0].statistics, None
+    if folder is not None and len(parts) > 1:
+        found = ((layer, parts[layer % len(parts)].statistics[layer]) for layer in sizes)
+        save_statistics(folder.file(_STATISTICS), sizes, found, inner=wants_inner(job))
+        statistics = StoredStatistics(folder.file(_STATISTICS))
+        for rank in range(len(parts)):
+            folder.file(_part_name(rank)).unlink()
+    if wants_sensitivities(job.config):
+        by_family = ChainMap(*(part.sensitivities for part in parts))
+        sensitivities = {key: by_family[key] for key in job.compressed()}
+    report = dataclasses.replace(_report(text, statistics), streamed_because=place.obstacle)
+    return Calibration(statistics, report, text.windows, sensitivities=sensitivities, seconds=time.monotonic() - began)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """What one process of a ring finds: of the layers that it runs."""
+
+    statistics: Mapping[int, LayerStatistics]
+    sensitivities: Sensitivities
+
+
+def _measure_layers(
+    job: Job, device: str, windows: Tensor, folder: RunFolder | None, ring: Ring, watch: Observer
+) -> _Measured:
+    model, layers, wanted = StreamedModel(job.checkpoint, device), _sizes(job), wants_sensitivities(job.config)
+    with contextlib.closing(KeptStates(folder and folder.path, every(windows, MOST_WINDOWS))) as kept:
+        found = calibrate_streamed(model, windows, layers, kept if wanted else None, inner=wants_inner(job), ring=ring)
         if folder is None:
             statistics = dict(found)
         else:
-            save_statistics(folder.file(_STATISTICS), sizes, found, inner=wants_inner(job))
-            statistics = StoredStatistics(folder.file(_STATISTICS))
-        if wanted:
+            path = folder.file(_STATISTICS if ring.size == 1 else _part_name(ring.rank))
+            own = {layer: layers[layer] for layer in ring.turns(max(layers) + 1) if layer in layers}
+            save_statistics(path, own, found, inner=wants_inner(job))
+            statistics = StoredStatistics(path)
+        if not wanted:
+            return _Measured(statistics, {})
+        if ring.rank == 0:
             watch.prepare("measuring what errors cost, a layer at a time")
-            by_family = sensitivities_streamed(model, text.windows, sizes, kept, job.config.seed)
-            sensitivities = {key: each for key, each in by_family.items() if key[1] in job.config.families}
-    report = dataclasses.replace(_report(text, statistics), streamed_because=place.obstacle)
-    return Calibration(statistics, report, text.windows, sensitivities=sensitivities, seconds=time.monotonic() - began)
+        return _Measured(statistics, sensitivities_streamed(model, windows, layers, kept, job.config.seed, ring=ring))
+
+
+def _part_name(rank: int) -> str:
+    """Of the file with the statistics of the layers that one process of several runs."""
+    return f"calibration-{rank}.safetensors"
 
 
 def _sizes(job: Job) -> dict[int, ExpertLayer]:
@@ -195,11 +231,13 @@ def _report(text: CalibrationText, statistics: Mapping[int, LayerStatistics]) ->
     )
 
 
-def with_sensitivities(job: Job, calibration: Calibration, folder: RunFolder | None = None) -> Calibration:
+def with_sensitivities(
+    job: Job, calibration: Calibration, folder: RunFolder | None = None, ranks: Ranks = ALONE
+) -> Calibration:
     """What errors in the experts to be coded cost, on the calibration's tokens or on random ones."""
     began, text = time.monotonic(), job.calibration_text
     windows = calibration.windows if text is None else text.windows
-    sensitivities, because = measured_sensitivities(job, windows, folder and folder.path)
+    sensitivities, because = measured_sensitivities(job, windows, folder and folder.path, ranks)
     seconds = calibration.seconds + time.monotonic() - began
     return dataclasses.replace(calibration, sensitivities=sensitivities, equal_because=because, seconds=seconds)
 

@@ -1,31 +1,27 @@
 """Several processes of one run, started by torchrun: rank 0 runs the command, the others do work that it hands out.
 
 What is handed out are calls of a function that do not depend on each other: each is made by whichever process is free,
-and gives what it would give in one process alone. Functions, arguments and results travel by torch.distributed, with
-gloo on GPUs too, since what is large lies in files, which all processes see.
+and gives what it would give in one process alone. Or all make one call at the same time, and hand tensors on in a ring.
+Functions, arguments and results travel by torch.distributed, with gloo on GPUs too, since what is large lies in files,
+which all processes see.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import pickle
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from globe.errors import RankError
+from globe.machine.ring import LONGEST, Ring, StartedRing, explained, wait_for
 
 if TYPE_CHECKING:
     from globe.run.observer import Observer
 
 T = TypeVar("T")
-_LONGEST = datetime.timedelta(days=20)
-"""That one process may wait for another: a call can take long, and gloo counts milliseconds in 32 bits."""
-_NAP = 0.01
-"""Seconds between two looks at whether all have arrived."""
 _FAILED = 1
 
 
@@ -42,6 +38,11 @@ class Ranks:
         what is told to that reaches `watch`."""
         calls = zip(*arguments, strict=True)
         return [function(*call) if watch is None else function(*call, watch) for call in calls]
+
+    def together(self, function: Callable[..., T], *arguments: Any, watch: Observer | None = None) -> list[T]:
+        """What each process gives, by rank, when all call the function at the same time, with these arguments and the
+        ring that they form; with `watch` as `map` does."""
+        return [function(*arguments, Ring()) if watch is None else function(*arguments, Ring(), watch)]
 
     def serve(self) -> int:
         """Make the calls that rank 0 hands out, until it ends the run; returns its exit status. None for one alone."""
@@ -82,26 +83,23 @@ class _Started(Ranks):
         if torch.cuda.is_available():  # what settings call cuda is another GPU in each process of a machine
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         self._torch = distributed
-        self._store, rank, self.size = next(rendezvous("env://", timeout=_LONGEST))
-        distributed.init_process_group("gloo", store=self._store, rank=rank, world_size=self.size, timeout=_LONGEST)
+        self._store, rank, self.size = next(rendezvous("env://", timeout=LONGEST))
+        distributed.init_process_group("gloo", store=self._store, rank=rank, world_size=self.size, timeout=LONGEST)
         self.num_here, self.is_follower = int(os.environ["LOCAL_WORLD_SIZE"]), rank > 0
         self._watch: Observer | None = None
         self._num_maps = self._num_heard = 0
         self._is_idle, self._is_over = True, False
 
     def map(self, function: Callable[..., T], *arguments: Iterable[Any], watch: Observer | None = None) -> list[T]:
-        calls = list(zip(*arguments, strict=True))
-        self._watch, self._is_idle = watch, False
-        self._hand_out((function, calls, watch is not None))
-        results = self._share(function, calls, is_watched=watch is not None)
-        self._is_idle = True
-        return [results[place] for place in range(len(calls))]
+        return self._lead(function, list(zip(*arguments, strict=True)), watch, in_ring=False)
+
+    def together(self, function: Callable[..., T], *arguments: Any, watch: Observer | None = None) -> list[T]:
+        return self._lead(function, [arguments] * self.size, watch, in_ring=True)
 
     def serve(self) -> int:
         try:
             while not isinstance(work := self._hand_out(None), int):
-                function, calls, is_watched = work
-                self._share(function, calls, is_watched=is_watched)
+                self._share(*work)
         except (RankError, KeyboardInterrupt):  # rank 0 tells of it, or the process that failed
             return _FAILED
         self._is_over = True
@@ -116,31 +114,50 @@ class _Started(Ranks):
         if self._is_over:
             self._torch.destroy_process_group()
 
+    def _lead(
+        self, function: Callable[..., T], calls: list[tuple[Any, ...]], watch: Observer | None, *, in_ring: bool
+    ) -> list[T]:
+        """Have all make the calls, this process among them; returns what they give, in order."""
+        self._watch, self._is_idle = watch, False
+        work = function, calls, watch is not None, in_ring
+        self._hand_out(work)
+        results = self._share(*work)
+        self._is_idle = True
+        return [results[place] for place in range(len(calls))]
+
     def _hand_out(self, work: Any) -> Any:
         """What rank 0 gives, to all."""
         given = [work]
         self._meet()
-        with _explained():
+        with explained():
             self._torch.broadcast_object_list(given)
         return given[0]
 
-    def _share(self, function: Callable[..., T], calls: list[tuple[Any, ...]], *, is_watched: bool) -> dict[int, T]:
-        """Make calls until none is left; rank 0 gets the results of all, by their places."""
+    def _share(
+        self, function: Callable[..., T], calls: list[tuple[Any, ...]], is_watched: bool, in_ring: bool
+    ) -> dict[int, T]:
+        """Make calls until none is left, or in a ring the one of this rank; rank 0 gets the results of all, by their
+        places."""
         from globe.run.observer import Told
 
         self._num_maps += 1
         extra = (Told(self._tell),) if is_watched else ()
         made, of_all = dict[int, T](), [dict[int, T]() for _ in range(self.size)]
-        while (place := self._take()) < len(calls):
-            made[place] = function(*calls[place], *extra)
+        if in_ring:
+            ring = StartedRing()
+            made[ring.rank] = function(*calls[ring.rank], ring, *extra)
+            ring.settle()
+        else:
+            while (place := self._take()) < len(calls):
+                made[place] = function(*calls[place], *extra)
         self._meet()
-        with _explained():
+        with explained():
             self._torch.gather_object(made, None if self.is_follower else of_all)
         return {place: result for results in of_all for place, result in results.items()}
 
     def _take(self) -> int:
         """The place of a call that nobody has taken."""
-        with _explained():
+        with explained():
             return self._store.add(f"taken {self._num_maps}", 1) - 1
 
     def _tell(self, method: str, *arguments: Any) -> None:
@@ -149,7 +166,7 @@ class _Started(Ranks):
             self._hear()
             getattr(self._watch, method)(*arguments)
             return
-        with _explained():
+        with explained():
             call: Any = pickle.dumps((method, arguments))  # a store takes bytes, whatever its stubs say
             self._store.set(f"told {self._store.add('told', 1)}", call)
 
@@ -160,7 +177,7 @@ class _Started(Ranks):
             getattr(self._watch, method)(*arguments)
 
     def _next_call(self) -> tuple[str, tuple[Any, ...]] | None:
-        with _explained():
+        with explained():
             if not self._store.check([key := f"told {self._num_heard + 1}"]):
                 return None
             call = pickle.loads(self._store.get(key))
@@ -170,24 +187,8 @@ class _Started(Ranks):
 
     def _meet(self) -> None:
         """Wait for all; `RankError` if one of them has ended. Signals are heard meanwhile, and what is told."""
-        with _explained():
+        with explained():
             arrived = self._torch.barrier(async_op=True)
         assert arrived is not None
-        while not arrived.is_completed():
-            time.sleep(_NAP)
-            self._hear()
-        with _explained():
-            arrived.wait()
+        wait_for(arrived, self._hear)
         self._hear()
-
-
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # of a connection
-        raise RankError(
-            "another process of this run ended before its work was done: it says why above, or was killed, for want of "
-            "memory most often; what is finished is kept, and the same command goes on, in as many processes as you "
-            "like"
-        ) from error

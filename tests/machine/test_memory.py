@@ -17,7 +17,7 @@ from globe.machine import memory
 from globe.machine.device import usable_device
 from globe.machine.memory import explained_exhaustion, total_memory
 from globe.measure.evaluate import evaluate
-from globe.measure.runnable import bytes_at_once, find_place
+from globe.measure.runnable import Place, bytes_at_once, find_place, has_room
 from globe.measure.settings import EvaluateConfig
 from globe.sweeps.settings import SweepConfig
 from globe.sweeps.sweep import sweep
@@ -106,6 +106,26 @@ def test_a_model_runs_where_it_fits(
         assert "over 50% of what there is: cuda has" in found.obstacle
         assert ("container" in found.obstacle) == (place != "cpu")
         assert ("a layer at a time it takes" in found.obstacle) == (place == "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("place", "processes", "expected"),
+    [
+        (Place("cpu", None), 1, False),
+        (Place(None, "too small"), 1, False),
+        (Place("cpu", "too small", is_streamed=True), 3, True),
+        (Place("cpu", "too small", is_streamed=True), 4, False),
+        (Place("cuda", "too small", is_streamed=True), 4, True),
+    ],
+)
+def test_so_many_processes_run_a_layer_at_a_time_as_memory_has_room_for(
+    groups: Callable[..., None], monkeypatch: pytest.MonkeyPatch, place: Place, processes: int, expected: bool
+) -> None:
+    """On a GPU each has its own."""
+    at_once = bytes_at_once(checkpoint := open_checkpoint(MODEL))
+    groups("0::/\n", {"memory.max": f"{int(3.5 * at_once / 0.8)}"})
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (2 * at_once, 100 * GB))
+    assert has_room(checkpoint, place, processes) == expected
 
 
 @pytest.mark.parametrize(
