@@ -170,10 +170,10 @@ def look_ahead(outline: Outline, output: Path | None = None, ranks: Ranks = ALON
     )
 
 
-def _foresee(outline: Outline, place: Place, processes: int) -> Foreseen:
+def _foresee(outline: Outline, place: Place, processes: int, is_shared: bool) -> Foreseen:
     from globe.run.pace import foresee  # what runs models takes seconds to import
 
-    return foresee(outline, place, processes)
+    return foresee(outline, place, processes, is_shared)
 
 
 def _passes(config: CompressConfig, *, runs: bool) -> int:
