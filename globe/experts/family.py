@@ -102,12 +102,14 @@ class ExpertFamily:
         return order_inputs(second_moments(self.statistics, self.family, self.num_inputs, slice(0, 1)))
 
     @functools.cached_property
+    def _mean_squares(self) -> Tensor:
+        """(E, K): of the weights of each output."""
+        return torch.cat([self.read(part).square().mean(1) for part in self.parts])
+
+    @functools.cached_property
     def _noise(self) -> float:
         """The squared error of an output that sensitivities are of: N times the mean square of the weights."""
-        E, found = len(self.sensitivities), 0.0
-        for part in self.parts:
-            found += (part.stop - part.start) / E * float(self.read(part).square().mean())
-        return self.num_inputs * found
+        return self.num_inputs * float(self._mean_squares.mean())
 
     @functools.cached_property
     def _importance(self) -> Tensor:
@@ -117,8 +119,10 @@ class ExpertFamily:
     @functools.cached_property
     def _outputs(self) -> Outputs:
         """What is done to all of them before they are coded."""
-        mean_squares = torch.cat([self._left(part).square().mean(1) for part in self.parts])
-        return fit_outputs(mean_squares, self.num_inputs, self._importance)
+        left = self._mean_squares
+        if self.bank is not None:
+            left = torch.cat([self._left(part).square().mean(1) for part in self.parts])
+        return fit_outputs(left, self.num_inputs, self._importance)
 
     def _left(self, part: slice) -> Tensor:
         """X (n, N, K) of a part, less the bank's mixtures."""
