@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from typing import Any
 
+import tyro
 from tyro.constructors import (
     ConstructorRegistry,
     PrimitiveConstructorSpec,
@@ -14,23 +16,23 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from globe.measure.settings import EvaluateConfig
-from globe.plan.settings import CompressConfig
-from globe.sweeps.settings import SweepConfig, parse_layers
+from globe.sweeps.settings import parse_layers
 from globe.typed import field_docs
-
-SETTINGS = (CompressConfig, EvaluateConfig, SweepConfig)
 
 registry = ConstructorRegistry()
 
 
 @registry.struct_rule
-def _settings(info: StructTypeInfo) -> StructConstructorSpec | None:
+def _fields(info: StructTypeInfo) -> StructConstructorSpec | None:
     """Fields with their docstrings as one paragraph each; tyro keeps the line breaks of the source."""
-    if info.type not in SETTINGS or not isinstance(info.default, SETTINGS):
+    if not dataclasses.is_dataclass(info.type) or not (docs := field_docs(info.type)):
         return None
-    kinds, docs = typing.get_type_hints(info.type), field_docs(info.type)
-    fields = (StructFieldSpec(name, kinds[name], getattr(info.default, name), docs[name]) for name in docs)
+    kinds = typing.get_type_hints(info.type, include_extras=True)
+    fields = list[StructFieldSpec]()
+    for field in dataclasses.fields(info.type):
+        default = getattr(info.default, field.name, field.default)
+        default = tyro.MISSING if default is dataclasses.MISSING else default
+        fields.append(StructFieldSpec(field.name, kinds[field.name], default, docs.get(field.name)))
     return StructConstructorSpec(info.type, tuple(fields))
 
 

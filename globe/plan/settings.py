@@ -53,8 +53,8 @@ class CompressConfig:
     basis_ratio: float | None = None
     """M / E, E counting all the matrices that share a bank, with `rank_ratio`, instead of `keep`."""
     allocation: Literal["sensitivity", "uniform"] = "sensitivity"
-    """With `keep`, each bank's share of the budget: by what its error costs the model's output, measured on the text
-    of `calibrate` or else on random tokens, or the same for all."""
+    """How the budget is shared out among banks or experts: by what their errors cost the model's output, measured on
+    the text of `calibrate` or else on random tokens, or all counting the same."""
     families: tuple[Family, ...] = FAMILIES
     """Matrices of an expert to compress: any of gate, up, down."""
     scope: str = "layer"
@@ -97,8 +97,8 @@ class CompressConfig:
     seed: int = 0
     """Seeds what is random in a warm start."""
     device: str = AUTO
-    """Where the fits run: cpu, cuda, mps, or auto: the GPU where there is one. `globe compress` takes all GPUs,
-    in a process each; with cuda:1 that one."""
+    """Where the model and the fits run: cpu, cuda, mps, or auto: the GPU where there is one. `globe compress`
+    takes all GPUs, in a process each; with cuda:1 that one."""
     factor_dtype: FloatDtype = "source"
     """What the factors of a bank are stored in: the dtype of the weights (source) or another."""
 

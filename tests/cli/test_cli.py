@@ -20,7 +20,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from globe.checkpoint.reader import open_checkpoint
-from globe.cli.main import _parse, main
+from globe.cli.main import Compress, Evaluate, Inspect, Sweep, _parse, main
 from globe.measure.evaluate import generate
 from globe.measure.settings import EvaluateConfig
 from globe.plan.settings import CompressConfig
@@ -31,10 +31,10 @@ from tests import coded
 from tests.tiny_sources import write_source, write_tokenizer
 
 SETTINGS = {
-    "compress": (CompressConfig,),
-    "sweep": (SweepConfig, EvaluateConfig),
-    "evaluate": (EvaluateConfig,),
-    "inspect": (CompressConfig,),
+    "compress": (Compress, CompressConfig),
+    "sweep": (Sweep, SweepConfig, EvaluateConfig),
+    "evaluate": (Evaluate, EvaluateConfig),
+    "inspect": (Inspect, CompressConfig),
 }
 LETTERS = "".join(map(chr, range(ord("A"), ord("A") + 48)))
 BANKS = ("--steps", "2", "--keep", "0.75")
