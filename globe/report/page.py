@@ -96,7 +96,7 @@ def _content(report: Report, sizes: list[Bytes], spectra: list[Spectra], notes: 
     trajectories, constant = _trajectories(banks, weighing)
     return {
         "report": report,
-        "notes": [*_warnings(banks), *notes],
+        "notes": [*_warnings(report), *notes],
         "settings": {name: _setting(value) for name, value in sorted(report.config.items())},
         "num_fits": len(banks),
         "num_matrices": sum(bank.shape.num_matrices for bank in banks),
@@ -128,8 +128,16 @@ def _setting(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _warnings(banks: Sequence[BankReport]) -> Iterator[str]:
+def _warnings(report: Report) -> Iterator[str]:
     """What a reader should know before trusting the model."""
+    banks, calibration = report.banks, report.calibration
+    if report.uncalibrated_because is not None and report.config.get("calibrate") != "none":
+        yield f"Errors are weighed by the weights alone: {report.uncalibrated_because}"
+    if calibration is not None and calibration.streamed_because is not None:
+        yield f"The model ran a layer at a time: {calibration.streamed_because}"
+    if report.uniform_because is not None and report.config.get("allocation") == "sensitivity":
+        yield f"The budget is not shared out by what errors cost: {report.uniform_because}"
+    yield from report.notes
     broken = [describe(bank) for bank in banks if bank.outcome == "non_finite"]
     if broken:
         more = f" and {len(broken) - 8} more" if len(broken) > 8 else ""

@@ -277,6 +277,18 @@ def test_a_page_that_cannot_be_written_is_told(folder: Path, tmp_path: Path) -> 
         write_report(folder, tmp_path / "missing" / "page.html")
 
 
+def test_what_was_done_otherwise_than_asked_is_told(folder: Path, tmp_path: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["calibration"]["streamed_because"] = "it is too large"
+        content["uncalibrated_because"], content["uniform_because"] = "it cannot be run", "nothing was measured"
+        content["notes"] = ["a tensor was passed over"]
+
+    assert "Warnings" not in render(folder)
+    text = Page(render(rewritten(folder, tmp_path, change))).text
+    for because in ("it is too large", "it cannot be run", "nothing was measured", "a tensor was passed over"):
+        assert because in text
+
+
 def test_a_report_of_a_later_version_is_read(folder: Path, tmp_path: Path) -> None:
     def change(content: dict[str, Any]) -> None:
         content["novelty"] = content["banks"][0]["novelty"] = 1
