@@ -79,7 +79,7 @@ def comparison_table(candidates: Sequence[Candidate]) -> Table:
         table.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
     theirs = next((each.reference_perplexity for each in judged if each.reference_perplexity is not None), None)
     size = byte_size(candidates[0].report.original_bytes)
-    table.add_row("original", "", size, "0", "" if theirs is None else f"{theirs:.3f}", "100 %")
+    table.add_row("original", "", size, "0", "" if theirs is None else f"{theirs:.3f}", "100%")
     for candidate in reversed(candidates):
         each, size = candidate.evaluation, byte_size(candidate.report.compressed_bytes)
         quality = ["", "", ""]
@@ -122,13 +122,15 @@ def draw_comparison(candidates: Sequence[Candidate], suffix: str = "png") -> byt
         size = [each.report.compressed_bytes / each.report.original_bytes for each, _ in judged]
         divergence = [evaluation.kl or 0.0 for _, evaluation in judged]
         errors = [evaluation.kl_error or 0.0 for _, evaluation in judged]
-        axes.errorbar(size, divergence, yerr=errors, fmt="o-", capsize=2)
+        axes.errorbar(size, divergence, yerr=errors, fmt="o", capsize=2)
         for place, value, (each, _) in zip(size, divergence, judged, strict=True):
             axes.annotate(
                 visible(each.name), (place, value), (5, 5), textcoords="offset points", parse_math=False, fontsize=8
             )
         axes.margins(x=0.15)
         axes.set_title("KL to the original, nats per token; bars: standard error")
+        text = f"judged on {judged[0][1].num_tokens} tokens of {judged[0][1].text}"
+        figure.suptitle(visible(text), x=0.01, horizontalalignment="left", fontsize=11, parse_math=False)
         axes.set_xlabel("bytes of the whole model, share of the original's")
         axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))  # pyright: ignore[reportAttributeAccessIssue]
         if max(divergence) > 5 * min(divergence):
