@@ -147,7 +147,7 @@ def show_evaluation(
     table.add_row("bits per byte", *(bits for _, bits in theirs), f"{ours.bits_per_byte:.4f}")
     if against is not None and ours.kl is not None and ours.agreement is not None:
         table.add_row(f"KL to {against.name} (nats per token)", "0", with_error(ours.kl, ours.kl_error))
-        table.add_row("same next token", "100 %", f"{ours.agreement:.2%}")
+        table.add_row("same next token", "100%", f"{ours.agreement:.2%}")
     for each in ours.tasks:
         beside = "" if each.reference is None else f"{each.reference:.5f}"
         table.add_row(each.name, *([beside] * len(theirs)), with_error(each.value, each.error))
