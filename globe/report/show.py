@@ -314,7 +314,7 @@ def show_environment(console: Terminal) -> None:
     table.add_row("cpu threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores")
     table.add_row("cuda", torch.cuda.get_device_name() if torch.cuda.is_available() else "no")
     table.add_row("mps", "yes" if torch.backends.mps.is_available() else "no")
-    for package in ("wandb", "trackio", "tensorboard"):
+    for package in ("datasets", "gguf", "lm_eval", "pandas", "tensorboard", "trackio", "vllm", "wandb"):
         table.add_row(package, "installed" if importlib.util.find_spec(package) else "not installed")
     table.add_row("memory so far", byte_size(peak_memory()))
     table.add_row("shipped model", "present" if _shipped_present() else "missing: reinstall globe-moe")
