@@ -129,14 +129,16 @@ def _draw_curves(points: Sequence[PointRecord], result: SweepResult) -> Figure:
         curves.setdefault(_label(point, others), []).append(point)
     figure = Figure(figsize=(9, max(3.8, 1.2 + 0.2 * len(curves))), layout="constrained")
     axes: Sequence[Axes] = figure.subplots(1, 2)
+    named = set[tuple[Setting, int]]()
     for number, (label, curve) in enumerate(curves.items()):
         curve = sorted(curve, key=lambda point: point.compressed_bytes or 0)
         size = [100 * (point.compressed_bytes or 0) / result.original_bytes for point in curve]
         marker, line = MARKERS[number % len(MARKERS)], ("-", "--", ":")[number // len(MARKERS) % 3]
         axes[0].plot(size, _divergences(curve), marker=marker, linestyle=line, label=label)
         for place, value, point in zip(size, _divergences(curve), curve, strict=True):
-            keep = f"keep {point.settings['keep']}"
-            axes[0].annotate(keep, (place, value), (4, 4), textcoords="offset points", fontsize=7)
+            if (name := (point.settings["keep"], round(place))) not in named:  # curves that meet need it once
+                axes[0].annotate(f"keep {name[0]}", (place, value), (4, 4), textcoords="offset points", fontsize=7)
+            named.add(name)
         axes[1].plot(size, [point.error or 0.0 for point in curve], marker=marker, linestyle=line, label=label)
     _name(axes, result, points)
     for axis in axes:
@@ -168,13 +170,14 @@ def _name(axes: Sequence[Axes], result: SweepResult, points: Sequence[PointRecor
     axes[1].set_title("relative error of the experts as stored")
     divergences = _divergences(points)
     wide = min(divergences) > 0 and max(divergences) > 5 * min(divergences)
-    for axis, logarithmic in zip(axes, (wide, False), strict=True):
+    most = max(divergences), max(point.error or 0.0 for point in points)
+    for axis, logarithmic, top in zip(axes, (wide, False), most, strict=True):
         scale, limit = (axis.set_xscale, axis.set_xlim) if along_x else (axis.set_yscale, axis.set_ylim)
         if logarithmic:
             scale("log")
             plain_log_ticks(axis.xaxis if along_x else axis.yaxis)
         else:
-            limit(0, None)
+            limit(0, 1.08 * top or None)
     judged = f"{result.source}, judged on {result.original.num_tokens} tokens of {result.config.evaluate.text}"
     axes[0].figure.suptitle(visible(judged), x=0.01, horizontalalignment="left", fontsize=11, parse_math=False)
 
