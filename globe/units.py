@@ -14,12 +14,12 @@ def byte_size(count: float) -> str:
 
 
 def read_size(text: str) -> float | None:
-    """Bytes of a size such as `16GB` or `15.9 GiB`; None for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", text)
+    """Bytes of a size such as `16GB` or `15.9 GiB`, in letters of any case; None for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if found is None:
         return None
     number, prefix, binary = found.groups()
-    return float(number) * (1024 if binary else 1000) ** ("kMGT".index(prefix) + 1 if prefix else 0)
+    return float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix.upper()) + 1 if prefix else 0)
 
 
 def with_error(value: float, error: float | None) -> str:

@@ -98,7 +98,10 @@ def test_the_smallest_within_a_loss_is_checked_and_measured_once(
         compress_within(source, tmp_path / "other", 0.02, ALONE, text)
 
 
-@pytest.mark.parametrize(("text", "size"), [("16GB", 16e9), ("1.5 GiB", 1.5 * 2**30), ("7", 7), ("2k", 2000)])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("16GB", 16e9), ("1.5 GiB", 1.5 * 2**30), ("7", 7), ("2k", 2000), ("2KB", 2000), ("3mib", 3 * 2**20)],
+)
 def test_sizes_are_read(text: str, size: float) -> None:
     assert read_size(text) == size
     assert read_size(f"{text} or so") is None
