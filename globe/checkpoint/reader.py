@@ -280,6 +280,8 @@ def _check_is_model(folder: Path) -> None:
         raise CheckpointError(f"{folder} is a pipeline of diffusers; give the folder of a language model")
     if CONFIG in names:
         return
+    if "unfinished" in names:
+        raise CheckpointError(f"{folder} is of a run that is not finished; the command that began it goes on with it")
     if inner:
         more = f" or one of {len(inner) - 1} more" if len(inner) > 1 else ""
         raise CheckpointError(f"{folder} has no {CONFIG}, but {inner[0]} has{more}: give that folder")

@@ -150,7 +150,7 @@ def _check(job: Job) -> None:
             num_inputs, _ = sides(job.layers[index], family)
             raise UnsupportedModelError(
                 f"the experts of layer {index} have {num_inputs} inputs of {family}, and llama.cpp rounds in blocks of "
-                "32 at least: it keeps these in 16 bits"
+                "32 at least: it keeps these in 16 bits; `globe compress` has formats for them"
             )
     assert isinstance(job.config.budget, Bits)
     least = sum(_menu(job, *key)[0].stored(_num_weights(job, key[0])) for key in job.compressed())

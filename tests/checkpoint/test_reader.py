@@ -257,6 +257,7 @@ def test_side_files_are_all_but_weights_code_and_configuration(sharded: Path) ->
         (["snapshots/abc/config.json", "refs/main"], r"but .*snapshots/abc has"),
         (["x.gguf"], "GGUF is not read"),
         (["adapter_config.json", "adapter_model.safetensors"], "merge it into its base first"),
+        (["unfinished", "model-00001-of-00003.safetensors"], "a run that is not finished; the command that began it"),
         (["notes.md"], "it holds notes.md: is it the folder of a Hugging Face model"),
     ],
 )
