@@ -2,8 +2,8 @@
 
 Forward, every layer is read once and run on all windows; what it was called with is kept on the disk. Backward, the
 layers are read once more from the last to the first, each is run again on what was kept, a batch of windows at a time,
-and hands the gradient of its output on to its input. Memory holds a layer, the hidden states of all windows, and what
-is found.
+and hands the gradient of its output on to its input. Memory holds a layer without its experts, one of these at a time,
+the hidden states of all windows, and what is found.
 
 Several processes form a ring, in which layers are dealt out in turn, and a batch of windows goes on to the next as soon
 as it has gone through a layer: each layer is run in one process, on the same batches in the same order as by one alone.
