@@ -9,11 +9,12 @@ import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from globe.checkpoint.writer import write_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # whose import would register the format, and so come back here
 
 AUTOLOAD = "globe_autoload.py"
 AUTO_MAP: Mapping[str, str] = {"AutoConfig": "globe_autoload.GlobeAutoConfig"}

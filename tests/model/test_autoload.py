@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,8 @@ def test_a_copy_of_a_model_saves_its_own_tensors(small: Path, tmp_path: Path) ->
     twin.save_pretrained(tmp_path / "twin")
     assert_equal_but_for_rounding(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "twin")), logits(twin))
     assert (tmp_path / "twin" / AUTOLOAD).exists()
+
+
+def test_compress_is_there_where_nothing_of_transformers_was_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", "import globe; globe.compress"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
