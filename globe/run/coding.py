@@ -200,13 +200,9 @@ def code_family(
     began = time.monotonic()
     whole = _family(job, statistics, damped(sensitivities), index, family)
     bank = whole.find_bank(plan.multipliers[0], plan.num_bases[index, family])
-    left, parts, errors, energies = whole.without(bank), list[CodedExperts](), list[Tensor](), list[Tensor]()
-    for part, problem in zip(left.parts, left.problems(), strict=True):
-        energies.append(_energies(whole.read(part)))
-        added = None if correction is None else correction.down[part].float()
-        coded_part, decoded = problem.rehearsed(plan.multipliers[1]).code(plan.multipliers[2], added)
-        parts.append(coded_part)
-        errors.append(_energies(decoded.sub_(problem.X)))
+    left = whole.without(bank)
+    coded_parts = (_code_part(plan, whole, left, part, correction) for part in left.parts)
+    parts, errors, energies = zip(*coded_parts, strict=True)
     rest, missed, energy = CodedExperts.cat(parts), torch.cat(errors), torch.cat(energies)
     coded, widths = BankedExperts(rest, bank), rest.side.widths()
     report = CodedReport(
@@ -224,6 +220,16 @@ def code_family(
         None if correction is None else correction.share,
     )
     return CodedFamily(spec_of(index, family, coded), coded, report)
+
+
+def _code_part(
+    plan: CodingPlan, whole: ExpertFamily, left: ExpertFamily, part: slice, correction: Correction | None
+) -> tuple[CodedExperts, Tensor, Tensor]:
+    """A part coded, and by expert the squares of its errors and of what it is."""
+    energies, problem = _energies(whole.read(part)), left.problem(part)
+    added = None if correction is None else correction.down[part].float()
+    coded, decoded = problem.rehearsed(plan.multipliers[1]).code(plan.multipliers[2], added)
+    return coded, _energies(decoded.sub_(problem.X)), energies
 
 
 def matrices(family: Family, coded: BankedExperts, dtype: torch.dtype) -> Tensor:
