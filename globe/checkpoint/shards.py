@@ -27,7 +27,7 @@ def layer_of(name: str) -> str:
 
 
 class HubShards:
-    """Fetches the shards of a repository when they are asked for, and each time the following one.
+    """Fetches the shards of a repository when they are asked for, and the following one, up or down, of neighbours.
 
     They lie in the Hub's cache. With a `folder` they lie there instead, never more than `most` of them: as many as the
     tensors of one layer are spread over, next to the last that was asked for, and the one that is fetched meanwhile.
@@ -45,8 +45,6 @@ class HubShards:
             spread[layer_of(tensor.name)].add(tensor.shard)
         self._shards = [*self._infos]
         self._most_used = max(map(len, spread.values()), default=1)
-        self._last = 0
-        """Place of the shard that was asked for last."""
         self._used = dict[str, Path]()
         self._ahead = dict[str, Future[Path]]()
         """The one that is fetched before it is asked for."""
@@ -67,12 +65,8 @@ class HubShards:
         Raises `CheckpointError` where it cannot be fetched, and unless it is what the Hub announced.
         """
         with self._lock:
-            place = self._shards.index(shard)
-            is_backwards = 0 < self._last - place <= self._most_used
-            self._last = place
             if shard not in self._used:
-                next_place = place - 1 if is_backwards else place + 1
-                following = self._shards[next_place : next_place + 1]
+                place, following = self._shards.index(shard), self._following(shard)
                 if self.folder is not None:
                     nearest = sorted(self._used, key=lambda used: abs(self._shards.index(used) - place))
                     self._used = {used: self._used[used] for used in nearest[: self._most_used - 1]}
@@ -81,6 +75,14 @@ class HubShards:
                 self._used[shard] = self._fetch(shard) if fetched is None else fetched.result()
                 self._fetch_ahead(following)
             return self._used[shard]
+
+    def _following(self, shard: str) -> list[str]:
+        """The one behind, or before where those in use are behind; none where the reading jumps: nobody knows then."""
+        place = self._shards.index(shard)
+        before, behind = self._shards[max(0, place - 1) : place], self._shards[place + 1 : place + 2]
+        if not self._used or self._used.keys() & before:
+            return behind
+        return before if self._used.keys() & behind else []
 
     def settle(self) -> None:
         """Wait for what is being fetched, so that nothing is written any more."""
