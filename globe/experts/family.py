@@ -52,8 +52,8 @@ class ExpertFamily:
 
     def problem(self, part: slice) -> CodingProblem:
         """A part, and what an error in it costs. Raises as `read_experts` does."""
-        C = second_moments(self.statistics, self.family, self.num_inputs, part)
-        order = self._shared_order if len(C) == 1 else order_inputs(C)
+        C = self._moments(part)
+        order = order_inputs(C) if self._has_own_inputs else self._shared_order
         X, outputs = self._left(part), self._outputs[torch.arange(part.start, part.stop)]
         return CodingProblem(X, order, self._importance[part], C.mean(0), self._noise or 1.0, outputs)
 
@@ -77,8 +77,8 @@ class ExpertFamily:
         some = slice(None, None, len(self.parts))
         X = torch.cat([rotate(self.read(part))[:, :, some] for part in self.parts])
         C, prices = torch.zeros(self.num_inputs, self.num_inputs), list[Tensor]()
-        for part in self.parts if self.family == "down" else self.parts[:1]:
-            moments = second_moments(self.statistics, self.family, self.num_inputs, part)
+        for part in self.parts if self._has_own_inputs else self.parts[:1]:
+            moments = self._moments(part)
             prices.append(order_inputs(moments).prices_by_input())
             C += moments.sum(0)
         C /= sum(map(len, prices))
@@ -97,9 +97,18 @@ class ExpertFamily:
         P, D = self.layer.intermediate_size, self.layer.hidden_size
         return P if self.family == "down" else D
 
+    @property
+    def _has_own_inputs(self) -> bool:
+        """Whether each expert has a C of its own."""
+        return self.statistics is not None and self.family == "down"
+
     @functools.cached_property
     def _shared_order(self) -> Order:
-        return order_inputs(second_moments(self.statistics, self.family, self.num_inputs, slice(0, 1)))
+        return order_inputs(self._moments(self.parts[0]))
+
+    def _moments(self, part: slice) -> Tensor:
+        """C (n, N, N) of a part, or (1, N, N) that all share."""
+        return second_moments(self.statistics, self.family, self.num_inputs, part)
 
     @functools.cached_property
     def _mean_squares(self) -> Tensor:

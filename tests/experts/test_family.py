@@ -69,6 +69,32 @@ def test_what_is_planned_is_that_of_the_whole(whole: ExpertFamily, monkeypatch: 
     torch.testing.assert_close(torch.cat([each.importance for each in many]), one.importance)
 
 
+def test_an_expert_by_itself_is_coded_in_the_order_of_its_own_inputs(
+    whole: ExpertFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_WEIGHTS", P * D)
+    alone = ExpertFamily(whole.checkpoint, whole.layer, whole.family, whole.statistics, whole.sensitivities)
+    assert len(alone.parts) == E
+    monkeypatch.setattr(module, "MOST_WEIGHTS", E * P * D)
+    (one,) = whole.problems()
+    for expert, each in enumerate(alone.problems()):
+        row = expert if whole.family == "down" else 0
+        assert torch.equal(each.order.inputs[0], one.order.inputs[row])
+        torch.testing.assert_close(each.order.prices[0], one.order.prices[row])
+    costs = joined([each.rows() for each in alone.problems()])
+    assert (costs.costs - one.rows().costs).abs().max() <= 1
+
+
+def test_parts_of_which_nothing_is_known_share_a_bank(whole: ExpertFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown = ExpertFamily(whole.checkpoint, whole.layer, whole.family, None, whole.sensitivities)
+    expected = unknown.find_bank(-40 * UNIT, 1)
+    found = in_parts(unknown, monkeypatch).find_bank(-40 * UNIT, 1)
+    assert expected is not None
+    assert found is not None
+    norms = [float(each.bases.decode().norm()) for each in (expected, found)]
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
 def test_what_is_coded_is_as_good_and_decoded_as_one(whole: ExpertFamily, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = in_parts(whole, monkeypatch)
     (one,) = whole.problems()
