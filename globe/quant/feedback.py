@@ -6,14 +6,11 @@ error then costs d_i = 1 / U_ii² instead of C_ii (Frantar et al. 2022, GPTQ; Ba
 2603.04956). Inputs go by growing variance, so that those which carry most can still be adjusted last.
 """
 
-# `torch.linalg` has no type stubs
-# pyright: reportUnknownMemberType=false
-
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,25 +54,26 @@ def order_inputs(second_moments: Tensor, *, falling: bool = False) -> Order:
     Raises `ValueError` when a matrix is not positive definite.
     """
     inputs = second_moments.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=falling, stable=True)
-    sorted_ = second_moments.double().gather(1, inputs[:, :, None].expand_as(second_moments))
-    sorted_ = sorted_.gather(2, inputs[:, None, :].expand_as(second_moments))
-    # C = R Rᵀ with R upper triangular is the Cholesky factor of C reversed; then U = R⁻¹, and shares and prices follow
-    factor, info = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(sorted_.flip(1, 2)))
-    if bool((info > 0).any()):
-        failed = ", ".join(str(s) for s, status in enumerate(info) if int(status))
+    shares = torch.empty(second_moments.shape, device=inputs.device)
+    prices, failed = torch.empty(inputs.shape, device=inputs.device), list[int]()
+    linalg: Any = torch.linalg
+    eye = torch.eye(inputs.shape[1], dtype=torch.float64, device=inputs.device)
+    for s, (C, places) in enumerate(zip(second_moments, inputs, strict=True)):  # one is in float64 at a time
+        # C = R Rᵀ, R the reversed Cholesky factor of C reversed, upper triangular; U = R⁻¹, shares and prices follow
+        factor, info = linalg.cholesky_ex(C.double()[places][:, places].flip(0, 1))
+        if int(info):
+            failed.append(s)
+            continue
+        upper = factor.flip(0, 1)
+        diagonal = upper.diagonal()
+        shares[s] = linalg.solve_triangular(upper / diagonal, eye, upper=True, unitriangular=True)
+        prices[s] = diagonal.square()
+    if failed:
         raise ValueError(
-            f"second moments {failed} of {len(info)} are not positive definite: add a part of their mean diagonal"
+            f"second moments {', '.join(map(str, failed))} of {len(inputs)} are not positive definite: add a part of "
+            "their mean diagonal"
         )
-    upper = factor.flip(1, 2)
-    diagonal = upper.diagonal(dim1=1, dim2=2)
-    eye = torch.eye(upper.shape[1], dtype=upper.dtype, device=upper.device)
-    shares = cast(
-        Tensor,
-        torch.linalg.solve_triangular(
-            upper / diagonal[:, None, :], eye.expand_as(upper), upper=True, unitriangular=True
-        ),
-    )
-    return Order(inputs, shares.float(), diagonal.square().float())
+    return Order(inputs, shares, prices)
 
 
 def code_inputs(rows: Tensor, order: Order, code_rows: Callable[[int, Tensor], Tensor], block: int = BLOCK) -> Tensor:
