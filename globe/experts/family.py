@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from globe.quant.outputs import Outputs, fit_outputs, rotate
 from globe.quant.side import LONG_ROW, MOST_WEIGHTS
 from globe.quant.water_fill import Rows
 from globe.terms import Family
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +60,9 @@ class ExpertFamily:
         X, outputs = self._left(part), self._outputs[torch.arange(part.start, part.stop)]
         return CodingProblem(X, order, self._importance[part], C.mean(0), self._noise or 1.0, outputs)
 
-    def problems(self) -> Iterator[CodingProblem]:
-        """All parts in turn."""
-        return map(self.problem, self.parts)
+    def by_part(self, work: Callable[[slice, CodingProblem], T]) -> list[T]:
+        """What is made of each part, which is let go before the next is read."""
+        return [work(part, self.problem(part)) for part in self.parts]
 
     def without(self, bank: CodedBank | None) -> ExpertFamily:
         """What is left of the experts when the bank's mixtures are taken from them."""

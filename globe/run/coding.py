@@ -16,7 +16,7 @@ from torch import Tensor
 
 from globe.bank_shape import sides
 from globe.checkpoint.report import CodedReport
-from globe.experts.coding import damped
+from globe.experts.coding import CodingProblem, damped
 from globe.experts.family import ExpertFamily, joined
 from globe.experts.metric import LayerStatistics
 from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
@@ -149,7 +149,7 @@ def _rows_and_side(family_of: _FamilyOf, key: _Key, bank: CodedBank | None) -> t
     """What of a family is to be shared out when the bank's mixtures are taken from it, and the bytes of what is stored
     beside that."""
     left = family_of(*key).without(bank)
-    rows, side_bytes = zip(*((each.rows(), each.side_bytes) for each in left.problems()), strict=True)
+    rows, side_bytes = zip(*left.by_part(lambda _, problem: (problem.rows(), problem.side_bytes)), strict=True)
     return joined(rows), sum(side_bytes)
 
 
@@ -163,11 +163,12 @@ def _rehearsed(
     family_of: _FamilyOf, multiplier: int, key: _Key, bank: CodedBank | None, sensitivities: Tensor
 ) -> tuple[Rows, Tensor]:
     """What is to be shared out in the end, and what leaving it out costs."""
-    left, rows, stakes = family_of(*key).without(bank), list[Rows](), list[Tensor]()
-    for part, problem in zip(left.parts, left.problems(), strict=True):
+
+    def rehearse(part: slice, problem: CodingProblem) -> tuple[Rows, Tensor]:
         rehearsed = problem.rehearsed(multiplier)
-        rows.append(rehearsed.rows())
-        stakes.append(rehearsed.stakes(sensitivities[part]))
+        return rehearsed.rows(), rehearsed.stakes(sensitivities[part])
+
+    rows, stakes = zip(*family_of(*key).without(bank).by_part(rehearse), strict=True)
     return joined(rows), torch.cat(stakes)
 
 
@@ -200,9 +201,14 @@ def code_family(
     began = time.monotonic()
     whole = _family(job, statistics, damped(sensitivities), index, family)
     bank = whole.find_bank(plan.multipliers[0], plan.num_bases[index, family])
-    left = whole.without(bank)
-    coded_parts = (_code_part(plan, whole, left, part, correction) for part in left.parts)
-    parts, errors, energies = zip(*coded_parts, strict=True)
+
+    def code(part: slice, problem: CodingProblem) -> tuple[CodedExperts, Tensor, Tensor]:
+        """What is stored of a part, and by expert the squares of its errors and of what it was."""
+        added = None if correction is None else correction.down[part].float()
+        coded, decoded = problem.rehearsed(plan.multipliers[1]).code(plan.multipliers[2], added)
+        return coded, _energies(decoded.sub_(problem.X)), _energies(whole.read(part))
+
+    parts, errors, energies = zip(*whole.without(bank).by_part(code), strict=True)
     rest, missed, energy = CodedExperts.cat(parts), torch.cat(errors), torch.cat(energies)
     coded, widths = BankedExperts(rest, bank), rest.side.widths()
     report = CodedReport(
@@ -220,16 +226,6 @@ def code_family(
         None if correction is None else correction.share,
     )
     return CodedFamily(spec_of(index, family, coded), coded, report)
-
-
-def _code_part(
-    plan: CodingPlan, whole: ExpertFamily, left: ExpertFamily, part: slice, correction: Correction | None
-) -> tuple[CodedExperts, Tensor, Tensor]:
-    """A part coded, and by expert the squares of its errors and of what it is."""
-    energies, problem = _energies(whole.read(part)), left.problem(part)
-    added = None if correction is None else correction.down[part].float()
-    coded, decoded = problem.rehearsed(plan.multipliers[1]).code(plan.multipliers[2], added)
-    return coded, _energies(decoded.sub_(problem.X)), energies
 
 
 def matrices(family: Family, coded: BankedExperts, dtype: torch.dtype) -> Tensor:

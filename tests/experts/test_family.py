@@ -10,6 +10,7 @@ from torch import Tensor
 
 from globe.checkpoint.layout import ExpertLayer
 from globe.experts import family as module
+from globe.experts.coding import CodingProblem
 from globe.experts.family import ExpertFamily, joined
 from globe.experts.metric import LayerStatistics
 from globe.quant.coded import CodedExperts
@@ -41,6 +42,10 @@ def whole(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ex
     return ExpertFamily(ANY, layer, name, known, sensitivities)
 
 
+def problems(family: ExpertFamily) -> list[CodingProblem]:
+    return family.by_part(lambda _, problem: problem)
+
+
 def in_parts(whole: ExpertFamily, monkeypatch: pytest.MonkeyPatch) -> ExpertFamily:
     assert whole.parts == [slice(0, E)]
     monkeypatch.setattr(module, "MOST_WEIGHTS", 2 * P * D)
@@ -57,7 +62,7 @@ def test_parts_are_of_nearly_as_many_experts_each(whole: ExpertFamily, monkeypat
 
 def test_what_is_planned_is_that_of_the_whole(whole: ExpertFamily, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = in_parts(whole, monkeypatch)
-    (one,), many = [*whole.problems()], [*parts.problems()]
+    (one,), many = problems(whole), problems(parts)
     assert one.outputs.exponents is not None
     for part, each in zip(parts.parts, many, strict=True):
         assert each.outputs.exponents is not None
@@ -76,12 +81,12 @@ def test_an_expert_by_itself_is_coded_in_the_order_of_its_own_inputs(
     alone = ExpertFamily(whole.checkpoint, whole.layer, whole.family, whole.statistics, whole.sensitivities)
     assert len(alone.parts) == E
     monkeypatch.setattr(module, "MOST_WEIGHTS", E * P * D)
-    (one,) = whole.problems()
-    for expert, each in enumerate(alone.problems()):
+    (one,) = problems(whole)
+    for expert, each in enumerate(problems(alone)):
         row = expert if whole.family == "down" else 0
         assert torch.equal(each.order.inputs[0], one.order.inputs[row])
         torch.testing.assert_close(each.order.prices[0], one.order.prices[row])
-    costs = joined([each.rows() for each in alone.problems()])
+    costs = joined([each.rows() for each in problems(alone)])
     assert (costs.costs - one.rows().costs).abs().max() <= 1
 
 
@@ -97,9 +102,9 @@ def test_parts_of_which_nothing_is_known_share_a_bank(whole: ExpertFamily, monke
 
 def test_what_is_coded_is_as_good_and_decoded_as_one(whole: ExpertFamily, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = in_parts(whole, monkeypatch)
-    (one,) = whole.problems()
+    (one,) = problems(whole)
     multiplier = int(one.rows().costs.median()) - 6 * UNIT
-    found = [each.rehearsed(multiplier).code(multiplier) for each in parts.problems()]
+    found = [each.rehearsed(multiplier).code(multiplier) for each in problems(parts)]
     coded = CodedExperts.cat([each for each, _ in found])
     assert coded.is_sound()
     assert torch.equal(coded.decode(), torch.cat([decoded for _, decoded in found]))
@@ -117,7 +122,7 @@ def test_a_bank_is_found_from_some_of_the_outputs(whole: ExpertFamily, monkeypat
     assert found is not None
     assert parts.find_bank(multiplier, 0) is None
     assert found.bases.decode().shape == expected.bases.decode().shape
-    one = torch.cat([each.X for each in whole.without(expected).problems()])
-    other = torch.cat([each.X for each in parts.without(found).problems()])
+    one = torch.cat([each.X for each in problems(whole.without(expected))])
+    other = torch.cat([each.X for each in problems(parts.without(found))])
     assert float(other.norm()) == pytest.approx(float(one.norm()), rel=0.02)
     assert float(other.norm()) < 0.8 * float(whole.read(slice(0, E)).norm())
