@@ -31,18 +31,22 @@ from globe.quant.vectors import (
     add_products,
     decode_groups,
     decode_last,
+    least_sums,
     mix_lanes,
     mix_neighbours,
     pointer,
     take,
 )
 
-VECTOR = 16
-"""int32 in the widest vector of a CPU."""
+_LEAST_OF_ONE, _LEAST_OF_TWO, _LEAST_OF_FOUR = (least_sums(count) for count in (1, 2, 4))
+
+_PAGE, _BEHIND = 1024, 64
+"""int32 whose addresses end alike, and how far costs that are written lie before the place in a page of what is read
+beside them: CPUs take a read for one of what was just written where the ends of the addresses are the same."""
 
 
 @functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy")
-def _step(now, levels, last, best, before, back, top, b, B, P, R, Q, W, U):
+def _step(now, levels, last, best, before, back, top, b, B, P, R, Q, W):
     """From what P groups of predecessors cost (last) past an entry to what R groups of states do (best), and how each
     was come by (back)."""
     keep, low = np.int32(-top), np.int32(B - 1)
@@ -60,15 +64,12 @@ def _step(now, levels, last, best, before, back, top, b, B, P, R, Q, W, U):
             cost = np.int32(np.int32(last[h & (P - 1)] & keep) - reference)
             for j in range(W):
                 before[h * W + j] = np.int32(cost | np.int32(h))
-    for base in range(0, R, W):
-        for first in range(0, B, U):
-            for j in range(W):
-                off = np.int32(now - levels[first * R + base + j])
-                least = np.int32(before[first * W + j] + np.int32(off * off))
-                for h in range(1, U):
-                    off = np.int32(now - levels[(first + h) * R + base + j])
-                    least = min(least, np.int32(before[(first + h) * W + j] + np.int32(off * off)))
-                best[base + j] = least if first == 0 else min(least, best[base + j])
+    if R >= 4 * W:
+        _LEAST_OF_FOUR(now, levels, before, best, W, R, B)
+    elif R >= 2 * W:
+        _LEAST_OF_TWO(now, levels, before, best, W, R, B)
+    else:
+        _LEAST_OF_ONE(now, levels, before, best, W, R, B)
     for r in range(R):
         back[r] = np.uint8(best[r] & low)
 
@@ -79,19 +80,24 @@ def search(even: int, odd: int) -> Callable[..., None]:
     in turn; see `trellis._search`, which it equals.
 
     x (n, K) int32, K even; levels (2^L,) int32 of even and of odd entries, that of state r·2^b + h at place
-    h·2^(L−b) + r; writes symbols (n, K) uint8 and states (n, K) int32.
+    h·2^(L−b) + r; both in [0, 2¹⁵). Writes symbols (n, K) uint8 and states (n, K) int32.
     """
     top = 1 << max(even, odd)
     B0, R0, B1, R1 = 1 << even, NUM_STATES >> even, 1 << odd, NUM_STATES >> odd
     Q0, Q1 = max(1, R1 >> even), max(1, R0 >> odd)  # group costs repeat with these periods in the order of reading
-    W0, W1 = min(R0, max(Q0, VECTOR)), min(R1, max(Q1, VECTOR))
-    U0, U1 = min(B0, VECTOR), min(B1, VECTOR)
+    W0, W1 = min(R0, max(Q0, LANES)), min(R1, max(Q1, LANES))
+    odd_at = 0 if even == odd else NUM_STATES  # the same levels twice would be too much for the first cache
+    even_at = 4 * NUM_STATES + _PAGE - _BEHIND
 
     @functools.partial(njit, nogil=True, boundscheck=False, error_model="numpy", cache=True)
     def rows(x, even_levels, odd_levels, window, unreachable, symbols, states):
         n, K = x.shape
-        of_even, of_odd = np.empty(R0, np.int32), np.empty(R1, np.int32)
-        before0, before1 = np.empty(B0 * W0, np.int32), np.empty(B1 * W1, np.int32)
+        room = np.empty(7 * NUM_STATES, np.int32)
+        room = room[-(room.ctypes.data >> 2) % _PAGE :]
+        of_even_level, of_odd_level = room[:NUM_STATES], room[odd_at : odd_at + NUM_STATES]
+        of_even_level[:], of_odd_level[:] = even_levels, odd_levels
+        before0, before1 = room[2 * NUM_STATES :], room[3 * NUM_STATES :]
+        of_even, of_odd = room[even_at : even_at + R0], room[even_at + NUM_STATES : even_at + NUM_STATES + R1]
         back = np.empty((max(K, 2 * window), max(R0, R1)), np.uint8)
         around = np.empty(2 * window, np.int32)
         for i in range(n):
@@ -99,10 +105,8 @@ def search(even: int, odd: int) -> Callable[..., None]:
                 around[t] = x[i, (t - window) % K]
             of_odd[:] = 0
             for t in range(0, 2 * window, 2):
-                _step(around[t], even_levels, of_odd, of_even, before0, back[t], top, even, B0, R1, R0, Q0, W0, U0)
-                _step(
-                    around[t + 1], odd_levels, of_even, of_odd, before1, back[t + 1], top, odd, B1, R0, R1, Q1, W1, U1
-                )
+                _step(around[t], of_even_level, of_odd, of_even, before0, back[t], top, even, B0, R1, R0, Q0, W0)
+                _step(around[t + 1], of_odd_level, of_even, of_odd, before1, back[t + 1], top, odd, B1, R0, R1, Q1, W1)
             closing = 0
             for r in range(1, R1):
                 if of_odd[r] < of_odd[closing]:
@@ -113,8 +117,8 @@ def search(even: int, odd: int) -> Callable[..., None]:
             of_odd[:] = unreachable
             of_odd[closing] = 0
             for t in range(0, K, 2):
-                _step(x[i, t], even_levels, of_odd, of_even, before0, back[t], top, even, B0, R1, R0, Q0, W0, U0)
-                _step(x[i, t + 1], odd_levels, of_even, of_odd, before1, back[t + 1], top, odd, B1, R0, R1, Q1, W1, U1)
+                _step(x[i, t], of_even_level, of_odd, of_even, before0, back[t], top, even, B0, R1, R0, Q0, W0)
+                _step(x[i, t + 1], of_odd_level, of_even, of_odd, before1, back[t + 1], top, odd, B1, R0, R1, Q1, W1)
             r = closing
             for t in range(K - 1, -1, -2):
                 symbols[i, t] = back[t, r]

@@ -51,6 +51,8 @@ _CLIP = 4.5
 """The search takes entries beyond this many times RMS for as large as this: no level is as large."""
 _LEAST_PER_THREAD = 2**12
 """Entries that a thread searches at least: about a millisecond."""
+_ABOVE = 2**14
+"""What the compiled search adds to entries and levels, for none to be negative: they are within ±√(_LIMIT / 3) / 2."""
 _LIMIT = 2**30
 """Above what a path can cost more than another that ends in the same entry, and what no path may begin at."""
 
@@ -167,7 +169,7 @@ def _search(x: Tensor, width: int, window: int) -> tuple[Tensor, Tensor]:
 @functools.cache
 def _transposed_levels(width: int) -> tuple[Any, Any]:
     """The same as numba wants them, for even and odd entries: by symbol, then by group."""
-    scaled = _scaled_levels(width, torch.device("cpu"))
+    scaled = _scaled_levels(width, torch.device("cpu")) + _ABOVE
     even, odd = (scaled.view(-1, 1 << bits).mT.contiguous().flatten().numpy() for bits in entry_bits(width))
     return even, odd
 
@@ -176,7 +178,7 @@ def _compiled_search(x: Tensor, width: int, window: int) -> tuple[Tensor, Tensor
     kernels = compiled()
     assert kernels is not None
     symbols, states = torch.empty_like(x, dtype=torch.uint8), torch.empty_like(x)
-    rows, entries = kernels.search(*entry_bits(width)), x.contiguous()
+    rows, entries = kernels.search(*entry_bits(width)), x + _ABOVE
 
     def search(part: slice) -> None:
         levels = _transposed_levels(width)

@@ -48,6 +48,50 @@ def _splat(value: int) -> ir.Constant:
     return ir.Constant(_WORDS, [value] * LANES)
 
 
+def least_sums(num_periods: int) -> Any:
+    """`least(now, levels, before, best, period, size, count)`:
+
+        best[r] = min_h (before[h·period + r mod period] + (now − levels[h·size + r])²),  r < size, h < count
+
+    of int32, `now` and the levels in [0, 2¹⁵). `size` is a multiple of so many periods, each a multiple of LANES.
+    """
+
+    @intrinsic
+    def least(typing_context, now, levels, before, best, period, size, count):  # noqa: ARG001
+        signature = types.void(types.int32, levels, before, best, types.int64, types.int64, types.int64)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            now, levels, before, best, period, size, count = arguments
+            levels, before, best = (
+                context.make_array(kind)(context, builder, array).data
+                for kind, array in zip(signature.args[1:4], (levels, before, best), strict=True)
+            )
+            now, most = _in_all_lanes(builder, now), _splat(2**31 - 1)
+            lowest = [cgutils.alloca_once(builder, _WORDS) for _ in range(num_periods)]
+            with (
+                cgutils.for_range_slice(builder, _I64(0), size, builder.mul(period, _I64(num_periods))) as (base, _),
+                cgutils.for_range_slice(builder, _I64(0), period, _I64(LANES)) as (j, _),
+            ):
+                first = builder.add(base, j)
+                places = [builder.add(first, builder.mul(period, _I64(i))) for i in range(num_periods)]
+                for each in lowest:
+                    builder.store(most, each)
+                with cgutils.for_range(builder, count) as loop:
+                    at = builder.add(builder.mul(loop.index, period), j)
+                    cost, row = _load(builder, builder.gep(before, [at]), _WORDS), builder.mul(loop.index, size)
+                    for place, each in zip(places, lowest, strict=True):
+                        level = _load(builder, builder.gep(levels, [builder.add(row, place)]), _WORDS)
+                        total, other = _add_square(context, builder, cost, now, level), builder.load(each)
+                        builder.store(builder.select(builder.icmp_signed("<", total, other), total, other), each)
+                for place, each in zip(places, lowest, strict=True):
+                    _store(builder, builder.load(each), builder.gep(best, [place]))
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return least
+
+
 @intrinsic
 def decode_groups(typing_context, payload, place, count, width, step, out, at):  # noqa: ARG001
     """Write level · step of `count` times sixteen entries to out[at:], float32, or uint16 that are bits of bfloat16.
@@ -197,7 +241,7 @@ def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 def _in_all_lanes(builder: Any, value: Any) -> Any:
-    undefined = ir.Constant(_FLOATS, ir.Undefined)
+    undefined = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
     return builder.shuffle_vector(builder.insert_element(undefined, value, _I32(0)), undefined, _splat(0))
 
 
@@ -272,6 +316,19 @@ def _levels(context: Any, builder: Any, mixed: Any) -> Any:
     pairs = builder.add(builder.and_(mixed, _splat(0x00FF00FF)), odd)
     sums = builder.lshr(builder.mul(pairs, _splat(0x00010001)), _splat(16))
     return builder.sub(sums, _splat(MEAN))
+
+
+def _add_square(context: Any, builder: Any, total: Any, a: Any, b: Any) -> Any:
+    """total + (a − b)² for a and b in [0, 2¹⁵)."""
+    if _has(context, "avx512vnni"):
+        pairs = ir.VectorType(ir.IntType(16), 2 * LANES)
+        off = builder.sub(builder.bitcast(a, pairs), builder.bitcast(b, pairs))  # all higher halves are zero
+        off = builder.bitcast(off, _WORDS)
+        kind = ir.FunctionType(_WORDS, [_WORDS] * 3)
+        dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpwssd.512")
+        return builder.call(dot, [total, off, off])
+    off = builder.sub(a, b)
+    return builder.add(total, builder.mul(off, off))
 
 
 def _to_bfloat16(context: Any, builder: Any, values: Any) -> Any:
