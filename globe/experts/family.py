@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -23,6 +22,7 @@ from globe.quant.banked import CodedBank, share_bank
 from globe.quant.feedback import Order, order_inputs
 from globe.quant.outputs import Outputs, fit_outputs, rotate
 from globe.quant.side import LONG_ROW, MOST_WEIGHTS
+from globe.quant.threads import split
 from globe.quant.water_fill import Rows
 from globe.terms import Family
 
@@ -50,8 +50,8 @@ class ExpertFamily:
         """Experts that are in memory at once."""
         E, K = self.sensitivities.shape
         weights = self.layer.num_experts * self.layer.intermediate_size * self.layer.hidden_size
-        count = min(E, -(-weights // MOST_WEIGHTS)) if K >= LONG_ROW else 1  # shorter rows may share widths
-        return [slice(*ends) for ends in itertools.pairwise(E * place // count for place in range(count + 1))]
+        count = -(-weights // MOST_WEIGHTS) if K >= LONG_ROW else 1  # shorter rows may share widths
+        return split(E, count)
 
     def problem(self, part: slice) -> CodingProblem:
         """A part, and what an error in it costs. Raises as `read_experts` does."""

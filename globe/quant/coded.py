@@ -28,6 +28,7 @@ from globe.quant.feedback import Order, code_inputs
 from globe.quant.outputs import Outputs
 from globe.quant.scales import PER_OCTAVE, fit_exponents, steps
 from globe.quant.side import HEADROOM, LARGEST_SCALE, OwnRows, SharedCosts, SharedRows, share_costs, share_rows
+from globe.quant.threads import run_all, split
 from globe.quant.water_fill import log_costs, widths_at
 
 Form = Literal["own", "shared"]
@@ -35,6 +36,8 @@ Form = Literal["own", "shared"]
 
 MAX_EXPONENT = 120 * PER_OCTAVE
 """Of a scale, either way: its steps are then within float32."""
+_LEAST_PER_THREAD = 2**13
+"""Entries of an input's rows that a thread codes at least: a few milliseconds, ten times what calls take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,23 +158,38 @@ def rehearse(rows: Tensor, order: Order, widths: Tensor, seed: int = 0) -> Rehea
     its energy, D(1−D) comes back as noise), for the price of the matrix products. Rows that get few bits hand on nearly
     all of what they were, which adds up where inputs are alike: without this, widths and costs are wrong by factors.
     """
-    E, N, K = rows.shape
+    found = Rehearsal(torch.empty(rows.shape[:2], device=rows.device), torch.empty_like(widths, dtype=torch.int32))
+
+    def rehearse_part(part: slice) -> None:
+        of_part = _rehearse(rows[part], order[part], widths[part], seed)
+        found.mean_squares[part], found.exponents[part] = of_part.mean_squares, of_part.exponents
+
+    run_all([functools.partial(rehearse_part, part) for part in _parts(rows)])
+    return found
+
+
+def _rehearse(rows: Tensor, order: Order, widths: Tensor, seed: int) -> Rehearsal:
+    """The noise is the same for all experts."""
     generator = torch.Generator(rows.device).manual_seed(seed)
     losses = order.sort(torch.tensor(trellis.DISTORTION, device=rows.device)[widths.long()])
     sorted_widths = order.sort(widths)
-    found = torch.empty(E, N, device=rows.device)
-    exponents = torch.empty(E, N, dtype=torch.int32, device=rows.device)
+    found, exponents = torch.empty_like(losses), torch.empty_like(sorted_widths, dtype=torch.int32)
 
     def lose(i: int, now: Tensor) -> Tensor:
         found[:, i] = mean_squares = now.square().mean(1)
         exponents[:, i] = fit_exponents(now, sorted_widths[:, i])
         lost = losses[:, i]
-        noise = torch.randn(E, K, generator=generator, device=rows.device)
+        noise = torch.randn(now.shape[1], generator=generator, device=now.device)
         return (1 - lost)[:, None] * now + (lost * (1 - lost) * mean_squares).sqrt()[:, None] * noise
 
-    rows = order.sort(rows.float())
-    code_inputs(rows, order, lose)
+    code_inputs(order.sort(rows.float()), order, lose)
     return Rehearsal(order.unsort(found), order.unsort(exponents))
+
+
+def _parts(rows: Tensor) -> list[slice]:
+    """Experts that are coded by a thread each; what they become depends on none of the others."""
+    E, _, K = rows.shape
+    return split(E, min(torch.get_num_threads(), E * K // _LEAST_PER_THREAD) if rows.device.type == "cpu" else 1)
 
 
 def shared_or_not(costs: Tensor, form: Form) -> Tensor | SharedCosts:
@@ -200,26 +218,45 @@ def code_own(
     """
     largest = torch.where(widths > 0, expected.exponents, -(2**14)).amax(1)
     bases = (largest + HEADROOM).to(torch.int16)
-    sorted_widths = order.sort(widths)
 
-    def exponents(i: int, rows: Tensor) -> Tensor:
-        wanted = fit_exponents(rows, sorted_widths[:, i])
-        return bases.int() - (bases.int() - wanted).clamp(0, LARGEST_SCALE)
+    def exponents(part: slice, now: Tensor, widths: Tensor, _: int) -> Tensor:
+        least = bases[part].int()
+        return least - (least - fit_exponents(now, widths)).clamp(0, LARGEST_SCALE)
 
-    symbols, chosen, decoded = _code(outputs.apply(X), order, widths, exponents)
-    side = OwnRows.of(widths, chosen, bases)
-    return CodedExperts(packing.pack(symbols, widths), side, X.shape[2], outputs), outputs.undo(decoded)
+    payload, chosen, decoded = _code(X, outputs, order, widths, exponents)
+    return CodedExperts(payload, OwnRows.of(widths, chosen, bases), X.shape[2], outputs), decoded
 
 
 def code_shared(X: Tensor, outputs: Outputs, order: Order, side: SharedRows) -> tuple[CodedExperts, Tensor]:
     """Code X (E, N, K) with the widths and scales of `share_rows`; what is stored, and what it decodes to."""
-    exponents = order.sort(side.exponents())
-    symbols, _, decoded = _code(outputs.apply(X), order, side.widths(), lambda i, _: exponents[:, i])
-    return CodedExperts(packing.pack(symbols, side.widths()), side, X.shape[2], outputs), outputs.undo(decoded)
+    sorted_exponents = order.sort(side.exponents())
+    payload, _, decoded = _code(X, outputs, order, side.widths(), lambda part, _, __, i: sorted_exponents[part, i])
+    return CodedExperts(payload, side, X.shape[2], outputs), decoded
+
+
+_Exponents = Callable[[slice, Tensor, Tensor, int], Tensor]
+"""Scale exponents (n,) of the rows (n, K) of the i-th input of a part of the experts, with widths (n,)."""
 
 
 def _code(
-    rows: Tensor, order: Order, widths: Tensor, exponents: Callable[[int, Tensor], Tensor]
+    X: Tensor, outputs: Outputs, order: Order, widths: Tensor, exponents: _Exponents
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Payload, scale exponents (E, N) and what is decoded (E, N, K)."""
+    parts, payloads = _parts(X), dict[int, Tensor]()
+    chosen, decoded = torch.empty_like(widths, dtype=torch.int32), torch.empty_like(X, dtype=torch.float32)
+
+    def code(part: slice) -> None:
+        rows, of_part = outputs[part].apply(X[part]), functools.partial(exponents, part)
+        symbols, chosen[part], rows = _code_rows(rows, order[part], widths[part], of_part)
+        payloads[part.start] = packing.pack(symbols, widths[part])
+        decoded[part] = outputs[part].undo(rows)
+
+    run_all([functools.partial(code, part) for part in parts])
+    return torch.cat([payloads[part.start] for part in parts]), chosen, decoded
+
+
+def _code_rows(
+    rows: Tensor, order: Order, widths: Tensor, exponents: Callable[[Tensor, Tensor, int], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Symbols (E, N, length), scale exponents (E, N) and decoded rows (E, N, K)."""
     E, N, K = rows.shape
@@ -230,7 +267,7 @@ def _code(
     levels = trellis.levels(rows.device)
 
     def code_rows(i: int, now: Tensor) -> Tensor:
-        chosen[:, i] = exponents(i, now)
+        chosen[:, i] = exponents(now, sorted_widths[:, i], i)
         step = steps(chosen[:, i], sorted_widths[:, i])[:, None]
         unit = torch.nn.functional.pad(now / step, (0, length - K))
         decoded = torch.zeros_like(now)
@@ -239,6 +276,5 @@ def _code(
             decoded[who] = levels[states[:, :K]].float() * step[who]
         return decoded
 
-    rows = order.sort(rows.float())
-    decoded = code_inputs(rows, order, code_rows)
+    decoded = code_inputs(order.sort(rows.float()), order, code_rows)
     return order.unsort(symbols), order.unsort(chosen), order.unsort(decoded)

@@ -52,7 +52,7 @@ class Outputs:
         """Stored."""
         return 0 if self.exponents is None else self.exponents.numel()
 
-    def __getitem__(self, experts: Tensor) -> Outputs:
+    def __getitem__(self, experts: Tensor | slice) -> Outputs:
         return Outputs(None if self.exponents is None else self.exponents[experts])
 
     @classmethod

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,17 +18,27 @@ from typing import Any
 import torch
 
 _WORKER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_here = threading.local()
+"""Whether this thread is at work for `run_all` already."""
+
+
+def split(length: int, count: int) -> list[slice]:
+    """So many parts of nearly the same length each, or fewer, of one each."""
+    count = max(1, min(length, count))
+    return [slice(*ends) for ends in itertools.pairwise(length * place // count for place in range(count + 1))]
 
 
 def run_all(tasks: Sequence[Callable[[], None]]) -> None:
-    """Run tasks that do not depend on each other, at most `torch.get_num_threads()` at a time."""
-    if torch.get_num_threads() < 2 or len(tasks) < 2:
+    """Run tasks that do not depend on each other, at most `torch.get_num_threads()` at a time. What they do runs on one
+    thread each."""
+    if torch.get_num_threads() < 2 or len(tasks) < 2 or getattr(_here, "is_working", False):
         for task in tasks:
             task()
         return
     waiting, failed = iter(tasks), list[BaseException]()
 
     def work(_: int | None) -> None:
+        _here.is_working = True
         try:
             for task in waiting:
                 task()
@@ -34,6 +46,8 @@ def run_all(tasks: Sequence[Callable[[], None]]) -> None:
                     return
         except BaseException as error:  # it is raised below
             failed.append(error)
+        finally:
+            _here.is_working = False
 
     _run_by_all(_WORKER(work), None)
     if failed:

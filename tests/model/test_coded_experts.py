@@ -104,7 +104,7 @@ def test_it_is_its_dense_export(made: Callable[..., Path], dtype: torch.dtype) -
         gate_up, down = module.globe_matrices(parameters, range(E), torch.empty(0, dtype=dtype))
         assert torch.equal(gate_up, expected.module.gate_up_proj)
         assert torch.equal(down.mT, expected.module.down_proj)
-    assert_equal_but_for_rounding(logits(model), logits(dense))
+    assert_equal_but_for_rounding(logits(model), logits(dense), units=20)  # packed, products are summed otherwise
     assert (logits(model) - logits(load(folder / "source", dtype=dtype))).abs().max() > 0.01
 
 
@@ -255,7 +255,7 @@ def test_decoded_experts_are_kept_within_a_budget(folder: Path, share: float) ->
     whole = LAYERS * E * 3 * layout.intermediate_size * layout.hidden_size * 4
     cache = set_compose_cache(model, int(share * whole))
     for _ in range(2):
-        assert_equal_but_for_rounding(logits(model), expected)
+        assert_equal_but_for_rounding(logits(model), expected, units=20)
     assert 0 < cache.resident_bytes <= share * whole
     assert cache.hits > 0
     if share == 1:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from globe.quant import feedback
 from globe.quant.feedback import code_inputs, order_inputs
 from tests.random_experts import F64, normal, second_moment
 
@@ -37,8 +38,10 @@ def test_order_is_the_cholesky_factor_of_the_inverse(count: int, falling: bool) 
 
 
 @pytest.mark.parametrize("count", [1, E])
-@pytest.mark.parametrize("block", [1, 4, 23, 64])
-def test_blocked_equals_a_loop(count: int, block: int) -> None:
+@pytest.mark.parametrize(("block", "few"), [(1, 1), (4, 1), (4, 3), (23, 8), (64, 8), (64, 64)])
+def test_blocked_equals_a_loop(count: int, block: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feedback, "BLOCK", block)
+    monkeypatch.setattr(feedback, "_FEW", few)
     order = order_inputs(moments(count))
     X = order.sort(normal(E, N, K))
     shares = order.shares.double().expand(E, -1, -1)
@@ -50,7 +53,7 @@ def test_blocked_equals_a_loop(count: int, block: int) -> None:
             for j in range(i + 1, N):
                 now[j] -= shares[e, i, j] * (now[i] - wanted[e, i])
     order64 = type(order)(order.inputs, order.shares.double(), order.prices.double())
-    torch.testing.assert_close(code_inputs(X, order64, rounded, block), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(code_inputs(X, order64, rounded), wanted, rtol=0, atol=0)
 
 
 def test_the_error_costs_what_the_prices_say() -> None:
