@@ -31,8 +31,10 @@ from globe.model.expert_modules import ExpertsLayout, RoutedExperts
 from globe.model.expert_run import run_experts
 from globe.model.experts import usual_gate
 from globe.plan.budget import Bits
-from globe.quant.feedback import BLOCK, order_inputs
+from globe.quant.feedback import order_inputs
 from globe.quant.outputs import fit_outputs
+from globe.quant.side import MOST_WEIGHTS
+from globe.quant.threads import split
 from globe.quant.water_fill import water_fill
 from globe.run.outline import PLANNING_PASSES, Outline
 from globe.terms import FAMILIES
@@ -43,8 +45,9 @@ _FEW, _MOST_WEIGHTS = 8, 1 << 25
 """Experts of a layer that are run, with as many tokens each as they have among all, and what they may have together."""
 _OPERATIONS = 1000
 """Small ones for each layer of a forward pass, beside its products; measured, see docs/log.md."""
-_TRIED = 2, 10
-"""Experts that are coded to see what each of them, and what a call by itself, takes."""
+_CODED, _SPREAD = 1 << 21, 0.6
+"""Weights that are coded to see how long it takes, a few inputs of all experts, and octaves by which rows differ in
+size, from input to input and from expert to expert; see docs/log.md."""
 _ROUNDING = 5_000
 """Multiply-adds of large products in the time that rounding a weight for others' kernels takes, or twice as many where
 experts are narrow; measured, see docs/log.md."""
@@ -259,34 +262,42 @@ class _Experts(nn.Module):
 
 def _coding_time(budget: Bits, rate: float, E: int, N: int, K: int, is_own: bool) -> float:
     """Seconds of planning and coding E experts with N inputs and K outputs, each with an order of its own or not."""
-    few, many = _TRIED
-    inputs = min(N, BLOCK)
-    of_few, of_many = (_code_time(budget, experts, inputs, K) for experts in _TRIED)
-    of_each = max(0.0, of_many - of_few) / (many - few)
-    by_call = max(0.0, of_few - few * of_each)
-    products = 2 * E * N * N * K  # feedback, twice half of them, and the experts' inner products
+    parts = split(E, -(-E * N * K // MOST_WEIGHTS))
+    in_part = parts[0].stop
+    inputs = max(1, min(N, _CODED // (in_part * K)))
+    of_rows = _code_time(budget, in_part, inputs, K, min(2, len(parts)))
+    products = (1.5 + 1 / len(parts)) * E * N * N * K  # feedback, thrice half of them, and the experts' inner products
     orders = _READ * (E if is_own else 1) * N**3 * 4 / 3  # two factorisations in float64
-    return N / inputs * (by_call + E * of_each) + (products + orders) / rate
+    return E / in_part * N / inputs * of_rows + (products + orders) / rate
 
 
 @functools.cache
-def _code_time(budget: Bits, E: int, N: int, K: int) -> float:
-    return _seconds(functools.partial(_code, budget, E, N, K))
+def _code_time(budget: Bits, E: int, N: int, K: int, num_reads: int) -> float:
+    return _seconds(functools.partial(_code, budget, *_stored_experts(E, N, K), num_reads))
 
 
-def _code(budget: Bits, E: int, N: int, K: int) -> None:
-    """Plan and code normal experts."""
+def _stored_experts(E: int, N: int, K: int) -> tuple[Tensor, Tensor]:
+    """Normal experts (E, K, N) as they are stored, with rows that differ as much as those of trained ones, and C."""
     generator = torch.Generator().manual_seed(0)
-    X, C = torch.randn(E, N, K, generator=generator), torch.eye(N)
-    outputs = fit_outputs(X.square().mean(1), N, torch.ones(E, K))
-    problem = CodingProblem(X, order_inputs(C[None]), torch.ones(E, K), C, float(N), outputs)
-    multiplier = water_fill([problem.rows()], budget.num_bytes(X.numel())).multiplier
-    problem.bank(multiplier)
-    for _ in range(_READ - 2):
-        dataclasses.replace(problem).rows()
-    expected = dataclasses.replace(problem).rehearsed(multiplier)
-    expected.rows()
-    dataclasses.replace(problem).rehearsed(multiplier).code(multiplier)
+    octaves = _SPREAD * (torch.randn(1, 1, N, generator=generator) + torch.randn(E, 1, N, generator=generator))
+    return (torch.randn(E, K, N, generator=generator) * octaves.exp2()).bfloat16(), torch.eye(N)
+
+
+def _code(budget: Bits, stored: Tensor, C: Tensor, num_reads: int) -> None:
+    """Plan and code experts; every pass reads those of a family in parts twice."""
+    E, K, N = stored.shape
+
+    def problem() -> CodingProblem:
+        X = torch.empty(0)
+        for _ in range(num_reads):
+            X = stored.clone().float().mT.contiguous()
+        outputs = fit_outputs(X.square().mean(1), N, torch.ones(E, K))
+        return CodingProblem(X, order_inputs(C[None]), torch.ones(E, K), C, float(N), outputs)
+
+    multiplier = water_fill([problem().rows()], budget.num_bytes(stored.numel())).multiplier
+    problem().bank(multiplier)
+    problem().rehearsed(multiplier).rows()
+    problem().rehearsed(multiplier).code(multiplier)
 
 
 def _seconds(work: Callable[[], Any]) -> float:
