@@ -157,19 +157,8 @@ def rehearse(rows: Tensor, order: Order, widths: Tensor, seed: int = 0) -> Rehea
     Feedback with the ideal quantiser's statistics in place of the trellis (the forward test channel: a row loses D of
     its energy, D(1−D) comes back as noise), for the price of the matrix products. Rows that get few bits hand on nearly
     all of what they were, which adds up where inputs are alike: without this, widths and costs are wrong by factors.
+    The noise is the same for all experts.
     """
-    found = Rehearsal(torch.empty(rows.shape[:2], device=rows.device), torch.empty_like(widths, dtype=torch.int32))
-
-    def rehearse_part(part: slice) -> None:
-        of_part = _rehearse(rows[part], order[part], widths[part], seed)
-        found.mean_squares[part], found.exponents[part] = of_part.mean_squares, of_part.exponents
-
-    run_all([functools.partial(rehearse_part, part) for part in _parts(rows)])
-    return found
-
-
-def _rehearse(rows: Tensor, order: Order, widths: Tensor, seed: int) -> Rehearsal:
-    """The noise is the same for all experts."""
     generator = torch.Generator(rows.device).manual_seed(seed)
     losses = order.sort(torch.tensor(trellis.DISTORTION, device=rows.device)[widths.long()])
     sorted_widths = order.sort(widths)

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 _PROCESS = 1_300_000_000
 """Bytes of a process that has compressed next to nothing: libraries, compiled kernels, activations; see docs/log.md."""
-_COPIES_CODED, _COPIES_IN_PARTS, _COPIES_FITTED = 6, 11, 8
-"""Of the experts that are worked on, in float32, at the peak of coding them whole (measured: 4.9), of coding a part of
-them (10.7 with a bank), or of fitting them."""
+_COPIES_CODED, _COPIES_FITTED = 6, 8
+"""Of the experts that are worked on, in float32, at the peak of coding them, whole or a part (measured: 4.9, 5.3), or of
+fitting them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _worked_on(outline: Outline) -> int:
         return 4 * _COPIES_FITTED * most * len(config.families)
     weights, itemsize = max((_weights(each), TORCH_DTYPES[each.dtype].itemsize) for each in sizes.values())
     num_parts = 1 if config.is_packed else math.ceil(weights / MOST_WEIGHTS)
-    part = 4 * (_COPIES_CODED if num_parts == 1 else _COPIES_IN_PARTS) * math.ceil(weights / num_parts)
+    part = 4 * _COPIES_CODED * math.ceil(weights / num_parts)
     stack = itemsize * weights * is_compensated(config)
     return max(part + stack, len(config.families) * stack)
 

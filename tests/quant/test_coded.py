@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
 
+from globe.quant import coded as module
 from globe.quant import packing, trellis
 from globe.quant.coded import CodedExperts, Form, code_experts, rehearse, row_costs, shared_or_not
 from globe.quant.feedback import Order, order_inputs
 from globe.quant.outputs import Outputs, fit_outputs
 from globe.quant.side import OwnRows, SharedCosts, side_bytes
-from globe.quant.water_fill import Rows, water_fill, widths_at
+from globe.quant.water_fill import UNIT, Rows, water_fill, widths_at
 
 E, N, K = 4, 32, 64
 FORMS: list[Form] = ["own", "shared"]
@@ -53,6 +56,31 @@ def loss(X: Tensor, Y: Tensor, C: Tensor, importance: Tensor) -> float:
         return importance @ torch.einsum("enk,nm,emk->e", D, C[0], D)
 
     return float(weighted(Y - X) / weighted(X))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("has_own_order", [False, True])
+def test_threads_that_code_a_part_each_change_nothing(
+    form: Form, has_own_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    X, C, importance = make()
+    order = order_inputs(C + torch.linspace(0, 0.3, E)[:, None, None] * torch.eye(N) if has_own_order else C)
+    outputs = fit_outputs(X.square().mean(1) * torch.logspace(0, -3, K), N, torch.ones(E, K))
+    widths = torch.randint(2, 9, (E, N), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    expected = rehearse(outputs.apply(X), order, widths)
+    costs = shared_or_not(row_costs(expected.mean_squares, importance, order), form)
+    code = functools.partial(code_experts, X, outputs, order, costs, int(total(costs).median()) - 3 * UNIT, expected)
+    (one, decoded), before = code(), torch.get_num_threads()
+    monkeypatch.setattr(module, "_LEAST_PER_THREAD", 1)
+    try:
+        for num_threads in (2, 3, 9):
+            torch.set_num_threads(num_threads)
+            found, same = code()
+            assert torch.equal(found.payload, one.payload)
+            assert torch.equal(found.side.exponents(), one.side.exponents())
+            assert torch.equal(same, decoded)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("form", FORMS)

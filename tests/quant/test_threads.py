@@ -33,6 +33,12 @@ def test_four_run_at_a_time() -> None:
     run_all([together.wait] * 8)  # pyright: ignore[reportArgumentType]
 
 
+def test_tasks_may_have_tasks_of_their_own() -> None:
+    done: list[int] = []
+    run_all([functools.partial(run_all, [functools.partial(done.append, i)] * 3) for i in range(20)])
+    assert sorted(done) == sorted([*range(20)] * 3)
+
+
 def test_what_a_task_raises_is_raised() -> None:
     def fail() -> None:
         raise KeyError("x")
