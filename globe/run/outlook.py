@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 _PROCESS = 1_300_000_000
 """Bytes of a process that has compressed next to nothing: libraries, compiled kernels, activations; see docs/log.md."""
 _COPIES_CODED, _COPIES_FITTED = 6, 8
-"""Of the experts that are worked on, in float32, at the peak of coding them, whole or a part (measured: 4.9, 5.3), or of
-fitting them."""
+"""Of the experts that are worked on, in float32, at the peak of coding them, whole or a part (measured: 4.9, 5.3), or
+of fitting them."""
 
 
 @dataclasses.dataclass(frozen=True)
