@@ -2,12 +2,16 @@
 
     python -m benchmarks.large
 
-The model has the layers of Qwen3-30B-A3B, few of them and few experts in each, and random weights with a planted
-spectrum (`scripts/make_large_model.py`). Every command runs in a process of its own, is told that the machine has so
-much memory, and its largest resident memory is held against that. Nothing enforces the bound: limits of a process
-(RLIMIT_AS, RLIMIT_DATA) count files that are mapped and never read. The first compression is killed (SIGKILL) in its
-backward pass, and the second goes on with it. `env`, which shows versions, has what Python, torch and GloBE's own code
-take.
+The model has the layers of Qwen3-30B-A3B, few of them and by default few experts in each, and random weights with a
+planted spectrum (`scripts/make_large_model.py`). Every command runs in a process of its own, is told that the machine
+has so much memory, and its largest resident memory is held against that. Nothing enforces the bound here, since limits
+of a process (RLIMIT_AS, RLIMIT_DATA) count files that are mapped and never read; a control group does:
+
+    systemd-run --scope --property MemoryMax=6G python -m benchmarks.large \\
+        --experts 128 --vocabulary 151936 --memory 6 --threads 2
+
+The compression is killed (SIGKILL) once in each of its phases, and goes on with what is finished. `env`, which shows
+versions, has what Python, torch and GloBE's own code take.
 """
 
 from __future__ import annotations
