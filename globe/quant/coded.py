@@ -157,7 +157,6 @@ def rehearse(rows: Tensor, order: Order, widths: Tensor, seed: int = 0) -> Rehea
     Feedback with the ideal quantiser's statistics in place of the trellis (the forward test channel: a row loses D of
     its energy, D(1−D) comes back as noise), for the price of the matrix products. Rows that get few bits hand on nearly
     all of what they were, which adds up where inputs are alike: without this, widths and costs are wrong by factors.
-    The noise is the same for all experts.
     """
     generator = torch.Generator(rows.device).manual_seed(seed)
     losses = order.sort(torch.tensor(trellis.DISTORTION, device=rows.device)[widths.long()])
@@ -168,7 +167,7 @@ def rehearse(rows: Tensor, order: Order, widths: Tensor, seed: int = 0) -> Rehea
         found[:, i] = mean_squares = now.square().mean(1)
         exponents[:, i] = fit_exponents(now, sorted_widths[:, i])
         lost = losses[:, i]
-        noise = torch.randn(now.shape[1], generator=generator, device=now.device)
+        noise = torch.randn(now.shape, generator=generator, device=now.device)
         return (1 - lost)[:, None] * now + (lost * (1 - lost) * mean_squares).sqrt()[:, None] * noise
 
     code_inputs(order.sort(rows.float()), order, lose)

@@ -277,7 +277,7 @@ def _code_time(budget: Bits, E: int, N: int, K: int, num_reads: int) -> float:
 
 
 def _stored_experts(E: int, N: int, K: int) -> tuple[Tensor, Tensor]:
-    """Normal experts (E, K, N) as they are stored, with rows that differ as much as those of trained ones, and C."""
+    """Normal experts (E, K, N) as they are stored, with rows of different sizes, and C."""
     generator = torch.Generator().manual_seed(0)
     octaves = _SPREAD * (torch.randn(1, 1, N, generator=generator) + torch.randn(E, 1, N, generator=generator))
     return (torch.randn(E, K, N, generator=generator) * octaves.exp2()).bfloat16(), torch.eye(N)

@@ -147,6 +147,15 @@ def test_the_rehearsal_says_what_comes() -> None:
     assert float(off.abs().mean()) < 0.3
 
 
+def test_experts_are_rehearsed_with_noise_of_their_own() -> None:
+    """It averages out where they share widths."""
+    X, C, _ = make()
+    alike = X[:1].expand(E, -1, -1)
+    found = rehearse(alike, order_inputs(C), torch.full((E, N), 4, dtype=torch.uint8)).mean_squares
+    last = int(C[0].diagonal().argmax())
+    assert len(found[:, last].unique()) == E
+
+
 def test_zero_experts_take_no_bytes_and_decode_to_zero() -> None:
     X, C, importance = make()
     X[1] = 0
