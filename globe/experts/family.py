@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -28,6 +29,9 @@ from globe.terms import Family
 
 T = TypeVar("T")
 
+_TELLING, _FEWEST = 1 << 24, 64
+"""Weights of a family, and outputs of each expert, that tell what experts have in common."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ExpertFamily:
@@ -42,6 +46,8 @@ class ExpertFamily:
     """(E, K), damped."""
     bank: CodedBank | None = None
     """Whose mixtures are taken from the experts."""
+    known_squares: Tensor | None = None
+    """`mean_squares`, where they were found before: it takes a look at all experts to find them."""
     _last: list[tuple[slice, Tensor]] = dataclasses.field(default_factory=list[tuple[slice, Tensor]], repr=False)
     """The part that was read last."""
 
@@ -71,13 +77,15 @@ class ExpertFamily:
     def find_bank(self, multiplier: int, num_bases: int | None = None) -> CodedBank | None:
         """What the experts share, if it pays at a multiplier, or as many bases as were found before.
 
-        Of a family in parts it is found from as many outputs of all experts, mixed, as one part has weights.
+        Of a large family it is found from some of the outputs of all experts, mixed: from no more weights than one
+        part has, and from enough to tell what experts have in common.
         """
         if num_bases == 0:
             return None
-        if len(self.parts) == 1:
+        E, K = self.sensitivities.shape
+        if (step := telling_step(E, self.num_inputs, K, len(self.parts))) == 1:
             return self.problem(*self.parts).bank(multiplier, num_bases)
-        some = slice(None, None, len(self.parts))
+        some = slice(None, None, step)
         X = torch.cat([rotate(self.read(part))[:, :, some] for part in self.parts])
         C, prices = torch.zeros(self.num_inputs, self.num_inputs), list[Tensor]()
         for part in self.parts if self._has_own_inputs else self.parts[:1]:
@@ -114,14 +122,16 @@ class ExpertFamily:
         return second_moments(self.statistics, self.family, self.num_inputs, part)
 
     @functools.cached_property
-    def _mean_squares(self) -> Tensor:
+    def mean_squares(self) -> Tensor:
         """(E, K): of the weights of each output."""
+        if self.known_squares is not None:
+            return self.known_squares
         return torch.cat([self.read(part).square().mean(1) for part in self.parts])
 
     @functools.cached_property
     def _noise(self) -> float:
         """The squared error of an output that sensitivities are of: N times the mean square of the weights."""
-        return self.num_inputs * float(self._mean_squares.mean())
+        return self.num_inputs * float(self.mean_squares.mean())
 
     @functools.cached_property
     def _importance(self) -> Tensor:
@@ -131,7 +141,7 @@ class ExpertFamily:
     @functools.cached_property
     def _outputs(self) -> Outputs:
         """What is done to all of them before they are coded."""
-        left = self._mean_squares
+        left = self.mean_squares
         if self.bank is not None:
             left = torch.cat([self._left(part).square().mean(1) for part in self.parts])
         return fit_outputs(left, self.num_inputs, self._importance)
@@ -150,6 +160,11 @@ class ExpertFamily:
             self._last.append((part, read_experts(self.checkpoint, self.layer, self.family, part)))
         ((_, X),) = self._last
         return X
+
+
+def telling_step(E: int, N: int, K: int, num_parts: int) -> int:
+    """Of how many outputs one is looked at for what E experts have in common, in a family of so many parts."""
+    return max(num_parts, min(math.ceil(E * N * K / _TELLING), K // _FEWEST), 1)
 
 
 def joined(rows: Sequence[Rows]) -> Rows:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from globe.bank.factors import Factors
 from globe.bank.objective import Problem
+from globe.checkpoint.kept import keep_tensors, kept_tensors
 from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.reader import Checkpoint
-from globe.checkpoint.writer import save_tensors, tensor_bytes
 from globe.experts.metric import LayerStatistics
 from globe.experts.stack import ExpertStack, read_stack
 from globe.experts.storage import StoredFactors, to_storage
@@ -26,7 +23,6 @@ from globe.train.parts import ExpertParts
 from globe.train.result import FitResult, StepRecord
 from globe.train.stream import State, fit_parts
 
-_DIGEST = "sha256"
 SAVE_SECONDS = 300.0
 """Between two saves of the state of a fit, at least."""
 
@@ -65,32 +61,13 @@ class StreamedExperts:
         def save(now: State) -> None:
             nonlocal saved
             if time.monotonic() - saved >= SAVE_SECONDS:
-                save_tensors(state, now, {_DIGEST: _digest(now)})
+                keep_tensors(state, now)
                 saved = time.monotonic()
 
-        return fit_parts(self.parts(), config, on_step, state=load_file(state) if state.exists() else None, save=save)
+        return fit_parts(self.parts(), config, on_step, state=kept_tensors(state), save=save)
 
     def store(self, factors: Factors, dtype: torch.dtype) -> Iterator[StoredFactors]:
         """Layer after layer, exact adapters to the rounded codes and bases."""
         for number, place in enumerate(self.parts().slices()):
             own = dataclasses.replace(factors, codes=factors.codes[place])
             yield to_storage(self.stack(number), own, dtype)
-
-
-def is_intact(state: Path) -> bool:
-    """Whether a saved state is as it was saved."""
-    try:
-        with safe_open(state, framework="pt") as file:
-            expected = (file.metadata() or {}).get(_DIGEST)
-        return expected == _digest(load_file(state))
-    except (OSError, SafetensorError):
-        return False
-
-
-def _digest(tensors: State) -> str:
-    """SHA-256 of names, dtypes, shapes and contents."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()

@@ -150,6 +150,15 @@ class Rehearsal:
     exponents: Tensor
     """(E, N) int32: of the scales that suit them."""
 
+    @classmethod
+    def cat(cls, parts: Sequence[Rehearsal]) -> Rehearsal:
+        """That of experts one after the other."""
+        return cls(torch.cat([each.mean_squares for each in parts]), torch.cat([each.exponents for each in parts]))
+
+    def __getitem__(self, experts: slice) -> Rehearsal:
+        """That of some experts next to each other."""
+        return Rehearsal(self.mean_squares[experts], self.exponents[experts])
+
 
 def rehearse(rows: Tensor, order: Order, widths: Tensor, seed: int = 0) -> Rehearsal:
     """What rows (E, N, K) become when they are coded with widths (E, N) uint8.

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from globe.bank_shape import sides
+from globe.checkpoint.kept import keep_tensors, kept_tensors
 from globe.checkpoint.report import CodedReport
-from globe.experts.coding import CodingProblem, damped
+from globe.experts.coding import CodingProblem, Rehearsed, damped
 from globe.experts.family import ExpertFamily, joined
 from globe.experts.metric import LayerStatistics
 from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
@@ -28,7 +29,7 @@ from globe.measure.sensitivity import Sensitivities
 from globe.model.coded_spec import CodedSpec, spec_of
 from globe.plan.budget import Bits
 from globe.quant.banked import BankedExperts, CodedBank
-from globe.quant.coded import CodedExperts
+from globe.quant.coded import CodedExperts, Rehearsal
 from globe.quant.side import MOST_WEIGHTS
 from globe.quant.trellis import MAX_WIDTH
 from globe.quant.water_fill import Rows, water_fill
@@ -38,7 +39,7 @@ from globe.run.ranks import ALONE, Ranks
 from globe.terms import Family
 
 _Key = tuple[int, Family]
-_FamilyOf = Callable[[int, Family], ExpertFamily]
+_FamilyOf = Callable[[int, Family, Tensor | None], ExpertFamily]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,8 @@ class CodingPlan:
     """Of all that is stored of coded families."""
     predicted_kl: float | None
     """The divergence from the original to second order, in nats per token; None where sensitivities are unknown."""
+    rehearsals: Path | None = None
+    """The folder that keeps what rehearsals found, to be used again, if any does."""
 
 
 def plan_to_json(plan: CodingPlan) -> dict[str, Any]:
@@ -66,15 +69,14 @@ def plan_to_json(plan: CodingPlan) -> dict[str, Any]:
     }
 
 
-def plan_from_json(record: Mapping[str, Any]) -> CodingPlan:
-    """The inverse."""
-
+def plan_from_json(record: Mapping[str, Any], rehearsals: Path | None = None) -> CodingPlan:
+    """The inverse, with the folder that keeps rehearsals."""
     num_bases: dict[tuple[int, Family], int] = {}
     for key, count in record["num_bases"].items():
         layer, family = key.split()
         num_bases[int(layer), cast(Family, family)] = count
     first, second, third = record["multipliers"]
-    return CodingPlan((first, second, third), num_bases, record["num_bytes"], record["predicted_kl"])
+    return CodingPlan((first, second, third), num_bases, record["num_bytes"], record["predicted_kl"], rehearsals)
 
 
 def measured_sensitivities(
@@ -106,10 +108,11 @@ def plan_coding(
     sensitivities: Sensitivities,
     measured: bool = True,
     ranks: Ranks = ALONE,
+    folder: Path | None = None,
 ) -> CodingPlan:
     """The least multiplier at which everything that is stored of the coded families fits the budget of bits.
 
-    Without `measured` the sensitivities are made up, and predict nothing.
+    Without `measured` the sensitivities are made up, and predict nothing. The `folder` keeps what rehearsals find.
 
     Raises `SettingsError` where widths and scales alone do not.
     """
@@ -126,50 +129,64 @@ def plan_coding(
 
     keys, family_of = [*importance], functools.partial(_family, job, statistics, importance)
     rows_and_side = functools.partial(_rows_and_side, family_of)
-    rows, sides = zip(*ranks.map(rows_and_side, keys, [None] * len(keys)), strict=True)
+    rows, sides, squares = zip(*ranks.map(rows_and_side, keys, *[[None] * len(keys)] * 2), strict=True)
     first = second = water_fill(rows, payload(sum(sides))).multiplier
-    banks = ranks.map(functools.partial(_bank, family_of, first), keys)
+    banks = ranks.map(functools.partial(_bank, family_of, first), keys, squares)
     if in_banks := sum(bank.num_bytes for bank in banks if bank is not None):
-        rows, sides = zip(*ranks.map(rows_and_side, keys, banks), strict=True)
+        rows, sides, _ = zip(*ranks.map(rows_and_side, keys, squares, banks), strict=True)
         second = water_fill(rows, payload(sum(sides) + in_banks)).multiplier
     costs = [sensitivities[key] for key in keys]
-    rehearsals = ranks.map(functools.partial(_rehearsed, family_of, second), keys, banks, costs)
+    rehearsals = ranks.map(functools.partial(_rehearsed, family_of, second, folder), keys, squares, banks, costs)
     filled = water_fill([each for each, _ in rehearsals], payload(sum(sides) + in_banks))
     lost = sum(each.loss(stake, filled.multiplier) for each, stake in rehearsals)
     num_bases = {key: 0 if bank is None else bank.codes.shape[1] for key, bank in zip(keys, banks, strict=True)}
     multipliers, num_bytes = (first, second, filled.multiplier), filled.num_bytes + sum(sides) + in_banks
-    return CodingPlan(multipliers, num_bases, num_bytes, lost if measured else None)
+    return CodingPlan(multipliers, num_bases, num_bytes, lost if measured else None, folder)
 
 
 _exhausted = explained_exhaustion("planning", FITS_EXHAUSTED)
 
 
 @_exhausted
-def _rows_and_side(family_of: _FamilyOf, key: _Key, bank: CodedBank | None) -> tuple[Rows, int]:
-    """What of a family is to be shared out when the bank's mixtures are taken from it, and the bytes of what is stored
-    beside that."""
-    left = family_of(*key).without(bank)
+def _rows_and_side(
+    family_of: _FamilyOf, key: _Key, squares: Tensor | None, bank: CodedBank | None
+) -> tuple[Rows, int, Tensor]:
+    """What of a family is to be shared out when the bank's mixtures are taken from it, the bytes of what is stored
+    beside that, and the mean squares of its outputs."""
+    left = family_of(*key, squares).without(bank)
     rows, side_bytes = zip(*left.by_part(lambda _, problem: (problem.rows(), problem.side_bytes)), strict=True)
-    return joined(rows), sum(side_bytes)
+    return joined(rows), sum(side_bytes), left.mean_squares
 
 
 @_exhausted
-def _bank(family_of: _FamilyOf, multiplier: int, key: _Key) -> CodedBank | None:
-    return family_of(*key).find_bank(multiplier)
+def _bank(family_of: _FamilyOf, multiplier: int, key: _Key, squares: Tensor) -> CodedBank | None:
+    return family_of(*key, squares).find_bank(multiplier)
 
 
 @_exhausted
 def _rehearsed(
-    family_of: _FamilyOf, multiplier: int, key: _Key, bank: CodedBank | None, sensitivities: Tensor
+    family_of: _FamilyOf,
+    multiplier: int,
+    folder: Path | None,
+    key: _Key,
+    squares: Tensor,
+    bank: CodedBank | None,
+    sensitivities: Tensor,
 ) -> tuple[Rows, Tensor]:
     """What is to be shared out in the end, and what leaving it out costs."""
 
-    def rehearse(part: slice, problem: CodingProblem) -> tuple[Rows, Tensor]:
+    def rehearse(part: slice, problem: CodingProblem) -> tuple[Rows, Tensor, Rehearsal]:
         rehearsed = problem.rehearsed(multiplier)
-        return rehearsed.rows(), rehearsed.stakes(sensitivities[part])
+        return rehearsed.rows(), rehearsed.stakes(sensitivities[part]), rehearsed.expected
 
-    rows, stakes = zip(*family_of(*key).without(bank).by_part(rehearse), strict=True)
+    rows, stakes, expected = zip(*family_of(*key, squares).without(bank).by_part(rehearse), strict=True)
+    if folder is not None:
+        keep_tensors(_rehearsal_file(folder, *key), {**vars(Rehearsal.cat(expected)), "squares": squares})
     return joined(rows), torch.cat(stakes)
+
+
+def _rehearsal_file(folder: Path, index: int, family: Family) -> Path:
+    return folder / f"rehearsal-{index}-{family}.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,13 +216,17 @@ def code_family(
 ) -> CodedFamily:
     """Code a family of a layer, with a correction in place of what it is."""
     began = time.monotonic()
-    whole = _family(job, statistics, damped(sensitivities), index, family)
+    kept = None if plan.rehearsals is None else kept_tensors(_rehearsal_file(plan.rehearsals, index, family))
+    squares = None if kept is None else kept.pop("squares")
+    expected = None if kept is None else Rehearsal(**kept)
+    whole = _family(job, statistics, damped(sensitivities), index, family, squares)
     bank = whole.find_bank(plan.multipliers[0], plan.num_bases[index, family])
 
     def code(part: slice, problem: CodingProblem) -> tuple[CodedExperts, Tensor, Tensor]:
         """What is stored of a part, and by expert the squares of its errors and of what it was."""
         added = None if correction is None else correction.down[part].float()
-        coded, decoded = problem.rehearsed(plan.multipliers[1]).code(plan.multipliers[2], added)
+        rehearsed = problem.rehearsed(plan.multipliers[1]) if expected is None else Rehearsed(problem, expected[part])
+        coded, decoded = rehearsed.code(plan.multipliers[2], added)
         return coded, _energies(decoded.sub_(problem.X)), _energies(whole.read(part))
 
     parts, errors, energies = zip(*whole.without(bank).by_part(code), strict=True)
@@ -248,6 +269,8 @@ def _family(
     importance: Mapping[tuple[int, Family], Tensor],
     index: int,
     family: Family,
+    squares: Tensor | None = None,
 ) -> ExpertFamily:
-    own = None if statistics is None else statistics[index]
-    return ExpertFamily(job.checkpoint, job.layers[index], family, own, importance[index, family])
+    """`squares` are its mean squares, where they are known."""
+    own, layer, worth = None if statistics is None else statistics[index], job.layers[index], importance[index, family]
+    return ExpertFamily(job.checkpoint, layer, family, own, worth, known_squares=squares)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from globe.bank_shape import sides
 from globe.checkpoint.layout import ExpertLayer
-from globe.experts.coding import CodingProblem
+from globe.experts.coding import CodingProblem, Rehearsed
+from globe.experts.family import telling_step
 from globe.machine.device import multiply_add_rate
 from globe.measure.calibrate import LayerSums
 from globe.measure.runnable import Place
@@ -32,7 +33,7 @@ from globe.model.expert_run import run_experts
 from globe.model.experts import usual_gate
 from globe.plan.budget import Bits
 from globe.quant.feedback import order_inputs
-from globe.quant.outputs import fit_outputs
+from globe.quant.outputs import fit_outputs, rotate
 from globe.quant.side import MOST_WEIGHTS
 from globe.quant.threads import split
 from globe.quant.water_fill import water_fill
@@ -265,15 +266,16 @@ def _coding_time(budget: Bits, rate: float, E: int, N: int, K: int, is_own: bool
     parts = split(E, -(-E * N * K // MOST_WEIGHTS))
     in_part = parts[0].stop
     inputs = max(1, min(N, _CODED // (in_part * K)))
-    of_rows = _code_time(budget, in_part, inputs, K, min(2, len(parts)))
-    products = (1.5 + 1 / len(parts)) * E * N * N * K  # feedback, thrice half of them, and the experts' inner products
+    step = telling_step(E, N, K, len(parts))
+    of_rows = _code_time(budget, in_part, inputs, K, min(2, len(parts)), step)
+    products = (1 + 1 / step) * E * N * N * K  # feedback, twice half of them, and the experts' inner products
     orders = _READ * (E if is_own else 1) * N**3 * 4 / 3  # two factorisations in float64
     return E / in_part * N / inputs * of_rows + (products + orders) / rate
 
 
 @functools.cache
-def _code_time(budget: Bits, E: int, N: int, K: int, num_reads: int) -> float:
-    return _seconds(functools.partial(_code, budget, *_stored_experts(E, N, K), num_reads))
+def _code_time(budget: Bits, E: int, N: int, K: int, num_looks: int, step: int) -> float:
+    return _seconds(functools.partial(_code, budget, *_stored_experts(E, N, K), num_looks, step))
 
 
 def _stored_experts(E: int, N: int, K: int) -> tuple[Tensor, Tensor]:
@@ -283,21 +285,27 @@ def _stored_experts(E: int, N: int, K: int) -> tuple[Tensor, Tensor]:
     return (torch.randn(E, K, N, generator=generator) * octaves.exp2()).bfloat16(), torch.eye(N)
 
 
-def _code(budget: Bits, stored: Tensor, C: Tensor, num_reads: int) -> None:
-    """Plan and code experts; every pass reads those of a family in parts twice."""
+def _code(budget: Bits, stored: Tensor, C: Tensor, num_looks: int, step: int) -> None:
+    """Plan and code experts, of which those of a family in parts are looked at once more to begin with, and of which
+    one output of some shows what they have in common."""
     E, K, N = stored.shape
 
-    def problem() -> CodingProblem:
-        X = torch.empty(0)
-        for _ in range(num_reads):
-            X = stored.clone().float().mT.contiguous()
-        outputs = fit_outputs(X.square().mean(1), N, torch.ones(E, K))
+    def read() -> Tensor:
+        return stored.clone().float().mT.contiguous()
+
+    def problem(X: Tensor) -> CodingProblem:
+        outputs = fit_outputs(squares, N, torch.ones(E, K))
         return CodingProblem(X, order_inputs(C[None]), torch.ones(E, K), C, float(N), outputs)
 
-    multiplier = water_fill([problem().rows()], budget.num_bytes(stored.numel())).multiplier
-    problem().bank(multiplier)
-    problem().rehearsed(multiplier).rows()
-    problem().rehearsed(multiplier).code(multiplier)
+    X = squares = torch.empty(0)
+    for _ in range(num_looks):
+        X = read()
+        squares = X.square().mean(1)
+    multiplier = water_fill([problem(X).rows()], budget.num_bytes(stored.numel())).multiplier
+    problem(rotate(read())[:, :, ::step]).bank(multiplier)
+    rehearsed = problem(read()).rehearsed(multiplier)
+    rehearsed.rows()
+    Rehearsed(problem(read()), rehearsed.expected).code(multiplier)
 
 
 def _seconds(work: Callable[[], Any]) -> float:

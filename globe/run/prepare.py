@@ -94,8 +94,10 @@ def prepare(
             folder.records.write("plan", record)
     record = as_json(record)
     scopes = tuple(scope_from_json(scope) for scope in record["scopes"])
-    read_plan = RoundingPlan.from_json if job.config.is_packed else plan_from_json
-    coding = record["coding"] and read_plan(record["coding"])
+    coding = record["coding"]
+    if coding is not None:
+        kept = folder and folder.records.folder
+        coding = RoundingPlan.from_json(coding) if job.config.is_packed else plan_from_json(coding, kept)
     return Preparation(calibration, scopes, coding, record["uniform_because"], calibration.seconds + record["seconds"])
 
 
@@ -303,7 +305,7 @@ def share_budget(
         if job.config.is_packed:
             coding = dataclasses.asdict(plan_rounding(job, *known, measured))
         else:
-            coding = plan_to_json(plan_coding(job, *known, measured, ranks))
+            coding = plan_to_json(plan_coding(job, *known, measured, ranks, folder and folder.records.folder))
     elif (because := allocation.obstacle(job.checkpoint, job.config, len(job.specs(job.scopes)))) is None:
         scopes = allocation.allocated(
             job.checkpoint, job.layers, job.scopes, job.config, windows, folder and folder.path, ranks

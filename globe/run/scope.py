@@ -11,6 +11,7 @@ from torch import Tensor
 
 from globe.bank_shape import sides
 from globe.checkpoint.header import TORCH_DTYPES
+from globe.checkpoint.kept import kept_tensors
 from globe.checkpoint.report import BankReport, CodedReport
 from globe.checkpoint.stacks import read_family
 from globe.checkpoint.writer import (
@@ -18,7 +19,7 @@ from globe.checkpoint.writer import (
 )
 from globe.experts.stack import read_stack
 from globe.experts.storage import StoredFactors, to_storage
-from globe.experts.streamed import StreamedExperts, is_intact
+from globe.experts.streamed import StreamedExperts
 from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.measure.compensate import Compensation
 from globe.model.coded_spec import CodedSpec, stored_parts
@@ -196,7 +197,7 @@ def _stream(
     for place, (bank, stream) in enumerate(zip(scope.banks, streams, strict=True)):
         clocks.append(PhaseClock())
         state = folder.file(f"state-{number}-{place}.safetensors")
-        if state.exists() and not is_intact(state):
+        if state.exists() and kept_tensors(state) is None:
             watch.prepare(
                 f"the saved state of the fit of {describe(bank)} has been damaged since: fitting it from the start"
             )

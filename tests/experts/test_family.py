@@ -115,9 +115,26 @@ def test_what_is_coded_is_as_good_and_decoded_as_one(whole: ExpertFamily, monkey
     assert float(error) == pytest.approx(float(least), rel=0.05)
 
 
-def test_a_bank_is_found_from_some_of_the_outputs(whole: ExpertFamily, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts, multiplier = in_parts(whole, monkeypatch), -40 * UNIT
-    expected, found = whole.find_bank(multiplier, 1), parts.find_bank(multiplier, 1)
+def test_so_many_outputs_tell_what_experts_have_in_common() -> None:
+    assert module.telling_step(16, 128, 48, 1) == 1
+    assert module.telling_step(128, 2048, 768, 2) == 12  # 64 of 768
+    assert module.telling_step(32, 2048, 2048, 1) == 8  # 2²⁴ weights
+    assert module.telling_step(384, 7168, 2048, 42) == 42  # no more than a part has
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_a_bank_is_found_from_some_of_the_outputs(
+    whole: ExpertFamily, monkeypatch: pytest.MonkeyPatch, is_large: bool
+) -> None:
+    multiplier = -40 * UNIT
+    expected = whole.find_bank(multiplier, 1)
+    if is_large:
+        monkeypatch.setattr(module, "_TELLING", E * P * D // 4)
+        monkeypatch.setattr(module, "_FEWEST", 16)
+        parts = whole
+    else:
+        parts = in_parts(whole, monkeypatch)
+    found = parts.find_bank(multiplier, 1)
     assert expected is not None
     assert found is not None
     assert parts.find_bank(multiplier, 0) is None

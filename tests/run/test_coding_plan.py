@@ -6,12 +6,15 @@ import dataclasses
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from globe import CompressConfig, SettingsError
+from globe.experts import coding as coding_module
 from globe.experts.coding import damped
+from globe.quant.coded import Rehearsal, rehearse
 from globe.run import outline as outline_module
 from globe.run.coding import code_family, measured_sensitivities, plan_coding, plan_from_json, plan_to_json
 from globe.run.job import Job, make_job
@@ -101,6 +104,35 @@ def test_a_layer_is_coded_from_the_record_as_from_the_plan(job: Job) -> None:
     for family in FAMILIES:
         one, two = (code_family(job, each, None, sensitivities, 1, family).experts for each in (plan, again))
         assert torch.equal(one.rest.payload, two.rest.payload)
+
+
+def test_what_rehearsals_found_is_used_again_unless_it_was_damaged(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sensitivities = measured_sensitivities(job, None)[0]
+    plan, kept = plan_coding(job, None, sensitivities), plan_coding(job, None, sensitivities, folder=tmp_path)
+    assert dataclasses.replace(kept, rehearsals=None) == plan
+    assert plan_from_json(plan_to_json(kept), tmp_path) == kept
+    rehearsed = list[int]()
+
+    def count(rows: torch.Tensor, *rest: Any) -> Rehearsal:
+        rehearsed.append(len(rows))
+        return rehearse(rows, *rest)
+
+    monkeypatch.setattr(coding_module, "rehearse", count)
+    for family in FAMILIES:
+        expected = code_family(job, plan, None, sensitivities, 1, family)
+        assert rehearsed.pop() == E
+        found = code_family(job, kept, None, sensitivities, 1, family)
+        assert not rehearsed
+        path = tmp_path / f"rehearsal-1-{family}.safetensors"
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        again = code_family(job, kept, None, sensitivities, 1, family)
+        assert rehearsed.pop() == E
+        for each in (found, again):
+            assert torch.equal(each.experts.rest.payload, expected.experts.rest.payload)
+            assert each.report.error == expected.report.error
 
 
 def test_bits_below_widths_and_scales_are_out_of_reach(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
