@@ -62,12 +62,15 @@ class Compress:
     go_on: ClassVar[str] = "the same command goes on after the last finished scope"
 
     def run(self, console: Terminal, ranks: Ranks = ALONE) -> None:
+        from globe.run.folder import check_output, is_written, place_of_shards
+
+        check_output(self.output)  # the other imports take seconds
+
         from globe.cli.progress import LiveProgress, PlainProgress
         from globe.cli.track import make_tracker
         from globe.report.inspection import show_outlook
         from globe.report.show import fitted_config, show_report
         from globe.run.compress import compress
-        from globe.run.folder import place_of_shards
         from globe.run.observer import Observer
         from globe.run.outline import outline
         from globe.run.size import compress_within
@@ -85,9 +88,11 @@ class Compress:
         if self.fit is not None:
             config = fitted_config(console, outlined, config, self.fit)
             outlined = outline(self.model, config, self.revision, self.cache_dir, place)
-        show_outlook(console, outlined, self.output, ranks)
+        if self.overwrite or not is_written(self.output):  # or else there is nothing to do, which only the run can tell
+            show_outlook(console, outlined, self.output, ranks)
+            if self.max_kl is not None:
+                console.print("which is the first trial; the size is what is looked for")
         if self.max_kl is not None:
-            console.print("which is the first trial; the size is what is looked for")
             make = functools.partial(compress_within, max_kl=self.max_kl)
         else:
             make = functools.partial(compress, low_disk=self.low_disk)

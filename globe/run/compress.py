@@ -18,7 +18,7 @@ from globe.errors import SettingsError
 from globe.plan.settings import CompressConfig
 from globe.run.assemble import assemble
 from globe.run.compensation import LayersInOrder, begin_compensation
-from globe.run.folder import RunFolder, open_run, place_of_shards
+from globe.run.folder import RunFolder, check_output, open_run, place_of_shards
 from globe.run.job import Job, make_job
 from globe.run.observer import Observer, Observers
 from globe.run.prepare import Calibration, prepare
@@ -58,6 +58,7 @@ def compress(
     if low_disk and ranks.size > 1:
         raise SettingsError("low_disk is for one process: the others may still be reading what it removes")
     try:
+        check_output(Path(output))
         job = make_job(model, config, revision, cache, place_of_shards(Path(output)) if low_disk else None)
         return run_job(job, Path(output), watch, overwrite=overwrite, ranks=ranks)
     finally:

@@ -121,7 +121,7 @@ class RunFolder:
 
     def _move_folder(self) -> None:
         if self.output.exists():
-            if self._overwrite and _is_ours(self.output):
+            if self._overwrite and is_written(self.output):
                 self._remove_replaced()
                 self.output.rename(_replaced(self.output))
             else:
@@ -131,7 +131,7 @@ class RunFolder:
         sync_folder(self.output.parent)
 
     def _remove_replaced(self) -> None:
-        if self._overwrite and _is_ours(_replaced(self.output)):
+        if self._overwrite and is_written(_replaced(self.output)):
             shutil.rmtree(_replaced(self.output))
 
 
@@ -197,6 +197,21 @@ def held(folder: Path, output: Path) -> Iterator[None]:
         lock.release()
 
 
+def check_output(output: Path) -> None:
+    """Raise `OutputError` if no run at all can write the output: it is neither vacant nor of GloBE's making.
+
+    `open_run` knows more, once the source is read.
+    """
+    output = _resolved(output)
+    if _building_place(output).parent != output and not is_written(output):
+        check_vacant(output)
+
+
+def is_written(output: Path) -> bool:
+    """Whether GloBE has made what is there."""
+    return (output / MANIFEST).is_file()
+
+
 def check_vacant(output: Path) -> None:
     """Raise `OutputError` if the output exists and is not an empty folder."""
     if output.is_dir():
@@ -225,7 +240,7 @@ def _check_free(output: Path, path: Path, records: Records, *, overwrite: bool, 
                 f"output folder {output} is not empty, and cannot be replaced since it is a mount point or the working "
                 "directory: empty it, or choose a folder in it"
             )
-    elif overwrite and _is_ours(output):
+    elif overwrite and is_written(output):
         if source is not None and (source.resolve() == output or output in source.resolve().parents):
             raise OutputError(f"output {output} holds the model that is read: choose another name")
     else:
@@ -256,10 +271,6 @@ def _building_place(output: Path) -> Path:
     if output.is_dir() and (stays or not os.access(output.parent, os.W_OK)):
         return output / PARTIAL
     return output.with_name(f"{output.name}{PARTIAL}")
-
-
-def _is_ours(output: Path) -> bool:
-    return (output / MANIFEST).is_file()
 
 
 def _replaced(output: Path) -> Path:

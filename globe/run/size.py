@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from globe.checkpoint.evaluation import of_original, read_evaluations
-from globe.checkpoint.manifest import MANIFEST
 from globe.checkpoint.report import Report
 from globe.checkpoint.shipped import resolve_model
 from globe.errors import FinishedError, OutputError, SettingsError
@@ -22,7 +21,7 @@ from globe.model.configuration import read_config, text_config
 from globe.plan.budget import LEAST_BITS, MOST_BITS, MOST_PACKED_BITS, Bits
 from globe.plan.settings import CompressConfig
 from globe.run.compress import run_job
-from globe.run.folder import check_vacant
+from globe.run.folder import check_vacant, is_written
 from globe.run.job import make_job
 from globe.run.observer import Observer, Observers
 from globe.run.outline import Outline
@@ -129,7 +128,7 @@ def compress_within(
     if not config.is_coded or config.bits is not None:
         raise SettingsError("max_kl chooses bits: leave out bits, keep and the ratios")
     output, watch = Path(output), Observers(observers)
-    if not (overwrite and (output / MANIFEST).is_file()):
+    if not (overwrite and is_written(output)):
         check_vacant(output)
     trials = output.with_name(f"{output.name}.trials")
     try:

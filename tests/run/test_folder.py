@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from globe import compress
 from globe.checkpoint.manifest import MANIFEST, verify_files
 from globe.checkpoint.writer import write_file, write_json
 from globe.errors import FinishedError, OutputError, SettingsError
-from globe.run.folder import UNFINISHED, RunFolder, open_run
+from globe.run.folder import UNFINISHED, RunFolder, check_output, is_written, open_run
 
 RUN = {"command": "test", "config": {"steps": 5, "layers": (1, 2)}}
 OTHER = {"command": "test", "config": {"steps": 6, "layers": (1, 2)}}
@@ -215,6 +216,23 @@ def test_every_flipped_bit_of_a_record_is_found(tmp_path: Path) -> None:
             assert folder.records.read("scope-00000") is None, place
         path.write_bytes(original)
         assert folder.records.read("scope-00000") == {"files": {}}
+
+
+def test_what_no_run_can_write_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    check_output(tmp_path / "new")
+    check_output(make(tmp_path / "out"))  # perhaps of the very run that is asked for
+    assert is_written(tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    check_output(tmp_path / "empty")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("x")
+    assert not is_written(tmp_path / "thesis")
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        check_output(tmp_path / "thesis")
+    with pytest.raises(OutputError, match="is a file"):
+        check_output(tmp_path / "thesis" / "thesis.tex")
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        compress(tmp_path / "no model", tmp_path / "thesis")
 
 
 def test_a_finished_output_stays_unless_it_may_go(tmp_path: Path) -> None:
