@@ -86,6 +86,8 @@ COLUMNS = (
     Column("seconds", "seconds", ".1f"),
     Column("seconds_over_globe", "x GloBE", ".2f"),
 )
+_TICKS = (0.15, 0.2, 0.25, 0.35, 0.5, 0.75)
+"""Of the picture's axis of bytes."""
 ALL_COLUMNS = (*COLUMNS[:4], Column("bytes", "bytes", ".3f"), *COLUMNS[4:])
 """With what is stored in bytes over the bytes in bfloat16."""
 
@@ -323,7 +325,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
             method = "rounding" if method.startswith("int") else method.partition(", R ")[0]
             lines.setdefault(method, []).append((row["bytes"], row["kl"]))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7, 4.6), layout="constrained")
+        figure = Figure(figsize=(7, 5.2), layout="constrained")
         axes = figure.subplots()
         looks = itertools.product(("-", "--", ":"), MARKERS)  # the colours come round as the markers do
         for method, points in sorted(lines.items(), key=lambda line: not line[0].startswith("GloBE")):
@@ -331,8 +333,15 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
             ours = method.startswith("GloBE")
             x, y = zip(*sorted(points), strict=True)
             axes.plot(x, y, line, marker=marker, label=method, linewidth=2.2 if ours else 1, zorder=3 if ours else 2)
-        axes.set(xscale="log", yscale="log", xlabel="bytes of the experts over bfloat16's", ylabel="KL to the original")
-        axes.legend(ncols=2, fontsize=7)
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="bytes of the experts, share of bfloat16's",
+            ylabel="KL to the original, nats per token",
+        )
+        axes.set_xticks(_TICKS, [f"{tick:.0%}" for tick in _TICKS])
+        axes.minorticks_off()
+        figure.legend(ncols=4, fontsize=7, loc="outside lower center")
         figure.savefig(path)
 
 
