@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -168,27 +168,35 @@ def _fit(experts: StoredExperts, seen: _Seen, missing: Tensor, is_odd: Tensor) -
     for expert in range(layout.num_experts):
         token, x, router_weights = seen.of(expert)
         units = router_weights * inner_units(experts, expert, x)
-        change = _shrunk(counted[token] * units, counted[token] * missing[token], is_odd[token.cpu()])
+        change = shrunk(counted[token] * units, counted[token] * missing[token], is_odd[token.cpu()])
         found[expert] = change
         missing[token] -= units @ change
     before, after = float((counted.square() * energies).sum()), float((counted * missing).square().sum())
     return Correction(found, 1 - after / before if before > 0 else 0.0)
 
 
-def _shrunk(inputs: Tensor, outputs: Tensor, is_odd: Tensor) -> Tensor:
+def shrunk(inputs: Tensor, outputs: Tensor, is_odd: Tensor) -> Tensor:
     """Coefficients (N, K) from inputs (T, N) to outputs (T, K), as large as those of one half of the tokens serve the
     other; 0 where they do not."""
-    halves = [(inputs[half].mT @ inputs[half], inputs[half].mT @ outputs[half]) for half in (is_odd, ~is_odd)]
-    (gram_a, cross_a), (gram_b, cross_b) = halves
-    ridge = RIDGE * (gram_a + gram_b).diagonal().mean() * torch.eye(inputs.shape[1], device=inputs.device)
-    if not float(ridge.sum()) > 0:
-        return torch.zeros_like(cross_a)
-
-    def solve(gram: Tensor, cross: Tensor, share: float) -> Tensor:
-        return cast(Tensor, torch.linalg.solve(gram + share * ridge, cross))
-
-    of_a, of_b = (solve(*half, 0.5) for half in halves)
-    gained = float((of_a * cross_b).sum() + (of_b * cross_a).sum())
-    energy = float((of_a * (gram_b @ of_a)).sum() + (of_b * (gram_a @ of_b)).sum())
+    ridge = RIDGE * float(inputs.square().sum()) / inputs.shape[1]
+    if not ridge > 0:
+        return inputs.new_zeros(inputs.shape[1], outputs.shape[1])
+    gained = energy = 0.0
+    for half, other in ((is_odd, ~is_odd), (~is_odd, is_odd)):
+        foretold = inputs[other] @ _regression(inputs[half], outputs[half], ridge / 2)
+        gained += float((foretold * outputs[other]).sum())
+        energy += float(foretold.square().sum())
     part = min(max(gained / energy, 0.0), 1.0) if energy > 0 else 0.0
-    return part * solve(gram_a + gram_b, cross_a + cross_b, 1.0)
+    return part * _regression(inputs, outputs, ridge)
+
+
+def _regression(inputs: Tensor, outputs: Tensor, ridge: float) -> Tensor:
+    """argmin ‖outputs − inputs W‖² + ridge ‖W‖², W (N, K): by the second moment of N inputs or, where tokens are
+    fewer, by the products of these with each other."""
+    is_few = len(inputs) < inputs.shape[1]
+    gram = inputs @ inputs.mT if is_few else inputs.mT @ inputs
+    gram.diagonal().add_(ridge)
+    wanted = outputs if is_few else inputs.mT @ outputs
+    linalg: Any = torch.linalg
+    solved = torch.cholesky_solve(wanted, linalg.cholesky_ex(gram)[0])
+    return inputs.mT @ solved if is_few else solved

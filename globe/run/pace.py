@@ -23,6 +23,7 @@ from globe.experts.coding import CodingProblem, Rehearsed
 from globe.experts.family import telling_step
 from globe.machine.device import multiply_add_rate
 from globe.measure.calibrate import LayerSums
+from globe.measure.compensate import shrunk
 from globe.measure.runnable import Place
 from globe.measure.runs import MOST_WINDOWS, is_compensated, is_sampled, wants_sensitivities, windows_seen
 from globe.measure.samples import NUM_SAMPLES
@@ -149,7 +150,7 @@ class _Run:
         tokens, seconds = min(_BATCH, self._windows) * self._length, 0.0
         for layer in self._layers:
             E, P, D = layer.num_experts, layer.intermediate_size, layer.hidden_size
-            seconds += (self._windows * self._length * self._routed * P * (P + 4 * D) + 2 * E * P**3) / self._rate
+            seconds += E * _regression_time(math.ceil(self._windows * self._length * self._routed / E), P, D)
         passes = 3 * self._windows * self._length / tokens
         experts = sum(self._all(_run_stored, layer, tokens) for layer in self._layers)
         return seconds + passes * (self._through(tokens) + experts)
@@ -193,6 +194,13 @@ def _multiply_adds_beside(outline: Outline, text: Any) -> int:
     is_tied, width = getattr(text, "tie_word_embeddings", True), next(iter(outline.layers.values())).hidden_size
     looked_up = 0 if is_tied else getattr(text, "vocab_size", 0) * width
     return max(0, matrices - looked_up - len(FAMILIES) * experts)
+
+
+@functools.cache
+def _regression_time(tokens: int, P: int, D: int) -> float:
+    """Of the regression of an expert that is given so many tokens."""
+    units, missing = torch.randn(tokens, P), torch.randn(tokens, D)
+    return _seconds(lambda: shrunk(units, missing, torch.arange(tokens) % 2 == 1))
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from globe.checkpoint.gate_up import split_gate_up
-from globe.measure.compensate import MOST_ENERGY, RIDGE, Compensation, Correction
+from globe.measure.compensate import MOST_ENERGY, RIDGE, Compensation, Correction, shrunk
 from globe.model.expert_modules import RoutedExperts, find_experts
 from globe.model.expert_run import routed_tokens
 from globe.model.loading import load
@@ -18,6 +18,7 @@ from globe.model.source import open_source
 from globe.model.streamed import StreamedModel
 from globe.terms import FAMILIES, Family
 from tests.conformance.tiny import Case, write
+from tests.random_experts import normal
 
 WINDOWS = torch.randint(3, 48, (6, 16), generator=torch.Generator().manual_seed(3))
 CASES = [
@@ -144,6 +145,36 @@ def _units(experts: RoutedExperts, expert: int, x: Tensor) -> Tensor:
         parts.append(found[:, :P])
     down[expert] = kept
     return torch.cat(parts, 1)[:, :P]
+
+
+@pytest.mark.parametrize("num_tokens", [2, 9, 24, 31, 200])
+def test_a_regression_is_the_same_by_tokens_and_by_inputs(num_tokens: int) -> None:
+    """Fewer tokens than the 24 inputs, as many, more of them than one half has, more in all: against float64."""
+    inputs, outputs = normal(num_tokens, 24, seed=1), normal(num_tokens, 10, seed=2) + 0.5 * normal(1, 10, seed=3)
+    outputs += inputs @ normal(24, 10, seed=4)
+    is_odd = torch.arange(num_tokens) % 2 == 1
+    ridge = RIDGE * (inputs.mT @ inputs).diagonal().mean()
+
+    def regression(tokens: Tensor, share: float) -> Tensor:
+        x, eye = inputs[tokens], torch.eye(24, dtype=torch.float64)
+        return torch.linalg.lstsq(
+            torch.cat([x, (share * ridge).sqrt() * eye]), torch.cat([outputs[tokens], torch.zeros(24, 10).double()])
+        ).solution
+
+    gained, energy = 0.0, 0.0
+    for half in (is_odd, ~is_odd):
+        foretold = inputs[~half] @ regression(half, 0.5)
+        gained, energy = gained + (foretold * outputs[~half]).sum(), energy + foretold.square().sum()
+    expected = (gained / energy).clamp(0, 1) * regression(torch.ones_like(is_odd), 1.0)
+    torch.testing.assert_close(shrunk(inputs, outputs, is_odd), expected, rtol=1e-9, atol=1e-9)
+    found = shrunk(inputs.float(), outputs.float(), is_odd).double()
+    assert float((found - expected).norm()) <= 1e-4 * float(expected.norm()) + 1e-6
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1])
+def test_too_few_tokens_to_judge_by_correct_nothing(num_tokens: int) -> None:
+    found = shrunk(torch.ones(num_tokens, 5), torch.ones(num_tokens, 3), torch.zeros(num_tokens, dtype=torch.bool))
+    assert torch.equal(found, torch.zeros(5, 3))
 
 
 def test_where_a_norm_follows_the_experts_nothing_is_corrected(tmp_path: Path) -> None:
