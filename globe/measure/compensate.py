@@ -14,9 +14,6 @@ earlier errors in the layers to come is known from GPTAQ (Li et al. 2025, arXiv 
 that is mended.
 """
 
-# `torch.linalg` has no type stubs
-# pyright: reportUnknownMemberType=false
-
 from __future__ import annotations
 
 import contextlib
@@ -27,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from globe.bank.linalg import solve_positive
 from globe.checkpoint.header import TORCH_DTYPES
 from globe.machine.memory import explained_exhaustion
 from globe.model.expert_modules import RoutedExperts
@@ -197,6 +195,5 @@ def _regression(inputs: Tensor, outputs: Tensor, ridge: float) -> Tensor:
     gram = inputs @ inputs.mT if is_few else inputs.mT @ inputs
     gram.diagonal().add_(ridge)
     wanted = outputs if is_few else inputs.mT @ outputs
-    linalg: Any = torch.linalg
-    solved = torch.cholesky_solve(wanted, linalg.cholesky_ex(gram)[0])
+    solved, _ = solve_positive(gram, wanted, 0.0)
     return inputs.mT @ solved if is_few else solved

@@ -129,7 +129,8 @@ def plan_coding(
 
     keys, family_of = [*importance], functools.partial(_family, job, statistics, importance)
     rows_and_side = functools.partial(_rows_and_side, family_of)
-    rows, sides, squares = zip(*ranks.map(rows_and_side, keys, *[[None] * len(keys)] * 2), strict=True)
+    unknown = [None] * len(keys)
+    rows, sides, squares = zip(*ranks.map(rows_and_side, keys, unknown, unknown), strict=True)
     first = second = water_fill(rows, payload(sum(sides))).multiplier
     banks = ranks.map(functools.partial(_bank, family_of, first), keys, squares)
     if in_banks := sum(bank.num_bytes for bank in banks if bank is not None):
