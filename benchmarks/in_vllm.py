@@ -29,11 +29,12 @@ from torch import Tensor
 from benchmarks.record import RESULTS, write_record
 from benchmarks.serving import ServingConfig, coded, synthetic_model
 from benchmarks.tables import Column, print_table
-from globe.checkpoint.compressed_tensors import packed_matrix, quantization_section
+from globe.checkpoint.compressed_tensors import quantization_section
+from globe.checkpoint.packed import packed_matrix
 from globe.checkpoint.writer import write_json
 from globe.model.expert_modules import factor_names, find_experts
 from globe.model.experts import GlobeExperts
-from globe.model.names import tripwire_tensor
+from globe.model.names import TRIPWIRE_SHAPE
 from globe.model.quantization_config import GlobeQuantizationConfig
 
 COLUMNS = (
@@ -94,7 +95,7 @@ def _write_coded(dense: Any, bits: int, folder: Path) -> Path:
     model, names = coded(dense, bits), factor_names(dense)
     specs = [spec for module in model.modules() if isinstance(module, GlobeExperts) for spec in module.globe_coded]
     section = GlobeQuantizationConfig(coded=specs)
-    tripwire = {names.tripwire(section.compressed): tripwire_tensor(torch.bfloat16)}
+    tripwire = {names.tripwire(section.compressed): torch.zeros(TRIPWIRE_SHAPE, dtype=torch.bfloat16)}
     return _write(folder, dense, model.state_dict() | tripwire, section.to_dict())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from globe.checkpoint.header import TORCH_DTYPES
+from globe.checkpoint.dtypes import TORCH_DTYPES
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.report import root_mean_square
 from globe.checkpoint.stacks import read_family

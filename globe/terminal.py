@@ -59,15 +59,16 @@ class Terminal(Console):
 
 
 def tame_logging() -> None:
-    """Have transformers' warnings, which quote what the files say, escaped like everything else, and no bars of its."""
-    from transformers.utils import logging as transformers_logging
+    """Have transformers' warnings, which quote what the files say, escaped like everything else, and no bars of its:
+    to be called before it is imported, which is not done here, for it takes long."""
+    from huggingface_hub.utils import disable_progress_bars
 
-    transformers_logging.disable_progress_bar()
-    for handler in transformers_logging.get_logger().handlers:
-        if _escape not in handler.filters:
-            handler.addFilter(_escape)
+    disable_progress_bars()  # transformers begins with what is said there
+    logging.setLogRecordFactory(_record)
 
 
-def _escape(record: logging.LogRecord) -> bool:
-    record.msg, record.args = visible(record.getMessage()), ()
-    return True
+def _record(*args: Any, **settings: Any) -> logging.LogRecord:
+    record = logging.LogRecord(*args, **settings)
+    if record.name.partition(".")[0] == "transformers":
+        record.msg, record.args = visible(record.getMessage()), ()
+    return record

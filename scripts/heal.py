@@ -25,8 +25,8 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from globe.checkpoint.dtypes import TORCH_DTYPES
 from globe.checkpoint.evaluation import EVALUATION
-from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.manifest import MANIFEST
 from globe.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
 from globe.checkpoint.report import REPORT

@@ -1,4 +1,4 @@
-"""Experts as compressed-tensors stores them, pack-quantized: what fits, names, tensors, and the section of config.json.
+"""Experts as compressed-tensors stores them, pack-quantized: what fits, and the section of config.json.
 
 A server fuses the experts of a layer, and wants one scheme for all of them and for gate, up and down.
 """
@@ -10,11 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from globe.bank_shape import ExpertSizes, sides
-from globe.checkpoint.packed import pack_int
 from globe.terms import FAMILIES
 
 Scheme = tuple[int, int]
@@ -50,15 +46,6 @@ def group_notes(layers: Iterable[ExpertSizes]) -> list[str]:
         for (P, D), size in sizes.items()
         if size < LARGEST_GROUP
     ]
-
-
-def packed_matrix(name: str, numbers: Tensor, scales: Tensor, bits: int) -> dict[str, Tensor]:
-    """What is stored of the matrix `name` (…weight): numbers (rows, columns) and scales (rows, columns / size)."""
-    return {
-        f"{name}_packed": pack_int(numbers, bits),
-        f"{name}_scale": scales.contiguous(),
-        f"{name}_shape": torch.tensor(numbers.shape),
-    }
 
 
 def quantization_section(schemes: Mapping[Scheme, Sequence[str]]) -> dict[str, Any]:

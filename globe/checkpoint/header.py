@@ -14,34 +14,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeGuard
 
-import torch
-
 from globe.checkpoint.files import readable, regular_size, what_it_is
 from globe.errors import CheckpointError
 from globe.typed import shown
 
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-_PACKED_BITS = {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
-_BITS = {name: 8 * dtype.itemsize for name, dtype in TORCH_DTYPES.items()} | _PACKED_BITS
+"""The widest first."""
+_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64,
+    "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "C64": 64,
+}  # fmt: skip
 ALIGNMENT = 64
 """Bytes: where a loaded tensor, a view of the file, starts at a multiple of them, products are rounded as with a copy
 of it in memory (MKL's float32 matrix-vector products tell places modulo 16 apart)."""
@@ -166,32 +149,44 @@ def aligned(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
     return sorted(tensors, key=lambda tensor: (tensor.nbytes % ALIGNMENT != 0, -_BITS[tensor.dtype]))
 
 
-def num_bytes(dtype: object, shape: object, where: str) -> int:
-    """Bytes of a tensor's data; `CheckpointError` beginning with `where` if dtype or shape cannot be."""
+def item_bytes(dtype: str) -> int:
+    """Bytes of a number of a dtype that does not pack several into one."""
+    return _BITS[dtype] // 8
+
+
+def num_bytes(dtype: object, shape: object, place: object, name: str) -> int:
+    """Bytes of the data of a tensor that a place names; `CheckpointError` if dtype or shape cannot be."""
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise CheckpointError(f"{where} has the unknown dtype {shown(dtype)}; known are {', '.join(_BITS)}")
+        known = ", ".join(_BITS)
+        raise CheckpointError(f"{_where(place, name)} has the unknown dtype {shown(dtype)}; known are {known}")
     if not _are_sizes(shape):
-        raise CheckpointError(f"{where} has shape {shown(shape)}, which cannot be; {_AGAIN}")
-    if len(shape) > _MAX_DIMENSIONS or math.prod(max(size, 1) for size in shape) * _BITS[dtype] > _MAX_BITS:
-        raise CheckpointError(f"{where} has shape {shown(shape)}, more than any tensor can have; {_AGAIN}")
-    return math.ceil(math.prod(shape) * _BITS[dtype] / 8)
+        raise CheckpointError(f"{_where(place, name)} has shape {shown(shape)}, which cannot be; {_AGAIN}")
+    widest = [size or 1 for size in shape]
+    if len(shape) > _MAX_DIMENSIONS or math.prod(widest) * _BITS[dtype] > _MAX_BITS:
+        raise CheckpointError(
+            f"{_where(place, name)} has shape {shown(shape)}, more than any tensor can have; {_AGAIN}"
+        )
+    return (math.prod(shape) * _BITS[dtype] + 7) // 8
 
 
 def _tensor(name: str, entry: object, shard: str) -> TensorInfo:
-    where = f"{shard}: tensor {shown(name)}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise CheckpointError(f"{where} has no dtype, shape and data_offsets in the header; {_AGAIN}")
+        raise CheckpointError(f"{_where(shard, name)} has no dtype, shape and data_offsets in the header; {_AGAIN}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    needed = num_bytes(dtype, shape, where)
+    needed = num_bytes(dtype, shape, shard, name)
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where} lies at bytes {shown(offsets)}, which cannot be; {_AGAIN}")
+        raise CheckpointError(f"{_where(shard, name)} lies at bytes {shown(offsets)}, which cannot be; {_AGAIN}")
     spanned = offsets[1] - offsets[0]
     if needed != spanned or math.prod(shape) * _BITS[dtype] % 8:
         raise CheckpointError(
-            f"{where} is {dtype} of shape {shown(shape)}, which takes {needed} bytes; its offsets give {spanned}; "
-            f"{_AGAIN}"
+            f"{_where(shard, name)} is {dtype} of shape {shown(shape)}, which takes {needed} bytes; its offsets give "
+            f"{spanned}; {_AGAIN}"
         )
     return TensorInfo(name, dtype, tuple(shape), shard, offsets[0], spanned)
+
+
+def _where(place: object, name: str) -> str:
+    return f"{place}: tensor {shown(name)}"
 
 
 def _are_sizes(values: object) -> TypeGuard[Sequence[int]]:

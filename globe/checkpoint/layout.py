@@ -13,16 +13,13 @@ What shapes cannot tell is in `_TRAITS`, by model type.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
-import torch
-
-from globe.checkpoint.header import TORCH_DTYPES, TensorInfo
+from globe.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from globe.checkpoint.quantized import refuse_quantized
 from globe.checkpoint.reader import Checkpoint
 from globe.errors import CheckpointError, UnsupportedModelError
@@ -37,6 +34,8 @@ _FUSED = ("gate_up_proj", "gate_up_proj", "down_proj")
 _GRANITE = ("input_linear.weight", "input_linear.weight", "output_linear.weight")
 _PLAIN = ("gate_proj", "up_proj", "down_proj")
 _MIXTRAL = ("w1", "w3", "w2")
+_DTYPE_WORDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""In config.json, and their names in safetensors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +47,8 @@ class LanguageModel:
     """Layers from there on are not part of the model; None: all are."""
     num_identity: int = 0
     """Experts that return their input, for which the files may have unused matrices."""
+    dtype: str = "BF16"
+    """Of weights that are quantised, when they are not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,22 @@ class ExpertLayer:
     They are not compressed, and zeros in a dense export."""
     stored_dtypes: tuple[str, ...] = ()
     """In the files; several where models of different dtypes were merged."""
+
+
+def stated_model(config: Mapping[str, Any]) -> LanguageModel | None:
+    """The language model as config.json itself describes it; None where transformers has to fill in what is left out,
+    or to find the language model among other parts."""
+    text = config if "num_hidden_layers" in config else config.get("text_config")
+    if not isinstance(text, Mapping) or (text is config and "text_config" in config):
+        return None
+    model_type, num_layers, num_identity = (
+        text.get(key) for key in ("model_type", "num_hidden_layers", "zero_expert_num")
+    )
+    if not isinstance(model_type, str) or type(num_layers) is not int or type(num_identity or 0) is not int:
+        return None
+    stated = [_DTYPE_WORDS.get(str(part.get(key))) for part in (text, config) for key in ("dtype", "torch_dtype")]
+    dtype = next((name for name in stated if name), LanguageModel.dtype)
+    return LanguageModel(model_type, num_layers, num_identity or 0, dtype)
 
 
 def is_of_experts(name: str) -> bool:
@@ -166,6 +183,7 @@ def _layer(index: int, prefix: str, tensors: Mapping[str, TensorInfo], model: La
         for family, projection in zip(FAMILIES, projections, strict=True)
     }
     _check_names(prefix, tensors, families)
+    _check_dtypes(tensors)
     stored: dict[Family, list[TensorInfo]] = {
         family: [tensors[name] for name in names] for family, names in families.items()
     }
@@ -235,10 +253,17 @@ def _check_names(prefix: str, tensors: Mapping[str, TensorInfo], families: Mappi
         raise CheckpointError(f"{len(missing)} expert tensors are missing: {', '.join(missing[:4])}; download it again")
 
 
+def _check_dtypes(tensors: Mapping[str, TensorInfo]) -> None:
+    if other := [tensor for tensor in tensors.values() if tensor.dtype not in FLOAT_DTYPES]:
+        raise UnsupportedModelError(
+            f"{other[0].name} is {other[0].dtype}; experts must be of {', '.join(FLOAT_DTYPES)}"
+        )
+
+
 def _common_dtype(names: Iterable[str]) -> str:
     """The narrowest dtype that holds all of these exactly."""
-    common = functools.reduce(torch.promote_types, (TORCH_DTYPES[name] for name in names))
-    return next(name for name, dtype in TORCH_DTYPES.items() if dtype == common)
+    found = set(names)
+    return "F32" if found == {"F16", "BF16"} else min(found, key=FLOAT_DTYPES.index)
 
 
 def _per_expert_shape(stored: Mapping[Family, list[TensorInfo]], num_unused: int) -> tuple[int, int, int, bool]:

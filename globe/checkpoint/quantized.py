@@ -8,20 +8,17 @@ tensor is dequantised when it is read, so that memory holds one at a time.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, TypeGuard
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
-import torch
-from torch import Tensor
-
-from globe.checkpoint.header import FLOAT_DTYPES, TORCH_DTYPES, TensorInfo
-from globe.checkpoint.packed import unpack_fp8, unpack_int, unpack_mxfp4
+from globe.checkpoint.header import FLOAT_DTYPES, TensorInfo, item_bytes
 from globe.checkpoint.reader import Checkpoint
 from globe.errors import CheckpointError, UnsupportedModelError
 from globe.typed import shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 QUANT_METHOD = "globe"
 """Of checkpoints of GloBE's own."""
@@ -30,8 +27,7 @@ _ADVICE = (
     f"only {', '.join(FLOAT_DTYPES)} weights, {_READ} are read: use the unquantised release, or dequantise it first"
 )
 _SECTIONS = ("quantization_config", "compression_config")  # the second: early compressed-tensors models
-_NAMES = {TORCH_DTYPES[name]: name for name in FLOAT_DTYPES}
-_LEFTOVER = re.compile(r".*(?:_scale|_scale_inv|_scales|_blocks|_zero_point|_zeros|_g_idx|_packed)")
+_LEFTOVERS = ("_scale", "_scale_inv", "_scales", "_blocks", "_zero_point", "_zeros", "_g_idx", "_packed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +38,8 @@ class Packed:
     """The stored tensors, the one with the numbers first."""
     shape: tuple[int, ...]
     """Of what they stand for."""
-    unpack: Callable[..., Tensor]
-    """From the parts, in order, and `dtype` to the tensor."""
+    options: Mapping[str, Any]
+    """Of the function that makes it of its parts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +47,8 @@ class DequantizedCheckpoint(Checkpoint):
     """A quantised checkpoint seen as the plain one that it stands for: no quantization_config, no scales."""
 
     quantised: Checkpoint = dataclasses.field(kw_only=True)
+    method: str = dataclasses.field(kw_only=True)
+    """As config.json calls it."""
     packed: Mapping[str, Packed] = dataclasses.field(kw_only=True)
     """The tensors that are not stored as they are read, by name."""
 
@@ -69,6 +67,9 @@ class DequantizedCheckpoint(Checkpoint):
 
         Raises `CheckpointError` if a tensor is not what its shape in the header said.
         """
+        from globe.checkpoint.dtypes import TORCH_DTYPES  # which takes torch, and headers are read without
+        from globe.checkpoint.packed import UNPACK
+
         infos = [self._info(name) for name in names]
         parts = {
             info.name: self.packed[info.name].parts if info.name in self.packed else (info.name,) for info in infos
@@ -77,7 +78,8 @@ class DequantizedCheckpoint(Checkpoint):
         for info in infos:
             stored = [tensor for _, tensor in (next(stream) for _ in parts[info.name])]
             if info.name in self.packed:
-                yield info.name, self.packed[info.name].unpack(*stored, dtype=TORCH_DTYPES[info.dtype])
+                options = self.packed[info.name].options
+                yield info.name, UNPACK[self.method](*stored, dtype=TORCH_DTYPES[info.dtype], **options)
             else:
                 yield info.name, stored[0]
 
@@ -94,7 +96,7 @@ def refuse_unread(checkpoint: Checkpoint) -> None:
         _refuse(checkpoint, _method(section))
 
 
-def dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
+def dequantized(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     """The checkpoint in floating point: itself, or a view of it that dequantises what is read to `dtype`.
 
     Raises `UnsupportedModelError` naming the method if it is not one that is read, or a checkpoint of GloBE's own.
@@ -105,22 +107,19 @@ def dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
         return checkpoint
     method = _method(section)
     packed = _FINDERS[method](checkpoint, section)
+    owners = {recipe.parts[0]: owner for owner, recipe in packed.items()}
     consumed = {part for recipe in packed.values() for part in recipe.parts} - packed.keys()
-    name = _NAMES[dtype]
     tensors: dict[str, TensorInfo] = {}
     for info in checkpoint.tensors.values():
-        owner = next(
-            (name for name in _names_of(info.name) if name in packed and packed[name].parts[0] == info.name), None
-        )
-        if owner is not None:
+        if (owner := owners.get(info.name)) is not None:
             shape = packed[owner].shape
-            tensors[owner] = TensorInfo(owner, name, shape, info.shard, 0, math.prod(shape) * dtype.itemsize)
+            tensors[owner] = TensorInfo(owner, dtype, shape, info.shard, 0, math.prod(shape) * item_bytes(dtype))
         elif info.name not in consumed:
             tensors[info.name] = info
     unknown = [
         info.name
         for info in tensors.values()
-        if info.name not in packed and (info.dtype.startswith("F8") or _LEFTOVER.fullmatch(info.name))
+        if info.name not in packed and (info.dtype.startswith("F8") or info.name.endswith(_LEFTOVERS))
     ]
     if unknown:
         raise UnsupportedModelError(
@@ -137,6 +136,7 @@ def dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
         checkpoint.notes,
         checkpoint.coming,
         quantised=checkpoint,
+        method=method,
         packed=packed,
     )
 
@@ -171,8 +171,7 @@ def _find_fp8(checkpoint: Checkpoint, section: Mapping[str, Any]) -> dict[str, P
             *_, N, K = info.shape
             blocks = (*info.shape[:-2], -(-N // block[0]), -(-K // block[1]))
             _check_scale(scale, blocks, info, (*FLOAT_DTYPES, "F8_E8M0"))
-            unpack = functools.partial(unpack_fp8, block=(block[0], block[1]))
-            packed[name] = Packed((name, scale.name), info.shape, unpack)
+            packed[name] = Packed((name, scale.name), info.shape, {"block": (block[0], block[1])})
     return packed
 
 
@@ -185,17 +184,8 @@ def _find_mxfp4(checkpoint: Checkpoint, _: Mapping[str, Any]) -> dict[str, Packe
         if owner not in checkpoint.tensors and is_packed and scales is not None:
             E, rows, num_groups = info.shape[:-1]
             _check_scale(scales, info.shape[:-1], info, ("U8",))
-            packed[owner] = Packed((name, scales.name), (E, 32 * num_groups, rows), _unpack_experts)
+            packed[owner] = Packed((name, scales.name), (E, 32 * num_groups, rows), {})
     return packed
-
-
-def _unpack_experts(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """(E, N, G, 16), (E, N, G) -> (E, 32·G, N), as gpt-oss' unquantised experts lie; an expert at a time."""
-    E, N, G, _ = blocks.shape
-    experts = torch.empty(E, 32 * G, N, dtype=dtype)
-    for expert, own_blocks, own_scales in zip(experts, blocks, scales, strict=True):
-        expert.copy_(unpack_mxfp4(own_blocks, own_scales, dtype).T)
-    return experts
 
 
 def _find_int(checkpoint: Checkpoint, section: Mapping[str, Any]) -> dict[str, Packed]:
@@ -218,8 +208,7 @@ def _find_int(checkpoint: Checkpoint, section: Mapping[str, Any]) -> dict[str, P
             if len({bits for bits, _ in fitting}) > 1:
                 _refuse(checkpoint, f"compressed-tensors, the shape of {owner} fits several widths")
             bits = fitting[0][0]
-            unpack = functools.partial(_unpack_linear, bits=bits)
-            packed[owner] = Packed((name, scale.name, shape.name), (rows, 32 // bits * words), unpack)
+            packed[owner] = Packed((name, scale.name, shape.name), (rows, 32 // bits * words), {"bits": bits})
     return packed
 
 
@@ -247,26 +236,11 @@ def _fits(form: tuple[int, int | None], per_row: int, words: int) -> bool:
     return per_row == 1 if size is None else 0 < per_row <= columns and per_row * size == columns
 
 
-def _unpack_linear(packed: Tensor, scale: Tensor, shape: Tensor, dtype: torch.dtype, bits: int) -> Tensor:
-    matrix = unpack_int(packed, scale.reshape(len(packed), -1), bits, dtype)
-    if tuple(shape.tolist()) != matrix.shape:
-        raise CheckpointError(
-            f"a packed matrix holds {tuple(matrix.shape)} numbers and says {tuple(shape.tolist())}: rows that do not "
-            "fill whole words are not supported"
-        )
-    return matrix
-
-
 _FINDERS: Mapping[str, Callable[[Checkpoint, Mapping[str, Any]], dict[str, Packed]]] = {
     "fp8": _find_fp8,
     "mxfp4": _find_mxfp4,
     "compressed-tensors": _find_int,
 }
-
-
-def _names_of(stored: str) -> tuple[str, str, str]:
-    """What a stored tensor may be part of."""
-    return stored, stored.removesuffix("_blocks"), stored.removesuffix("_packed")
 
 
 def _check_scale(scale: TensorInfo, shape: tuple[int, ...], weight: TensorInfo, dtypes: Collection[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -10,10 +11,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from globe.checkpoint.bounds import check_counts
 from globe.checkpoint.digest import settled_sha256
@@ -26,6 +26,9 @@ from globe.checkpoint.side_files import CONFIG, SideFiles, find_side_files
 from globe.errors import CheckpointError, SettingsError
 from globe.typed import parsed, shown
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _CONNECTIONS = 16
@@ -33,6 +36,7 @@ _CONNECTIONS = 16
 _HUB = "https://huggingface.co/"
 _CONVERT_GGUF = "load it in transformers with gguf_file=NAME and save_pretrained"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_NO_SHARD = "; only safetensors files are read"
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -109,7 +113,14 @@ class Checkpoint:
 
     def shard_tensors(self, shard: str) -> list[TensorInfo]:
         """The shard's tensors in the order of their bytes."""
-        return [tensor for tensor in self.tensors.values() if tensor.shard == shard]
+        return self._by_shard.get(shard, [])
+
+    @functools.cached_property
+    def _by_shard(self) -> dict[str, list[TensorInfo]]:
+        grouped: dict[str, list[TensorInfo]] = {}
+        for tensor in self.tensors.values():
+            grouped.setdefault(tensor.shard, []).append(tensor)
+        return grouped
 
     def fingerprint(self) -> str:
         """SHA-256 that changes when the checkpoint does: of the configuration, the headers and the content's identity.
@@ -258,11 +269,18 @@ def _read_weight_map(folder: Path) -> dict[str, str]:
 
 def check_shard_name(record: str, name: str, shard: object) -> None:
     """Raise `CheckpointError` unless the file that `record` places tensor `name` in is safetensors in the folder."""
-    place = f"{record} places tensor {shown(name)} in {shown(shard)}"
-    if not isinstance(shard, str) or not shard.endswith(".safetensors") or not shard.isprintable():
-        raise CheckpointError(f"{place}; only safetensors files are read")
+    if (fault := _fault_of(shard) if isinstance(shard, str) else _NO_SHARD) is not None:
+        raise CheckpointError(f"{record} places tensor {shown(name)} in {shown(shard)}{fault}")
+
+
+@functools.lru_cache
+def _fault_of(shard: str) -> str | None:
+    """What is wrong with a name that thousands of tensors have in common."""
+    if not shard.endswith(".safetensors") or not shard.isprintable():
+        return _NO_SHARD
     if "\\" in shard or PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
-        raise CheckpointError(f"{place}, outside the folder: it is not followed")
+        return ", outside the folder: it is not followed"
+    return None
 
 
 def _check_is_model(folder: Path) -> None:

@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from globe.checkpoint.dtypes import TORCH_DTYPES
 from globe.checkpoint.files import read_json
-from globe.checkpoint.header import TORCH_DTYPES, TensorInfo, num_bytes
+from globe.checkpoint.header import TensorInfo, num_bytes
 from globe.checkpoint.reader import Checkpoint, check_shard_name
 from globe.checkpoint.writer import write_json
 from globe.errors import CheckpointError
@@ -39,7 +40,7 @@ def read_source_layout(compressed: Checkpoint) -> Checkpoint:
         for entry in entries:
             name, dtype, shape = _entry(entry, path)
             check_shard_name(SOURCE_LAYOUT, name, shard)
-            nbytes = num_bytes(dtype, shape, f"{path}: tensor {shown(name)}")
+            nbytes = num_bytes(dtype, shape, path, name)
             if dtype not in TORCH_DTYPES or name in tensors:
                 reason = "twice" if name in tensors else f"as {dtype}, which torch does not have"
                 raise CheckpointError(f"{path} lists tensor {shown(name)} {reason}; {_AGAIN}")

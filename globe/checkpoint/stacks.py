@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from globe.checkpoint.dtypes import TORCH_DTYPES
 from globe.checkpoint.gate_up import fuse_gate_up, split_gate_up
-from globe.checkpoint.header import TORCH_DTYPES
 from globe.checkpoint.layout import ExpertLayer, source_names
 from globe.checkpoint.reader import Checkpoint
 from globe.errors import CheckpointError

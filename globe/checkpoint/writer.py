@@ -19,12 +19,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from globe.checkpoint.header import TORCH_DTYPES, TensorInfo, aligned, build_header, data_start
+from globe.checkpoint.dtypes import DTYPE_NAMES
+from globe.checkpoint.header import TensorInfo, aligned, build_header, data_start
 from globe.checkpoint.reader import INDEX, Checkpoint
 from globe.errors import CheckpointError, GlobeError, OutputError
 from globe.units import byte_size
 
-_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _METADATA = {"format": "pt"}
 _CHUNK = 1 << 24
 TEMPORARY = ".tmp"
@@ -53,7 +53,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     Raises `OutputError` when the disk is full; nothing is left under the name then.
     """
     infos = aligned(
-        TensorInfo(name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), path.name, 0, tensor.nbytes)
+        TensorInfo(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), path.name, 0, tensor.nbytes)
         for name, tensor in tensors.items()
     )
     return save_each(path, infos, (tensors[info.name] for info in infos), metadata)
@@ -66,7 +66,7 @@ def save_each(
     with replacing(path, sum(info.nbytes for info in infos)) as file:
         file.write(build_header(infos, {**_METADATA, **(metadata or {})}))
         for info, tensor in zip(infos, tensors, strict=True):
-            assert (tuple(tensor.shape), _DTYPE_NAMES[tensor.dtype]) == (info.shape, info.dtype), info.name
+            assert (tuple(tensor.shape), DTYPE_NAMES[tensor.dtype]) == (info.shape, info.dtype), info.name
             file.write(tensor_bytes(tensor))
     return file.sha256
 
@@ -191,7 +191,7 @@ def sync_folder(path: Path) -> None:
 
 def dtype_name(dtype: torch.dtype) -> str:
     """As safetensors writes it."""
-    return _DTYPE_NAMES[dtype]
+    return DTYPE_NAMES[dtype]
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

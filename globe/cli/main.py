@@ -111,7 +111,7 @@ class Compress:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Compress a model at every point of a grid of settings and judge each beside the original."""
+    """Compress a model at every point of a grid of settings, and judge each."""
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for the records, the table and the picture. A sweep that was killed goes on when the same command is given
@@ -135,7 +135,7 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Perplexity and size of a model, compressed or not, beside those of the one it came from."""
+    """Perplexity and size of a model beside those of the one that it came from."""
 
     model: Model = "shipped"
     """Folder or Hub id."""
@@ -174,7 +174,7 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Compare:
-    """Several compressed models of one source side by side, from what was recorded of them; nothing is run."""
+    """Several compressed models of one source side by side, from their records."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR [DIR ...]")]
     """Folders of compressed models that were evaluated."""
@@ -191,7 +191,7 @@ class Compare:
 
 @dataclasses.dataclass(frozen=True)
 class LmEval:
-    """Run lm-eval on a compressed model; everything behind `globe lm-eval` is lm-eval's own: see `globe lm-eval -h`."""
+    """Run lm-eval on a compressed model: its own options are in `globe lm-eval -h`."""
 
     arguments: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Of lm-eval: --model hf --model_args pretrained=DIR --tasks NAME, for example."""
@@ -205,7 +205,7 @@ class LmEval:
 
 @dataclasses.dataclass(frozen=True)
 class Serve:
-    """Start the OpenAI-compatible server that is installed on a model: vLLM, else `transformers serve`."""
+    """Start the OpenAI-compatible server that is installed: vLLM or transformers."""
 
     folder: Folder
     """Folder that compress or export wrote; requests name it as their model, as it is given here."""
@@ -226,7 +226,7 @@ class Serve:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Compose a compressed model back into a dense checkpoint that any server loads."""
+    """Compose a compressed model back into a dense one, which any server loads."""
 
     model: Folder
     """Folder of a compressed model."""
@@ -249,7 +249,7 @@ class Export:
 
 @dataclasses.dataclass(frozen=True)
 class Imatrix:
-    """Measure what llama.cpp's llama-quantize needs: an importance matrix of the experts and a type for each tensor."""
+    """Measure what llama-quantize needs: an importance matrix and tensors' types."""
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder to write. A run that was killed takes up its calibration when the same command is given again."""
@@ -308,7 +308,7 @@ class Verify:
 
 @dataclasses.dataclass(frozen=True)
 class Push:
-    """Upload a folder that compress or export wrote to the Hugging Face Hub, after it was verified."""
+    """Upload what compress or export wrote to the Hugging Face Hub, verified first."""
 
     folder: Folder
     """Folder of a compressed model or a dense export."""
@@ -331,7 +331,7 @@ class Push:
 
 @dataclasses.dataclass(frozen=True)
 class Inspect:
-    """Show a model's experts, what each budget gives and what a compression will take, from headers alone."""
+    """Show experts, what budgets give and what compressing takes, from headers alone."""
 
     model: Model = "shipped"
     """Local folder or Hub id, compressed or not."""
@@ -358,7 +358,7 @@ class Inspect:
 
 @dataclasses.dataclass(frozen=True)
 class ReportPage:
-    """Write the record of a compressed model as one HTML page that needs nothing beside it."""
+    """Write the record of a compressed model as one HTML page."""
 
     folder: Folder
     """Folder of a compressed model."""
@@ -462,7 +462,7 @@ def _parsed_by_tyro(arguments: Sequence[str]) -> Any:
         | Annotated[ReportPage, tyro.conf.subcommand("report")]
         | Annotated[Env, tyro.conf.subcommand("env")],
         prog="globe",
-        description="Compress Mixture-of-Experts models to as many bits as you ask for. --version tells which this is.",
+        description="Compress Mixture-of-Experts models to few bits. --version tells which this is.",
         args=_with_texts(arguments),
         registry=registry,
         config=(tyro.conf.DisallowNone,),

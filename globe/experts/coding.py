@@ -28,7 +28,8 @@ from globe.quant.banked import CodedBank, share_bank
 from globe.quant.coded import CodedExperts, Form, Rehearsal, code_experts, rehearse, row_costs, shared_or_not
 from globe.quant.feedback import Order
 from globe.quant.outputs import Outputs
-from globe.quant.side import LONG_ROW, SharedCosts, misfit, side_bytes
+from globe.quant.side import SharedCosts, misfit
+from globe.quant.sizes import LONG_ROW, side_bytes
 from globe.quant.trellis import path_length
 from globe.quant.water_fill import Rows, widths_at
 from globe.terms import Family

@@ -22,7 +22,7 @@ from globe.experts.metric import LayerStatistics
 from globe.quant.banked import CodedBank, share_bank
 from globe.quant.feedback import Order, order_inputs
 from globe.quant.outputs import Outputs, fit_outputs, rotate
-from globe.quant.side import LONG_ROW, MOST_WEIGHTS
+from globe.quant.sizes import LONG_ROW, MOST_WEIGHTS
 from globe.quant.threads import split
 from globe.quant.water_fill import Rows
 from globe.terms import Family

@@ -5,20 +5,26 @@ torch is imported where it is asked: settings name devices without it.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import time
+from pathlib import Path
 
 from globe.errors import SettingsError
 from globe.typed import shown
 
 AUTO = "auto"
+_DRIVER_NVIDIA, _DRIVER_AMD = "libcuda.so.1", Path("/dev/kfd")
 
 
 def usable_device(device: str) -> str:
     """The device itself, or for `auto` the GPU where there is one that works (cuda), else the CPU.
 
-    Raises `SettingsError` unless torch can compute on it here.
+    Raises `SettingsError` unless torch can compute on it here. Where no GPU can be torch is not imported for that,
+    which takes seconds.
     """
+    if device == "cpu" or (device == AUTO and not _has_driver()):
+        return "cpu"
     import torch
 
     if device == AUTO:
@@ -29,6 +35,15 @@ def usable_device(device: str) -> str:
             f"device {device!r} cannot be used here ({fault}); choose cpu, cuda or mps, or auto for the GPU, if any"
         )
     return device
+
+
+def _has_driver() -> bool:
+    """Whether there is a driver that torch needs for its cuda devices."""
+    try:
+        ctypes.CDLL(_DRIVER_NVIDIA)
+    except OSError:
+        return _DRIVER_AMD.exists()
+    return True
 
 
 @functools.cache

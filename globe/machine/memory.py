@@ -10,8 +10,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from globe.errors import GlobeError, OutOfMemoryError
 from globe.units import byte_size
 
@@ -32,7 +30,9 @@ def total_memory(device: str = "cpu") -> tuple[int, str]:
     Of a GPU, what is free on it; else the smallest of the machine's memory, the limits of the process's control group
     and of those above it (a container's), and the process's own limits of address space and of data.
     """
-    if torch.device(device).type == "cuda":
+    if device.partition(":")[0] == "cuda":
+        import torch
+
         free, _ = torch.cuda.mem_get_info(device)
         return free, f"{device} has {byte_size(free)} free"
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -80,7 +80,7 @@ def explained_exhaustion(doing: str, advice: str) -> Iterator[None]:
 
 def is_exhaustion(error: BaseException) -> bool:
     """Whether an error of Python, torch or the system says that memory ran out."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM

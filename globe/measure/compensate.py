@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from globe.bank.linalg import solve_positive
-from globe.checkpoint.header import TORCH_DTYPES
+from globe.checkpoint.dtypes import TORCH_DTYPES
 from globe.machine.memory import explained_exhaustion
 from globe.model.expert_modules import RoutedExperts
 from globe.model.expert_run import inner_units, routed_tokens, token_numbers

@@ -6,8 +6,7 @@ import dataclasses
 import math
 from collections import Counter
 
-import torch
-
+from globe.checkpoint.header import item_bytes
 from globe.checkpoint.layout import is_of_experts
 from globe.checkpoint.quantized import DequantizedCheckpoint
 from globe.checkpoint.reader import Checkpoint
@@ -83,7 +82,7 @@ def bytes_at_once(checkpoint: Checkpoint) -> int:
     layers, together = Counter[str](), Counter[str]()
     outside = largest = 0
     for tensor in checkpoint.tensors.values():
-        layer, wide = layer_of(tensor.name), torch.float32.itemsize * math.prod(tensor.shape)
+        layer, wide = layer_of(tensor.name), item_bytes("F32") * math.prod(tensor.shape)
         if is_of_experts(tensor.name):
             is_stack = len(tensor.shape) > 2
             largest = max(largest, wide // tensor.shape[0] if is_stack else wide)

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from globe.checkpoint.dtypes import DTYPE_NAMES
+from globe.checkpoint.header import FLOAT_DTYPES
 from globe.checkpoint.layout import ExpertLayer, LanguageModel, find_expert_layers
 from globe.checkpoint.reader import Checkpoint
 from globe.checkpoint.side_files import CONFIG
@@ -102,18 +105,35 @@ def expert_layers(checkpoint: Checkpoint) -> list[ExpertLayer]:
     Raises as `read_config` and `find_expert_layers` do, and `CheckpointError` if config.json routes each token to more
     experts than there are.
     """
+    layers = find_expert_layers(checkpoint, language_model(checkpoint))
+    check_routing(checkpoint, layers)
+    return layers
+
+
+def language_model(checkpoint: Checkpoint) -> LanguageModel:
+    """What the arrangement of a checkpoint's files depends on. Raises as `read_config` does."""
+    config = read_config(checkpoint)
+    text = text_config(config)
+    stated = (getattr(part, "dtype", None) for part in (text, config))
+    names = (DTYPE_NAMES.get(dtype) for dtype in stated if isinstance(dtype, torch.dtype))
+    return LanguageModel(
+        text.model_type,
+        getattr(text, "num_hidden_layers", None),
+        getattr(text, "zero_expert_num", None) or 0,
+        next((name for name in names if name in FLOAT_DTYPES), LanguageModel.dtype),
+    )
+
+
+def check_routing(checkpoint: Checkpoint, layers: Iterable[ExpertLayer]) -> None:
+    """Raise `CheckpointError` if config.json routes each token to more experts than one of the layers has."""
     text = text_config(read_config(checkpoint))
-    num_identity = getattr(text, "zero_expert_num", None) or 0
-    model = LanguageModel(text.model_type, getattr(text, "num_hidden_layers", None), num_identity)
-    layers = find_expert_layers(checkpoint, model)
-    least = min(layer.num_experts for layer in layers) + num_identity
+    least = min(layer.num_experts for layer in layers) + (getattr(text, "zero_expert_num", None) or 0)
     for key, count in _routed(text).items():
         if count > least:
             raise CheckpointError(
                 f"{CONFIG} of {checkpoint.folder} routes each token to {count} experts ({key}), and a layer has "
                 f"{least}: correct {CONFIG}"
             )
-    return layers
 
 
 def experts_per_token(checkpoint: Checkpoint) -> int | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from globe.bank_shape import sides
-from globe.checkpoint.header import TORCH_DTYPES
+from globe.checkpoint.dtypes import TORCH_DTYPES
 from globe.checkpoint.layout import ExpertLayer, source_names
 from globe.checkpoint.manifest import read_manifest
 from globe.checkpoint.quantized import quant_method

@@ -30,7 +30,8 @@ from transformers import (
 from transformers.utils import logging
 
 import globe.model.register  # noqa: F401  (registers the native format)
-from globe.checkpoint.header import FLOAT_DTYPES, TORCH_DTYPES
+from globe.checkpoint.dtypes import TORCH_DTYPES
+from globe.checkpoint.header import FLOAT_DTYPES
 from globe.checkpoint.quantized import quant_method
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.checkpoint.side_files import CONFIG

@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 
-import torch
-from torch import Tensor
-
 from globe.model.bank_spec import BankSpec
 from globe.terms import FAMILIES, Family
 
@@ -16,6 +13,9 @@ BANKS = "globe_banks"
 
 DENSE_PARAMETER: Mapping[str, str] = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}
 """The parameter of transformers' fused experts that holds a family."""
+
+TRIPWIRE_SHAPE = (1, 1, 1)
+"""Of the tripwire: one element, in three dimensions like the parameter whose name it has."""
 
 
 def adapters_parameter(family: str) -> str:
@@ -90,8 +90,3 @@ def dense_halves(families: Collection[str]) -> list[Family]:
     """The half of gate_up_proj to store apart, given the families of a layer that are compressed: gate, up or none."""
     halves: list[tuple[Family, Family]] = [("gate", "up"), ("up", "gate")]
     return [half for half, other in halves if half not in families and other in families]
-
-
-def tripwire_tensor(dtype: torch.dtype) -> Tensor:
-    """The tripwire's value: one element, in three dimensions like the parameter whose name it has."""
-    return torch.zeros(1, 1, 1, dtype=dtype)

@@ -34,7 +34,7 @@ from globe.model.factor_check import (
     check_finite_factors,
     check_run,
 )
-from globe.model.names import BANKS, DENSE_PARAMETER, is_factor, tripwire_tensor
+from globe.model.names import BANKS, DENSE_PARAMETER, TRIPWIRE_SHAPE, is_factor
 from globe.model.quantization_config import CompressingConfig, GlobeQuantizationConfig, read_section
 from globe.typed import shown
 
@@ -178,7 +178,7 @@ class GlobeQuantizer(HfQuantizer):
             (self.save_directory / MANIFEST).unlink(missing_ok=True)  # of what the folder held before
         run = self.quantization_config.run
         metadata = {} if run is None else {RUN_METADATA: run}
-        return {**model.state_dict(), self._tripwire: tripwire_tensor(model.dtype)}, metadata
+        return {**model.state_dict(), self._tripwire: torch.zeros(TRIPWIRE_SHAPE, dtype=model.dtype)}, metadata
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         restore_dense(model)

@@ -6,12 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
-from globe.checkpoint.header import FLOAT_DTYPES, TORCH_DTYPES
 from globe.checkpoint.quantized import dequantized, refuse_unread
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
-from globe.model.configuration import read_config, text_config
 
 _ALIASES: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
 """Model types of models that are another family's in all but name: Kimi-K2 is a DeepSeek-V3 of other sizes."""
@@ -26,12 +22,11 @@ def open_source(
     Raises as `open_checkpoint` and `read_config` do, and `UnsupportedModelError` naming a quantisation that is not
     understood.
     """
+    from globe.model.configuration import language_model  # transformers takes seconds to import
+
     checkpoint = open_known(model, revision, cache, passing)
     refuse_unread(checkpoint)
-    config = read_config(checkpoint)
-    stated = (getattr(part, "dtype", None) for part in (text_config(config), config))
-    plain = [TORCH_DTYPES[name] for name in FLOAT_DTYPES]
-    return dequantized(checkpoint, next((dtype for dtype in stated if dtype in plain), torch.bfloat16))
+    return dequantized(checkpoint, language_model(checkpoint).dtype)
 
 
 def open_known(

@@ -28,8 +28,9 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from globe.checkpoint.dtypes import TORCH_DTYPES
 from globe.checkpoint.gate_up import fuse_gate_up
-from globe.checkpoint.header import FLOAT_DTYPES, TORCH_DTYPES
+from globe.checkpoint.header import FLOAT_DTYPES
 from globe.checkpoint.layout import ExpertLayer, source_names
 from globe.checkpoint.reader import Checkpoint
 from globe.checkpoint.stacks import read_expert, read_family

@@ -25,7 +25,7 @@ from globe.quant.coded import CodedExperts, code_own, rehearse
 from globe.quant.feedback import order_inputs
 from globe.quant.outputs import Outputs
 from globe.quant.packing import row_bytes
-from globe.quant.side import side_bytes
+from globe.quant.sizes import side_bytes
 from globe.quant.trellis import DISTORTION, path_length
 from globe.quant.water_fill import UNIT, log_costs, widths_at
 

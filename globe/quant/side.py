@@ -15,26 +15,14 @@ import torch
 from torch import Tensor
 
 from globe.quant.scales import PER_OCTAVE
+from globe.quant.sizes import side_bytes
 from globe.quant.trellis import LEAST_WIDTH
 from globe.quant.water_fill import HIGHEST, LOWEST, UNIT, log_costs, widths_at
 
-LONG_ROW = 64
-"""Outputs from which rows have widths and scales of their own: a row that feedback makes four times what its expert and
-its input suggest would be cut off, and one in a thousand is enough to lose more than sharing saves; see docs/log.md."""
-MOST_WEIGHTS = 1 << 27
-"""Of experts that are coded at once: memory holds five copies of them. The last digits of what is coded depend on it,
-so it is the same on every machine."""
 LARGEST_SCALE = 255
 """Steps by which the scale of a row of its own can be below its expert's base: 42 octaves."""
 HEADROOM = 2 * PER_OCTAVE
 """Steps from the largest scale that is expected to the base."""
-
-
-def side_bytes(num_experts: int, num_inputs: int, is_shared: bool) -> int:
-    """What `SharedRows` or `OwnRows` of E experts with N inputs take."""
-    if is_shared:
-        return 4 * num_experts + 3 * num_inputs
-    return num_experts * (num_inputs + (num_inputs + 1) // 2 + 2)
 
 
 @dataclasses.dataclass(frozen=True)

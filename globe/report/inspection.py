@@ -18,8 +18,8 @@ from globe.errors import SettingsError
 from globe.plan.scopes import compact, make_plan
 from globe.plan.settings import CompressConfig
 from globe.run.observer import describe
-from globe.run.outline import Outline, check_reach, outline
-from globe.run.outlook import look_ahead
+from globe.run.outline import Outline, check_reach, confirmed, first_look
+from globe.run.outlook import Outlook, look_ahead
 from globe.run.ranks import ALONE, Ranks
 from globe.terminal import Terminal
 from globe.units import byte_size
@@ -44,7 +44,21 @@ def show_inspection(
     if is_compressed(str(folder)):
         _show_compressed(console, Report.read(Path(folder)))
         return
-    outlined = outline(model, config, revision, cache, passing)
+    outlined = first_look(model, config, revision, cache, passing)
+    notes = _show_headers(console, outlined)
+    if (meant := confirmed(outlined)) is not outlined:
+        console.print("note: transformers reads this config.json otherwise, and so it is:", style="yellow")
+        outlined, notes = meant, _show_headers(console, meant)
+    console.print(look_ahead(outlined).takes(), soft_wrap=True)
+    if plan:
+        from globe.report.show import show_prepared
+        from globe.run.job import make_job
+
+        show_prepared(console, make_job(model, config, revision, cache), notes)
+
+
+def _show_headers(console: Terminal, outlined: Outline) -> list[str]:
+    """All that headers tell at once, without the time that a compression takes; returns the notes."""
     _show_experts(console, outlined)
     console.print(_table_of_budgets(outlined))
     first = next(iter(outlined.layers.values()))
@@ -59,17 +73,19 @@ def show_inspection(
     checkpoint = outlined.checkpoint
     notes = [*checkpoint.notes, *dtype_notes(outlined.layers.values()), *checkpoint.side_files().left_out]
     show_notes(console, notes)
-    show_outlook(console, outlined)
-    if plan:
-        from globe.report.show import show_prepared
-        from globe.run.job import make_job
-
-        show_prepared(console, make_job(model, config, revision, cache), notes)
+    _show_needs(console, look_ahead(outlined))
+    return notes
 
 
 def show_outlook(console: Terminal, outlined: Outline, output: Path | None = None, ranks: Ranks = ALONE) -> None:
     """What a compression will read, write, need and take, in four lines, and what will not go as asked."""
-    for line in look_ahead(outlined, output, ranks).lines():
+    outlook = look_ahead(outlined, output, ranks)
+    _show_needs(console, outlook)
+    console.print(outlook.takes(), soft_wrap=True)
+
+
+def _show_needs(console: Terminal, outlook: Outlook) -> None:
+    for line in outlook.lines():
         console.print(line, style="yellow" if line.startswith("note") else "none", soft_wrap=True)
 
 
@@ -102,7 +118,7 @@ def _table_of_budgets(outlined: Outline) -> Table:
     table = Table(title="budgets")
     for name in ("budget", "whole model", "of the original", "rank", "bases"):
         table.add_column(name, justify="right")
-    original = outlined.original_bytes()
+    original, unchanged = outlined.original_bytes(), outlined.kept_bytes()
     kept = CompressConfig(families=outlined.config.families, layers=outlined.config.layers)
     budgets = [dataclasses.replace(kept, bits=bits) for bits in _BITS]
     budgets += [dataclasses.replace(kept, keep=keep) for keep in _KEEPS]
@@ -115,7 +131,7 @@ def _table_of_budgets(outlined: Outline) -> Table:
         except SettingsError:
             table.add_row(name, "out of reach", "", "", "")
             continue
-        stored, shape = at.predicted_bytes(scopes), scopes[0].banks[0].shape if scopes[0].banks else None
+        stored, shape = unchanged + at.made_bytes(scopes), scopes[0].banks[0].shape if scopes[0].banks else None
         sizes = ("", "") if shape is None else (str(shape.rank), str(shape.num_bases))
         table.add_row(name, byte_size(stored), f"{stored / original:.1%}", *sizes)
     return table

@@ -30,7 +30,7 @@ from globe.model.coded_spec import CodedSpec, spec_of
 from globe.plan.budget import Bits
 from globe.quant.banked import BankedExperts, CodedBank
 from globe.quant.coded import CodedExperts, Rehearsal
-from globe.quant.side import MOST_WEIGHTS
+from globe.quant.sizes import MOST_WEIGHTS
 from globe.quant.trellis import MAX_WIDTH
 from globe.quant.water_fill import Rows, water_fill
 from globe.run.job import Job

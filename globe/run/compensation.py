@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from globe.checkpoint.header import TORCH_DTYPES
+from globe.checkpoint.dtypes import TORCH_DTYPES
 from globe.errors import UnsupportedModelError
 from globe.measure.compensate import Compensation
 from globe.measure.runnable import find_place

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from globe.checkpoint.report import CodedReport
 from globe.plan.scopes import BankPlan, Scope, compact
-from globe.train.result import StepRecord
+
+if TYPE_CHECKING:
+    from globe.train.result import StepRecord
 
 _LOGGER = logging.getLogger("globe")
 _LOGGER.addHandler(logging.NullHandler())

@@ -7,26 +7,25 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from globe.bank_shape import sides
 from globe.checkpoint.compressed_tensors import WIDTHS, layer_bytes
-from globe.checkpoint.header import TORCH_DTYPES
-from globe.checkpoint.layout import ExpertLayer, source_names
+from globe.checkpoint.header import item_bytes
+from globe.checkpoint.layout import ExpertLayer, LanguageModel, find_expert_layers, source_names, stated_model
+from globe.checkpoint.quantized import dequantized, refuse_unread
 from globe.checkpoint.reader import Checkpoint
 from globe.checkpoint.shipped import resolve_model
 from globe.errors import SettingsError
-from globe.model.configuration import expert_layers
 from globe.model.names import dense_halves
-from globe.model.source import open_source
+from globe.model.source import open_known
 from globe.plan.budget import Bits
 from globe.plan.scopes import Scope, make_plan
 from globe.plan.settings import CompressConfig
-from globe.quant.side import LONG_ROW, side_bytes
+from globe.quant.sizes import LONG_ROW, side_bytes
 from globe.terms import Family
 
 PLANNING_PASSES = 3
 """Of `plan_coding` through all experts, where no bank pays."""
+_FACTOR_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,31 +42,38 @@ class Outline:
     scopes: tuple[Scope, ...]
     """Every bank with the same share of the budget."""
 
-    def dtype(self, layer: int) -> torch.dtype:
-        """What a layer's factors in floating point are stored in."""
-        if self.config.factor_dtype in ("float32", "bfloat16", "float16"):
-            return getattr(torch, self.config.factor_dtype)
-        return TORCH_DTYPES[self.layers[layer].dtype]
+    def factor_dtype(self, layer: int) -> str:
+        """What a layer's factors in floating point are stored in, as safetensors calls it."""
+        return _FACTOR_DTYPES.get(self.config.factor_dtype, self.layers[layer].dtype)
 
     def predicted_bytes(self, scopes: Sequence[Scope], coded: int | None = None) -> int:
         """Of the output's tensors, with banks as in `scopes`, and `coded` bytes where experts are coded: as long as
         that is not known, their budget."""
-        kept = sum(self.checkpoint.tensors[name].nbytes for names in self.kept().values() for name in names)
+        return self.kept_bytes() + self.made_bytes(scopes, coded)
+
+    def kept_bytes(self) -> int:
+        """Of the tensors that stay as they are."""
+        return sum(self.checkpoint.tensors[name].nbytes for names in self.kept().values() for name in names)
+
+    def made_bytes(self, scopes: Sequence[Scope], coded: int | None = None) -> int:
+        """Of the others, as `predicted_bytes` has it."""
+        made, budget = 0, self.config.budget
         if not self.config.is_packed:
-            kept += self.dtype(self.scopes[0].layers[0]).itemsize  # the tripwire
-        budget = self.config.budget
+            made += item_bytes(self.factor_dtype(self.scopes[0].layers[0]))  # the tripwire
         if isinstance(budget, Bits):
-            kept += budget.num_bytes(self.original_parameters()) if coded is None else coded
+            made += budget.num_bytes(self.original_parameters()) if coded is None else coded
         factors = sum(
-            bank.shape.parameters * self.dtype(bank.layers[0]).itemsize for scope in scopes for bank in scope.banks
+            bank.shape.parameters * item_bytes(self.factor_dtype(bank.layers[0]))
+            for scope in scopes
+            for bank in scope.banks
         )
         halves = sum(
-            layer.num_experts * layer.intermediate_size * layer.hidden_size * TORCH_DTYPES[layer.dtype].itemsize
+            layer.num_experts * layer.intermediate_size * layer.hidden_size * item_bytes(layer.dtype)
             for scope in scopes
             for layer in (self.layers[index] for index in scope.layers)
             for _ in dense_halves(self.config.families)
         )
-        return kept + factors + halves
+        return made + factors + halves
 
     def original_bytes(self) -> int:
         """Of the source's tensors."""
@@ -129,11 +135,51 @@ def outline(
 
     Raises `CheckpointError` for what cannot be read, `UnsupportedModelError` and `SettingsError` as `compress` does.
     """
-    checkpoint, resolved = open_source(resolve_model(model), revision, cache, passing), config.resolved()
+    return confirmed(first_look(model, config, revision, cache, passing))
+
+
+def first_look(
+    model: str | Path,
+    config: CompressConfig,
+    revision: str | None = None,
+    cache: Path | None = None,
+    passing: Path | None = None,
+) -> Outline:
+    """What config.json itself and the headers say, without transformers, which takes seconds to import, unless it has
+    to fill in what config.json leaves out. Whether it accepts the model, `confirmed` tells."""
+    checkpoint = open_known(resolve_model(model), revision, cache, passing)
+    refuse_unread(checkpoint)
+    source = str(model).encode(errors="backslashreplace").decode()  # a path that is not UTF-8
+    stated = stated_model(checkpoint.config) or _language_model(checkpoint)
+    return _laid_out(source, checkpoint, stated, config)
+
+
+def confirmed(outlined: Outline) -> Outline:
+    """The outline itself where config.json means to transformers what it says, else as transformers understands it.
+
+    Raises as `outline` does where transformers does not accept the model.
+    """
+    from globe.model.configuration import check_routing
+
+    files = outlined.checkpoint.files
+    if (model := _language_model(files)) != stated_model(files.config):
+        outlined = _laid_out(outlined.source, files, model, outlined.config)
+    check_routing(files, outlined.layers.values())
+    return outlined
+
+
+def _language_model(checkpoint: Checkpoint) -> LanguageModel:
+    from globe.model.configuration import language_model
+
+    return language_model(checkpoint)
+
+
+def _laid_out(source: str, files: Checkpoint, model: LanguageModel, config: CompressConfig) -> Outline:
+    """Settings and headers side by side."""
+    checkpoint, resolved = dequantized(files, model.dtype), config.resolved()
     if checkpoint.is_passing and not resolved.is_coded:
         raise SettingsError("low_disk is for bits: banks in floating point go through the source at every step")
-    layers = {layer.index: layer for layer in expert_layers(checkpoint)}
-    source = str(model).encode(errors="backslashreplace").decode()  # a path that is not UTF-8
+    layers = {layer.index: layer for layer in find_expert_layers(checkpoint, model)}
     found = Outline(source, checkpoint, resolved, layers, tuple(make_plan(list(layers.values()), resolved)))
     if config.is_packed and config.bits is None:
         return dataclasses.replace(found, config=dataclasses.replace(resolved, bits=found.least_packed_bits()))

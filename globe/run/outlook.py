@@ -10,15 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from globe.checkpoint.header import TORCH_DTYPES
+from globe.checkpoint.header import item_bytes
 from globe.checkpoint.layout import ExpertLayer
 from globe.machine.memory import total_memory
 from globe.measure.runnable import Place, bytes_at_once, find_place, has_room
 from globe.measure.runs import is_compensated, wants_sensitivities, windows_seen
 from globe.plan.settings import CompressConfig
-from globe.quant.side import MOST_WEIGHTS
+from globe.quant.sizes import MOST_WEIGHTS
 from globe.run.observer import clock
 from globe.run.outline import PLANNING_PASSES, Outline, outline
 from globe.run.ranks import ALONE, Ranks
@@ -78,11 +76,10 @@ class Outlook:
         return self.foreseen.measuring + self.foreseen.working
 
     def __str__(self) -> str:
-        return "\n".join(self.lines())
+        return "\n".join((*self.lines(), self.takes()))
 
     def lines(self) -> Iterator[str]:
-        """The four lines that say it, and one for each thing that will not go as asked; as soon as they are known: how
-        long it takes comes last."""
+        """The three lines that say it, but for the time, and one for each thing that will not go as asked."""
         absent = f", {byte_size(self.absent)} of it downloaded" if self.absent else ""
         if self.absent and self.passes:
             absent += f" {self.passes} times, {byte_size(self.here)} here at a time"
@@ -102,9 +99,13 @@ class Outlook:
                 "like your use with --calibrate"
             )
         if self.memory > self.available:
-            yield "note: the memory is too small for that: choose --scope layer or --stream, or another machine"
+            less = "--calibrate none, at a higher loss" if self.is_coded else "--scope layer or --stream"
+            yield f"note: the memory is too small for that: choose {less}, or another machine"
+
+    def takes(self) -> str:
+        """The line that says how long it will take, which itself takes seconds to find."""
         least = "about" if self.is_coded else "at least"
-        yield f"takes       {least} {clock(self.seconds)} on this {self.device}{self._parts()}"
+        return f"takes       {least} {clock(self.seconds)} on this {self.device}{self._parts()}"
 
     def _parts(self) -> str:
         measuring, working = (clock(seconds) for seconds in (self.foreseen.measuring, self.foreseen.working))
@@ -139,7 +140,7 @@ def look_ahead(outline: Outline, output: Path | None = None, ranks: Ranks = ALON
         absent = sum(tensor.nbytes for tensor in stored if tensor.shard not in here)
     at_a_time = min(absent, checkpoint.coming.most_bytes) if checkpoint.coming and checkpoint.is_passing else absent
     measured = config.calibrate != "none" or config.allocation != "uniform"
-    place = find_place(checkpoint, config.device, torch.float32.itemsize)
+    place = find_place(checkpoint, config.device, item_bytes("F32"))
     runs, statistics = measured and place.device is not None, _statistics(outline)
     if place.is_streamed:
         needed = bytes_at_once(checkpoint) + max(statistics) + _states(outline, place)
@@ -201,7 +202,7 @@ def _worked_on(outline: Outline) -> int:
         at_once = [scope.layers[:1] if config.stream else scope.layers for scope in outline.scopes]
         most = max(sum(_weights(sizes[index]) for index in layers) for layers in at_once)
         return 4 * _COPIES_FITTED * most * len(config.families)
-    weights, itemsize = max((_weights(each), TORCH_DTYPES[each.dtype].itemsize) for each in sizes.values())
+    weights, itemsize = max((_weights(each), item_bytes(each.dtype)) for each in sizes.values())
     num_parts = 1 if config.is_packed else math.ceil(weights / MOST_WEIGHTS)
     part = 4 * _COPIES_CODED * math.ceil(weights / num_parts)
     stack = itemsize * weights * is_compensated(config)

@@ -35,7 +35,7 @@ from globe.model.experts import usual_gate
 from globe.plan.budget import Bits
 from globe.quant.feedback import order_inputs
 from globe.quant.outputs import fit_outputs, rotate
-from globe.quant.side import MOST_WEIGHTS
+from globe.quant.sizes import MOST_WEIGHTS
 from globe.quant.threads import split
 from globe.quant.water_fill import water_fill
 from globe.run.outline import PLANNING_PASSES, Outline

@@ -12,16 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from globe.checkpoint.compressed_tensors import (
-    WIDTHS,
-    Scheme,
-    group_size,
-    layer_bytes,
-    packed_matrix,
-    quantization_section,
-)
-from globe.checkpoint.header import TORCH_DTYPES
+from globe.checkpoint.compressed_tensors import WIDTHS, Scheme, group_size, layer_bytes, quantization_section
+from globe.checkpoint.dtypes import TORCH_DTYPES
 from globe.checkpoint.layout import ExpertLayer, source_names
+from globe.checkpoint.packed import packed_matrix
 from globe.checkpoint.report import CodedReport
 from globe.errors import SettingsError, UnsupportedModelError
 from globe.experts.coding import damped

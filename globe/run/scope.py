@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from globe.bank_shape import sides
-from globe.checkpoint.header import TORCH_DTYPES
+from globe.checkpoint.dtypes import TORCH_DTYPES
 from globe.checkpoint.kept import kept_tensors
 from globe.checkpoint.report import BankReport, CodedReport
 from globe.checkpoint.stacks import read_family
@@ -24,7 +25,7 @@ from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.measure.compensate import Compensation
 from globe.model.coded_spec import CodedSpec, stored_parts
 from globe.model.factor_check import RUN_METADATA
-from globe.model.names import dense_halves, tripwire_tensor
+from globe.model.names import TRIPWIRE_SHAPE, dense_halves
 from globe.plan.scopes import BankPlan
 from globe.run.coding import CodingPlan, code_family, matrices
 from globe.run.compensation import LayersInOrder
@@ -85,7 +86,8 @@ def _fit_scope(
             for family in dense_halves(job.config.families):
                 tensors[job.names.dense(index, family)] = read_family(job.checkpoint, job.layers[index], family)
         if number == piece == 0 and not job.config.is_packed:
-            tensors[job.names.tripwire(job.compressed())] = tripwire_tensor(job.dtype(scope.layers[0]))
+            dtype = _factor_dtype(job, scope.layers[0])
+            tensors[job.names.tripwire(job.compressed())] = torch.zeros(TRIPWIRE_SHAPE, dtype=dtype)
         sha256 = save_tensors(folder.path / file, tensors, {RUN_METADATA: folder.records.identity})
         record.files[file] = {"sha256": sha256, "tensors": {name: tensor.nbytes for name, tensor in tensors.items()}}
     job.check_unchanged(folder.records.run["fingerprint"])
@@ -179,7 +181,7 @@ def _fit(
         phases.end("reading")
         result = fit_bank(stack.weights, config, _watch_steps(bank, watch, phases), metric=stack.metric)
         phases.end("fit")
-        stored = to_storage(stack, result.factors, job.dtype(bank.layers[0]))
+        stored = to_storage(stack, result.factors, _factor_dtype(job, bank.layers[0]))
         phases.end("storing")
         tensors |= {job.names.bases(job.spec(bank)): stored.bases, **_named(job, stored)}
         record.banks.append(_report(bank, result, [stored], phases, watch))
@@ -205,7 +207,7 @@ def _stream(
         results.append(stream.fit(job.config.fit_config(bank.shape), _watch_steps(bank, watch, clocks[-1]), state))
         clocks[-1].end("fit")
     stores = [
-        stream.store(result.factors, job.dtype(scope.layers[0]))
+        stream.store(result.factors, _factor_dtype(job, scope.layers[0]))
         for stream, result in zip(streams, results, strict=True)
     ]
     kept: list[list[StoredFactors]] = [[] for _ in streams]
@@ -219,6 +221,10 @@ def _stream(
         yield tensors
     for bank, result, stored, phases in zip(scope.banks, results, kept, clocks, strict=True):
         record.banks.append(_report(bank, result, stored, phases, watch))
+
+
+def _factor_dtype(job: Job, layer: int) -> torch.dtype:
+    return TORCH_DTYPES[job.factor_dtype(layer)]
 
 
 def _named(job: Job, stored: StoredFactors) -> dict[str, Tensor]:

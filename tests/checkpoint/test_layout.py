@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from globe.checkpoint.layout import ExpertLayer, LanguageModel, dtype_notes, find_expert_layers, source_names
+from globe.checkpoint.layout import (
+    ExpertLayer,
+    LanguageModel,
+    dtype_notes,
+    find_expert_layers,
+    source_names,
+    stated_model,
+)
 from globe.checkpoint.reader import open_checkpoint
 from globe.errors import CheckpointError, UnsupportedModelError
 from globe.terms import FAMILIES
@@ -218,4 +225,40 @@ def test_quantised_sources_are_refused(find: Find, expert_tensors: Make) -> None
 def test_two_sets_of_experts_in_a_layer_are_refused(find: Find, expert_tensors: Make) -> None:
     tensors = expert_tensors("plain") | expert_tensors("plain", "model.layers.0.vision_moe.experts")
     with pytest.raises(UnsupportedModelError, match="layer 0 has two sets of experts"):
+        find(tensors)
+
+
+FLAT = {"model_type": "tiny_moe", "num_hidden_layers": 3}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (FLAT, LanguageModel("tiny_moe", 3)),
+        (FLAT | {"zero_expert_num": 2, "torch_dtype": "float16"}, LanguageModel("tiny_moe", 3, 2, "F16")),
+        (FLAT | {"zero_expert_num": None, "dtype": "int8"}, LanguageModel("tiny_moe", 3)),
+        ({"model_type": "seeing", "text_config": FLAT, "dtype": "float32"}, LanguageModel("tiny_moe", 3, 0, "F32")),
+        (FLAT | {"text_config": FLAT}, None),
+        ({"model_type": "tiny_moe"}, None),
+        ({"num_hidden_layers": 3}, None),
+        (FLAT | {"num_hidden_layers": None}, None),
+        (FLAT | {"num_hidden_layers": "3"}, None),
+        (FLAT | {"zero_expert_num": "2"}, None),
+        ({"model_type": "seeing", "text_config": "elsewhere"}, None),
+        ({"model_type": "seeing", "text_config": {"num_hidden_layers": 3}}, None),
+    ],
+)
+def test_what_config_json_itself_says_of_the_language_model(
+    config: dict[str, Any], expected: LanguageModel | None
+) -> None:
+    assert stated_model(config) == expected
+
+
+def test_experts_of_integers_are_refused(find: Find) -> None:
+    granite = "model.layers.0.block_sparse_moe"
+    tensors = {
+        f"{granite}.input_linear.weight": torch.ones(3, 4, 4, dtype=torch.int8),
+        f"{granite}.output_linear.weight": torch.ones(3, 4, 2, dtype=torch.int8),
+    }
+    with pytest.raises(UnsupportedModelError, match=r"input_linear\.weight is I8; experts must be of F64, F32"):
         find(tensors)

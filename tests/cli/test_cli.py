@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from globe.checkpoint.layout import LanguageModel
 from globe.checkpoint.reader import open_checkpoint
 from globe.cli.main import Compress, Evaluate, Inspect, Sweep, _parse, main
 from globe.measure.evaluate import generate
@@ -178,12 +179,18 @@ from types import SimpleNamespace
 from globe.cli.main import main
 with contextlib.suppress(SystemExit):
     main(["--help"])
-assert not {"torch", "transformers", "matplotlib"} & sys.modules.keys()
+HEAVY = {"torch", "transformers", "matplotlib"}
+assert not HEAVY & sys.modules.keys()
+from globe.report import inspection
 from globe.run import outlook
+confirmed = inspection.confirmed
+def confirm(outlined):
+    print("loaded", HEAVY & sys.modules.keys())
+    return confirmed(outlined)
 def foresee(*_):
     print("slow", {"torch._dynamo", "transformers.modeling_utils", "accelerate", "numba"} & sys.modules.keys())
     return SimpleNamespace(measuring=60.0, working=1.0)
-outlook._foresee = foresee
+inspection.confirmed, outlook._foresee = confirm, foresee
 main(["inspect"])
 """
 
@@ -191,7 +198,22 @@ main(["inspect"])
 def test_what_headers_say_comes_before_what_takes_long_to_import() -> None:
     done = subprocess.run([sys.executable, "-c", STARTS_FAST], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"needs .*\nslow set\(\)\ntakes +about 1:01 on this", done.stdout)
+    assert re.search(r"needs .*\nloaded set\(\)\nslow set\(\)\ntakes +about 1:01 on this", done.stdout)
+
+
+def test_inspect_says_where_transformers_reads_config_json_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_source(tmp_path / "source")
+    status, out, _ = run(capsys, "inspect", tmp_path / "source")
+    assert status == 0
+    assert out.count("budgets") == 1
+    monkeypatch.setattr("globe.model.configuration.language_model", lambda _: LanguageModel("qwen3_moe", num_layers=1))
+    status, out, _ = run(capsys, "inspect", tmp_path / "source")
+    assert status == 0
+    before, after = out.split("note: transformers reads this config.json otherwise")
+    assert "0-2" in before
+    assert "│      0 │" in after
 
 
 def test_coarse_experts_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

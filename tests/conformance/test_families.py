@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from globe import CompressConfig, compress
-from globe.checkpoint.layout import ExpertLayer, source_names
+from globe.checkpoint.layout import ExpertLayer, source_names, stated_model
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.checkpoint.report import Report
-from globe.model.configuration import expert_layers
+from globe.model.configuration import expert_layers, language_model
 from globe.model.expert_modules import RoutedExperts, find_experts
 from globe.model.experts import GlobeExperts, _globe_class
 from globe.model.names import is_factor
@@ -95,6 +95,11 @@ def test_the_experts_on_disk_are_those_of_the_model(built: Built) -> None:
         if layer.layout == "fused":
             assert layer.transposed == experts[layer.index].layout.is_transposed
             assert layer.interleaved == (not experts[layer.index].layout.is_concatenated)
+
+
+def test_config_json_itself_says_what_transformers_reads(built: Built) -> None:
+    leaves_it_to_transformers = built.case.family == "longcat_flash"  # whose layers count twice
+    assert stated_model(built.source.config) == (None if leaves_it_to_transformers else language_model(built.source))
 
 
 @torch.no_grad()

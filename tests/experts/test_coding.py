@@ -22,7 +22,8 @@ from globe.model.configuration import expert_layers
 from globe.model.expert_modules import find_experts
 from globe.quant.feedback import order_inputs
 from globe.quant.outputs import Outputs
-from globe.quant.side import SharedCosts, side_bytes
+from globe.quant.side import SharedCosts
+from globe.quant.sizes import side_bytes
 from globe.quant.trellis import LOG_STATES
 from globe.quant.water_fill import LEAST_MULTIPLIER, UNIT, widths_at
 from globe.terms import FAMILIES, Family

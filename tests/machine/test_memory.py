@@ -14,7 +14,7 @@ from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.shipped import MODEL
 from globe.errors import OutOfMemoryError
 from globe.machine import memory
-from globe.machine.device import usable_device
+from globe.machine.device import _has_driver, usable_device
 from globe.machine.memory import explained_exhaustion, total_memory
 from globe.measure.evaluate import evaluate
 from globe.measure.runnable import Place, bytes_at_once, find_place, has_room
@@ -169,15 +169,30 @@ def test_exhaustion_is_said_with_what_to_do(tmp_path: Path, monkeypatch: pytest.
 
 def test_auto_is_the_gpu_where_one_works(monkeypatch: pytest.MonkeyPatch) -> None:
     assert usable_device("cpu") == "cpu"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("globe.machine.device._fault", lambda _: None)
+    monkeypatch.setattr("globe.machine.device._has_driver", lambda: False)
+    assert usable_device("auto") == "cpu"
+    monkeypatch.setattr("globe.machine.device._has_driver", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert usable_device("auto") == "cpu"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("globe.machine.device._fault", lambda _: None)
     assert usable_device("auto") == "cuda"
     monkeypatch.setattr("globe.machine.device._fault", lambda _: "the driver is too old")
     assert usable_device("auto") == "cpu"
     with pytest.raises(SettingsError, match="the driver is too old"):
         usable_device("cuda")
+
+
+def test_a_driver_is_looked_for_as_torch_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("globe.machine.device._DRIVER_AMD", tmp_path / "kfd")
+    monkeypatch.setattr("globe.machine.device._DRIVER_NVIDIA", "libnowhere.so.1")
+    assert not _has_driver()
+    (tmp_path / "kfd").touch()
+    assert _has_driver()
+    monkeypatch.setattr("globe.machine.device._DRIVER_AMD", tmp_path / "nowhere")
+    monkeypatch.setattr("globe.machine.device._DRIVER_NVIDIA", None)  # the process itself
+    assert _has_driver()
 
 
 @pytest.mark.parametrize("device", ["gpu", "meta", "", "nowhere:0"])

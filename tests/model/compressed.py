@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from globe.model.bank_spec import BankSpec
 from globe.model.expert_modules import factor_names
-from globe.model.names import FactorNames, dense_halves, tripwire_tensor
+from globe.model.names import TRIPWIRE_SHAPE, FactorNames, dense_halves
 from globe.model.quantization_config import GlobeQuantizationConfig
 
 E, P, D, LAYERS = 6, 8, 16, 3
@@ -153,7 +153,7 @@ def write_compressed(
             for family in spec.families:
                 put_experts(model, layer, family, composed(names, factors, spec, layer, family, activation))
     quantization = GlobeQuantizationConfig(banks, activation=activation, globe_version="0.1.0")
-    tensors[names.tripwire(quantization.compressed)] = tripwire_tensor(dtype)
+    tensors[names.tripwire(quantization.compressed)] = torch.zeros(TRIPWIRE_SHAPE, dtype=dtype)
     path.mkdir()
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())

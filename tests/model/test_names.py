@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from globe.model.bank_spec import BankSpec
-from globe.model.names import FactorNames, dense_halves, tripwire_tensor
+from globe.model.names import FactorNames, dense_halves
 
 NAMES = FactorNames(experts={layer: f"model.layers.{layer}.mlp.experts" for layer in range(4)}, base="model")
 
@@ -38,7 +37,6 @@ def test_a_model_that_is_its_own_base() -> None:
 )
 def test_the_tripwire_is_in_the_first_compressed_layer(compressed: list[tuple[int, str]], expected: str) -> None:
     assert NAMES.tripwire(compressed) == expected
-    assert tripwire_tensor(torch.bfloat16).numel() == 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from globe.quant.banked import CODE_UNIT, BankedExperts, CodedBank, _Fitted, bit
 from globe.quant.coded import code_own, rehearse, row_costs
 from globe.quant.feedback import Order, order_inputs
 from globe.quant.outputs import Outputs
-from globe.quant.side import OwnRows, side_bytes
+from globe.quant.side import OwnRows
+from globe.quant.sizes import side_bytes
 from globe.quant.water_fill import UNIT, widths_at
 from tests.random_experts import F64, normal, second_moment
 

@@ -11,7 +11,8 @@ from globe.quant import packing, trellis
 from globe.quant.coded import CodedExperts, Form, code_experts, rehearse, row_costs, shared_or_not
 from globe.quant.feedback import Order, order_inputs
 from globe.quant.outputs import Outputs, fit_outputs
-from globe.quant.side import OwnRows, SharedCosts, side_bytes
+from globe.quant.side import OwnRows, SharedCosts
+from globe.quant.sizes import side_bytes
 from globe.quant.water_fill import UNIT, Rows, water_fill, widths_at
 
 E, N, K = 4, 32, 64

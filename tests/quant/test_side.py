@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from globe.quant.side import LARGEST_SCALE, OwnRows, fit_sum, misfit, parts_of_side, share_costs, share_rows, side_bytes
+from globe.quant.side import LARGEST_SCALE, OwnRows, fit_sum, misfit, parts_of_side, share_costs, share_rows
+from globe.quant.sizes import side_bytes
 from globe.quant.trellis import LEAST_WIDTH, MAX_WIDTH
 from globe.quant.water_fill import UNIT, log_costs, widths_at
 from tests.random_experts import normal
