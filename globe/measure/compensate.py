@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from globe.bank.linalg import solve_positive
 from globe.checkpoint.dtypes import TORCH_DTYPES
+from globe.experts.on_disk import Stack, empty_stack
 from globe.machine.memory import explained_exhaustion
 from globe.model.expert_modules import RoutedExperts
 from globe.model.expert_run import inner_units, routed_tokens, token_numbers
@@ -45,7 +47,7 @@ _TOLERANCE = 1e-2
 class Correction:
     """What a layer's experts can do about the errors of those before them."""
 
-    down: Tensor
+    down: Stack
     """dW (E, P, D), in the source's dtype, to be added to down before it is coded."""
     share: float
     """Of the squared difference in the layer's output, what that makes up for on the tokens that it was fitted to."""
@@ -54,9 +56,12 @@ class Correction:
 class Compensation:
     """The original's and the coded model's hidden states, on their way through the layers."""
 
-    def __init__(self, model: StreamedModel, windows: Tensor, batch: int = 8) -> None:
-        """On token windows (N, length), so many at a time. Raises as `StreamedModel.enter` does."""
-        self._model, self._next = model, 0
+    def __init__(self, model: StreamedModel, windows: Tensor, batch: int = 8, scratch: Path | None = None) -> None:
+        """On token windows (N, length), so many at a time; what is large of a layer waits in the folder `scratch`.
+
+        Raises as `StreamedModel.enter` does.
+        """
+        self._model, self._next, self.scratch = model, 0, scratch
         with torch.no_grad(), explained_exhaustion(f"running the model on {model.device}", OUT_OF_MEMORY):
             self._original = model.enter(windows, batch)
             model.let_go()
@@ -64,7 +69,7 @@ class Compensation:
         self._is_odd = (torch.arange(len(windows)) % 2 == 1).repeat_interleave(windows.shape[1])
 
     @torch.no_grad()
-    def correction(self, index: int, coded: Mapping[Family, Tensor]) -> Correction | None:
+    def correction(self, index: int, coded: Mapping[Family, Stack]) -> Correction | None:
         """What to add to a layer's down, with the families (E, P, D) that are coded already.
 
         None where what is added to the experts' output is not added to the layer's, as where a norm follows, and where
@@ -81,10 +86,10 @@ class Compensation:
                 return None
             pairs = zip(self._original.hidden, here.hidden, strict=True)
             missing = torch.cat([(original - coded).flatten(0, 1) for original, coded in pairs]) / scale
-            return _fit(experts, seen, missing, self._is_odd) if bool(missing.isfinite().all()) else None
+            return _fit(experts, seen, missing, self._is_odd, self.scratch) if bool(missing.isfinite().all()) else None
 
     @torch.no_grad()
-    def go_through(self, index: int, coded: Mapping[Family, Tensor]) -> None:
+    def go_through(self, index: int, coded: Mapping[Family, Stack]) -> None:
         """Have both models go through a layer, the coded one with the families (E, P, D) that are coded in it."""
         is_new = index >= self._next  # no correction was asked for
         experts = self._reach(index)
@@ -154,7 +159,7 @@ class _Seen:
         return numbers, inputs, router_weights
 
 
-def _fit(experts: StoredExperts, seen: _Seen, missing: Tensor, is_odd: Tensor) -> Correction:
+def _fit(experts: StoredExperts, seen: _Seen, missing: Tensor, is_odd: Tensor, scratch: Path | None) -> Correction:
     """The corrections of all experts, which make up for some of what is missing (T, D)."""
     layout = experts.layout
     energies = missing.square().sum(1, keepdim=True)
@@ -162,7 +167,7 @@ def _fit(experts: StoredExperts, seen: _Seen, missing: Tensor, is_odd: Tensor) -
         (MOST_ENERGY * energies.median() / energies.clamp_min(torch.finfo(energies.dtype).tiny)).clamp(max=1).sqrt()
     )
     shape = layout.num_experts, layout.intermediate_size, layout.hidden_size
-    found = torch.zeros(shape, dtype=TORCH_DTYPES[experts.stored.dtype])
+    found = empty_stack(shape, TORCH_DTYPES[experts.stored.dtype], scratch)
     for expert in range(layout.num_experts):
         token, x, router_weights = seen.of(expert)
         units = router_weights * inner_units(experts, expert, x)

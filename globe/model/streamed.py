@@ -35,6 +35,7 @@ from globe.checkpoint.layout import ExpertLayer, source_names
 from globe.checkpoint.reader import Checkpoint
 from globe.checkpoint.stacks import read_expert, read_family
 from globe.errors import CheckpointError, UnsupportedModelError
+from globe.experts.on_disk import Stack
 from globe.model.configuration import expert_layers, explained
 from globe.model.empty_model import check_same_experts
 from globe.model.expert_modules import ExpertMatrices, RoutedExperts, find_experts
@@ -89,7 +90,7 @@ class StoredExperts(RoutedExperts):
     checkpoint: Checkpoint
     stored: ExpertLayer
     place: torch.device
-    instead: dict[Family, Tensor] = dataclasses.field(default_factory=dict[Family, Tensor])
+    instead: dict[Family, Stack] = dataclasses.field(default_factory=dict[Family, Stack])
     """Families (E, P, D) that take the place of the checkpoint's."""
 
     @property

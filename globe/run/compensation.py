@@ -6,11 +6,13 @@ import dataclasses
 import functools
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from globe.checkpoint.dtypes import TORCH_DTYPES
 from globe.errors import UnsupportedModelError
+from globe.experts.on_disk import Stack
 from globe.measure.compensate import Compensation
 from globe.measure.runnable import find_place
 from globe.model.streamed import StreamedModel
@@ -19,6 +21,7 @@ from globe.run.coding import CodedFamily, code_family
 from globe.run.job import Job
 from globe.run.prepare import Preparation
 from globe.run.ranks import Ranks
+from globe.terms import Family
 
 
 class LayersInOrder:
@@ -42,12 +45,14 @@ class LayersInOrder:
         if index not in self._ahead:
             self._code_ahead(self._layers.index(index))
         began, found = time.monotonic(), self._ahead.pop(index)
-        dtype = TORCH_DTYPES[self._sizes[index].dtype]
-        correction = self.compensation.correction(index, {each.spec.family: each.matrices(dtype) for each in found})
-        found.append(self._code(index, "down", correction))
-        self.compensation.go_through(index, {each.spec.family: each.matrices(dtype) for each in found})
+        found.append(self._code(index, "down", self.compensation.correction(index, self._decoded(index, found))))
+        self.compensation.go_through(index, self._decoded(index, found))
         report = dataclasses.replace(found[-1].report, seconds=time.monotonic() - began)
         return [*found[:-1], dataclasses.replace(found[-1], report=report)]
+
+    def _decoded(self, index: int, coded: Sequence[CodedFamily]) -> dict[Family, Stack]:
+        dtype, scratch = TORCH_DTYPES[self._sizes[index].dtype], self.compensation.scratch
+        return {each.spec.family: each.matrices(dtype, scratch) for each in coded}
 
     def _code_ahead(self, place: int) -> None:
         layers = self._layers[place : place + self._ranks.size]
@@ -56,8 +61,9 @@ class LayersInOrder:
         self._ahead = {layer: [each for each in coded if each.spec.layer == layer] for layer in layers}
 
 
-def begin_compensation(job: Job, calibration: Calibration) -> tuple[Compensation | None, str | None]:
-    """Original and coded model before their first layer, or the reason why they are not run."""
+def begin_compensation(job: Job, calibration: Calibration, scratch: Path) -> tuple[Compensation | None, str | None]:
+    """Original and coded model before their first layer, or the reason why they are not run; what is large of a layer
+    waits in the folder `scratch`."""
     if "down" not in job.config.families:
         return None, "down is not coded"
     text = job.calibration_text
@@ -68,6 +74,6 @@ def begin_compensation(job: Job, calibration: Calibration) -> tuple[Compensation
     if place.device is None:
         return None, place.obstacle
     try:
-        return Compensation(StreamedModel(job.checkpoint, place.device), windows), None
+        return Compensation(StreamedModel(job.checkpoint, place.device), windows, scratch=scratch), None
     except UnsupportedModelError as error:
         return None, str(error)

@@ -105,7 +105,7 @@ def _work(
     left = [number for number in range(len(scopes)) if number not in finished]
     watch.start([scopes[number] for number in (*finished, *left)], len(finished))
     if job.config.is_coded and not job.config.is_packed and left:
-        compensation, because = begin_compensation(job, preparation.calibration)
+        compensation, because = begin_compensation(job, preparation.calibration, folder.records.folder)
         folder.records.write("compensation", {"because": because})
     else:
         compensation = None

@@ -15,6 +15,7 @@ from globe.checkpoint.layout import ExpertLayer
 from globe.machine.memory import total_memory
 from globe.measure.runnable import Place, bytes_at_once, find_place, has_room
 from globe.measure.runs import is_compensated, wants_sensitivities, windows_seen
+from globe.plan.budget import Bits
 from globe.plan.settings import CompressConfig
 from globe.quant.sizes import MOST_WEIGHTS
 from globe.run.observer import clock
@@ -47,6 +48,8 @@ class Outlook:
     """Bytes that the disk holds of them at most."""
     written: int
     """Bytes of the output's tensors."""
+    waiting: int
+    """Bytes that the disk holds beside them for a while: of a layer that is too large to wait in memory."""
     free: int
     """Bytes that are free where the output is to be."""
     memory: int
@@ -84,9 +87,11 @@ class Outlook:
         if self.absent and self.passes:
             absent += f" {self.passes} times, {byte_size(self.here)} here at a time"
         yield f"reads       {byte_size(self.read)} of {self.source}{absent}"
-        yield f"writes      {byte_size(self.written)} ({self.written / self.read:.1%}); {byte_size(self.free)} are free"
+        waiting = f", and {byte_size(self.waiting)} for a while" if self.waiting else ""
+        written = f"{byte_size(self.written)} ({self.written / self.read:.1%}){waiting}"
+        yield f"writes      {written}; {byte_size(self.free)} are free"
         yield f"needs       about {byte_size(self.memory)} of memory; {self.bound}"
-        if self.written + self.here > self.free:
+        if self.written + self.waiting + self.here > self.free:
             yield "note: the disk is too small for that: make room, or choose another folder"
         if self.unmeasured_because is not None:
             yield (
@@ -160,6 +165,7 @@ def look_ahead(outline: Outline, output: Path | None = None, ranks: Ranks = ALON
         _passes(config, runs=runs) if checkpoint.is_passing else 0,
         at_a_time,
         outline.predicted_bytes(outline.scopes),
+        _waiting(outline) if runs else 0,
         free,
         ranks.num_here * _PROCESS + max(needed * runs, working),
         available,
@@ -195,18 +201,28 @@ def _states(outline: Outline, place: Place) -> int:
 
 
 def _worked_on(outline: Outline) -> int:
-    """Bytes of the experts that a process works on at once: all of a scope that are fitted together, or a part of a
-    family that is coded, beside what is to be added to it, or the families of a layer that are coded before it."""
+    """Bytes of the experts that a process works on at once: all of a scope that are fitted together; or a part of a
+    family that is coded beside what is to be added to it, or the families of a layer that are coded before it, unless
+    they wait on disk; and what is coded of the layer."""
     config, sizes = outline.config, outline.layers
-    if not config.is_coded:
+    if not isinstance(config.budget, Bits):
         at_once = [scope.layers[:1] if config.stream else scope.layers for scope in outline.scopes]
         most = max(sum(_weights(sizes[index]) for index in layers) for layers in at_once)
         return 4 * _COPIES_FITTED * most * len(config.families)
     weights, itemsize = max((_weights(each), item_bytes(each.dtype)) for each in sizes.values())
     num_parts = 1 if config.is_packed else math.ceil(weights / MOST_WEIGHTS)
     part = 4 * _COPIES_CODED * math.ceil(weights / num_parts)
-    stack = itemsize * weights * is_compensated(config)
-    return max(part + stack, len(config.families) * stack)
+    stack = itemsize * weights * (is_compensated(config) and weights <= MOST_WEIGHTS)
+    coded = len(config.families) * config.budget.num_bytes(weights)
+    return max(part + stack, len(config.families) * stack) + coded
+
+
+def _waiting(outline: Outline) -> int:
+    """Bytes of the largest layer that wait on disk: families that are coded, or what is to be added to the next."""
+    large = [each for each in outline.layers.values() if _weights(each) > MOST_WEIGHTS]
+    if not is_compensated(outline.config):
+        return 0
+    return len(outline.config.families) * max((_weights(each) * item_bytes(each.dtype) for each in large), default=0)
 
 
 def _weights(layer: ExpertLayer) -> int:

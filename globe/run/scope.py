@@ -18,6 +18,7 @@ from globe.checkpoint.stacks import read_family
 from globe.checkpoint.writer import (
     save_tensors,
 )
+from globe.experts.on_disk import Stack
 from globe.experts.stack import read_stack
 from globe.experts.storage import StoredFactors, to_storage
 from globe.experts.streamed import StreamedExperts
@@ -116,13 +117,14 @@ def follow(job: Job, preparation: Preparation, folder: RunFolder, number: int, c
     (file,) = record["files"]
     with safe_open(folder.path / file, framework="pt") as tensors:
         for index in preparation.scopes[number].layers:
-            done: dict[Family, Tensor] = {}
+            done: dict[Family, Stack] = {}
             for spec in (spec for spec in specs if spec.layer == index):
                 layer = job.layers[index]
                 N, K = sides(layer, spec.family)
                 shapes = spec.shapes((layer.num_experts, N, K))
                 parts = {part: tensors.get_tensor(job.names.coded(index, spec.family, part)) for part in shapes}
-                done[spec.family] = matrices(spec.family, spec.experts(parts, K), TORCH_DTYPES[layer.dtype])
+                coded, dtype = spec.experts(parts, K), TORCH_DTYPES[layer.dtype]
+                done[spec.family] = matrices(spec.family, coded, dtype, compensation.scratch)
             compensation.go_through(index, done)
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from globe import CheckpointError, CompressConfig, SettingsError, compress, export_dense
+from globe import CheckpointError, CompressConfig, SettingsError, compress, export_dense, inspect
 from globe.checkpoint.manifest import verify_files
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.report import REPORT, CodedReport, Report
+from globe.experts import on_disk
 from globe.measure import runnable, samples
 from globe.plan.scopes import Scope
 from globe.report.inventory import ROUTED, bytes_by_kind
 from globe.report.page import render
-from globe.run import coding, compensation
+from globe.run import coding, compensation, outlook
 from globe.run import prepare as prepare_module
 from globe.run import scope as scope_module
 from globe.run.observer import Observer
@@ -503,6 +505,26 @@ def assert_same_files(found: Path, expected: Path) -> None:
     for name in ("config.json", "model.safetensors.index.json"):
         ours, theirs = (json.loads((folder / name).read_text()) for folder in (found, expected))
         assert ours == theirs
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_what_waits_on_disk_is_coded_to_the_same_bytes(
+    source: Path, coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int | None
+) -> None:
+    config = CompressConfig(bits=3)
+    monkeypatch.setattr(on_disk, "MOST_WEIGHTS", 1)
+    assert inspect(source, config).waiting == 0
+    monkeypatch.setattr(outlook, "MOST_WEIGHTS", 1)
+    assert inspect(source, config).waiting == 3 * 4 * E * P * D
+    assert "and 196.61 kB for a while; " in str(next(islice(inspect(source, config).lines(), 1, None)))
+    assert inspect(source, dataclasses.replace(config, calibrate="none")).waiting == 0
+    if layers is not None:
+        with monkeypatch.context() as patch:
+            kill_after(patch, layers)
+            with pytest.raises(Killed):
+                compress(source, tmp_path / "out", config)
+    compress(source, tmp_path / "out", config)
+    assert_same_files(tmp_path / "out", coded)
 
 
 @pytest.mark.parametrize("layers", [0, 1])
