@@ -70,7 +70,7 @@ class Outlook:
 
     @functools.cached_property
     def foreseen(self) -> Foreseen:
-        """How long it will take; fits at least so long."""
+        """How long it will take, if no fit ends before its last step."""
         return self.foresee()
 
     @property
@@ -109,8 +109,7 @@ class Outlook:
 
     def takes(self) -> str:
         """The line that says how long it will take, which itself takes seconds to find."""
-        least = "about" if self.is_coded else "at least"
-        return f"takes       {least} {clock(self.seconds)} on this {self.device}{self._parts()}"
+        return f"takes       about {clock(self.seconds)} on this {self.device}{self._parts()}"
 
     def _parts(self) -> str:
         measuring, working = (clock(seconds) for seconds in (self.foreseen.measuring, self.foreseen.working))

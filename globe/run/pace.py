@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from globe.bank_shape import sides
+from globe.bank.objective import InputMetric
+from globe.bank_shape import BankShape, sides
 from globe.checkpoint.layout import ExpertLayer
 from globe.experts.coding import CodingProblem, Rehearsed
 from globe.experts.family import telling_step
@@ -40,6 +41,8 @@ from globe.quant.threads import split
 from globe.quant.water_fill import water_fill
 from globe.run.outline import PLANNING_PASSES, Outline
 from globe.terms import FAMILIES
+from globe.train.config import FitConfig
+from globe.train.fit_banks import fit_bank
 
 _BATCH = 8
 """Windows that are run at once to calibrate."""
@@ -53,6 +56,10 @@ size, from input to input and from expert to expert; see docs/log.md."""
 _ROUNDING = 5_000
 """Multiply-adds of large products in the time that rounding a weight for others' kernels takes, or twice as many where
 experts are narrow; measured, see docs/log.md."""
+_FITTED, _LEAST_FITTED, _EXPERT = 1 << 20, 3, 1 << 18
+"""Weights that are fitted to see how long it takes, of so many experts at least, and of each of them at most."""
+_FEW_STEPS, _STEPS = 2, 4
+"""Of their warm start, and steps that are timed."""
 _READ = PLANNING_PASSES + 1
 """Times that the experts of a layer are read and looked at, to plan and to code."""
 _TRIALS, _MOST_TRIALS, _PATIENCE = 2, 10, 0.1
@@ -88,8 +95,8 @@ def _working_seconds(outline: Outline) -> float:
     if config.is_packed:
         return _ROUNDING * outline.original_parameters() / multiply_add_rate(config.device)
     if not isinstance(config.budget, Bits):
-        steps = sum(bank.shape.step_multiply_adds for scope in outline.scopes for bank in scope.banks)
-        return config.steps * steps / multiply_add_rate(config.device)
+        shapes = [bank.shape for scope in outline.scopes for bank in scope.banks]
+        return sum(_fitting_time(config.fit_config(shape), shape, config.calibrate != "none") for shape in shapes)
     times = functools.partial(_coding_time, config.budget, multiply_add_rate("cpu"))
     layers = [outline.layers[index] for scope in outline.scopes for index in scope.layers]
     families = config.families
@@ -267,6 +274,40 @@ class _Experts(nn.Module):
             outputs = usual_gate(self, x[token] @ gate_up.mT) @ down.mT
             found.index_add_(0, token, weights[token, place, None] * outputs)
         return found
+
+
+def _fitting_time(config: FitConfig, shape: BankShape, is_weighed: bool) -> float:
+    """Seconds of a fit: warm start and steps, as those of fewer and smaller experts."""
+    smaller = min(1.0, math.sqrt(_EXPERT / (shape.rows * shape.columns)))
+    P, D, R = (max(1, round(smaller * size)) for size in (shape.rows, shape.columns, shape.rank))
+    E = min(shape.num_matrices, max(_LEAST_FITTED, _FITTED // (P * D)))
+    few = BankShape(E, P, D, R, max(1, round(shape.num_bases * E / shape.num_matrices)))
+    support = config.support and min(config.support, few.num_bases)
+    fit = dataclasses.replace(config, rank=R, num_bases=few.num_bases, support=support, max_steps=_STEPS)
+    start, step = _fit_times(fit, few, is_weighed)
+    return shape.step_multiply_adds / few.step_multiply_adds * (start + config.max_steps * step)
+
+
+@functools.cache
+def _fit_times(config: FitConfig, shape: BankShape, is_weighed: bool) -> tuple[float, float]:
+    """Seconds of a fit's warm start and of each of its steps."""
+    E, _, D = shape.matrices
+    experts = torch.randn(shape.matrices)
+    weighed = 2 * E // 3  # gate and up, of three families
+    metric = InputMetric(torch.eye(D)[None], (0,) * weighed + (None,) * (E - weighed)) if is_weighed else None
+
+    def recorded(align_steps: int) -> list[float]:
+        """When each step was reached."""
+        began, reached = time.perf_counter(), list[float]()
+        short = dataclasses.replace(config, align_steps=align_steps)
+        fit_bank(experts, short, lambda _: reached.append(time.perf_counter() - began), metric=metric)
+        return reached
+
+    recorded(1)  # which may have to load something
+    short, long = recorded(_FEW_STEPS), recorded(_FEW_STEPS + _STEPS)
+    alternation = max(0.0, long[0] - short[0]) / _STEPS
+    start = short[0] + max(0, config.align_steps - _FEW_STEPS) * alternation
+    return start, min((each[-1] - each[0]) / max(1, len(each) - 1) for each in (short, long))
 
 
 def _coding_time(budget: Bits, rate: float, E: int, N: int, K: int, is_own: bool) -> float:
