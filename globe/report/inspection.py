@@ -45,11 +45,11 @@ def show_inspection(
         _show_compressed(console, Report.read(Path(folder)))
         return
     outlined = first_look(model, config, revision, cache, passing)
-    notes = _show_headers(console, outlined)
+    notes, outlook = _show_headers(console, outlined)
     if (meant := confirmed(outlined)) is not outlined:
         console.print("note: transformers reads this config.json otherwise, and so it is:", style="yellow")
-        outlined, notes = meant, _show_headers(console, meant)
-    console.print(look_ahead(outlined).takes(), soft_wrap=True)
+        notes, outlook = _show_headers(console, meant)
+    console.print(outlook.takes(), soft_wrap=True)
     if plan:
         from globe.report.show import show_prepared
         from globe.run.job import make_job
@@ -57,8 +57,9 @@ def show_inspection(
         show_prepared(console, make_job(model, config, revision, cache), notes)
 
 
-def _show_headers(console: Terminal, outlined: Outline) -> list[str]:
-    """All that headers tell at once, without the time that a compression takes; returns the notes."""
+def _show_headers(console: Terminal, outlined: Outline) -> tuple[list[str], Outlook]:
+    """All that headers tell at once, without the time that a compression takes; returns the notes, and what knows the
+    time."""
     _show_experts(console, outlined)
     console.print(_table_of_budgets(outlined))
     first = next(iter(outlined.layers.values()))
@@ -73,8 +74,9 @@ def _show_headers(console: Terminal, outlined: Outline) -> list[str]:
     checkpoint = outlined.checkpoint
     notes = [*checkpoint.notes, *dtype_notes(outlined.layers.values()), *checkpoint.side_files().left_out]
     show_notes(console, notes)
-    _show_needs(console, look_ahead(outlined))
-    return notes
+    outlook = look_ahead(outlined)
+    _show_needs(console, outlook)
+    return notes, outlook
 
 
 def show_outlook(console: Terminal, outlined: Outline, output: Path | None = None, ranks: Ranks = ALONE) -> None:

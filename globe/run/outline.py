@@ -162,7 +162,8 @@ def confirmed(outlined: Outline) -> Outline:
     from globe.model.configuration import check_routing
 
     files = outlined.checkpoint.files
-    if (model := _language_model(files)) != stated_model(files.config):
+    stated, model = stated_model(files.config), _language_model(files)
+    if stated is not None and model != stated:
         outlined = _laid_out(outlined.source, files, model, outlined.config)
     check_routing(files, outlined.layers.values())
     return outlined

@@ -133,7 +133,7 @@ def inspect(
 
 
 def look_ahead(outline: Outline, output: Path | None = None, ranks: Ranks = ALONE) -> Outlook:
-    """What a compression into `output` (None: the working directory) will take; takes a moment of computing."""
+    """What a compression into `output` (None: the working directory) will take."""
     checkpoint, config = outline.checkpoint, outline.config
     folder = (output or Path()).absolute()
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free

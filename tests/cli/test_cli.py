@@ -212,8 +212,20 @@ def test_inspect_says_where_transformers_reads_config_json_otherwise(
     status, out, _ = run(capsys, "inspect", tmp_path / "source")
     assert status == 0
     before, after = out.split("note: transformers reads this config.json otherwise")
+    assert after.count("takes") == out.count("takes") == 1
     assert "0-2" in before
     assert "│      0 │" in after
+
+
+def test_inspect_shows_once_what_transformers_has_to_fill_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_source(tmp_path / "source")
+    monkeypatch.setattr("globe.run.outline.stated_model", lambda _: None)
+    status, out, _ = run(capsys, "inspect", tmp_path / "source")
+    assert status == 0
+    assert out.count("budgets") == 1
+    assert "otherwise" not in out
 
 
 def test_coarse_experts_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
