@@ -32,7 +32,8 @@ from globe.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
 from globe.checkpoint.report import REPORT
 from globe.checkpoint.shipped import resolve_model
 from globe.checkpoint.side_files import CONFIG
-from globe.checkpoint.writer import copy_side_files, save_tensors, write_index, write_json
+from globe.checkpoint.tensor_files import save_tensors
+from globe.checkpoint.writer import copy_side_files, write_index, write_json
 from globe.errors import SettingsError
 from globe.measure.evaluate import read_windows
 from globe.measure.reference import source_reference

@@ -21,7 +21,8 @@ from transformers import Qwen3MoeConfig
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.shipped import resolve_model
 from globe.checkpoint.side_files import CONFIG
-from globe.checkpoint.writer import copy_side_files, make_folder, save_tensors, write_index, write_json
+from globe.checkpoint.tensor_files import save_tensors
+from globe.checkpoint.writer import copy_side_files, make_folder, write_index, write_json
 
 DECAY = 0.5
 """The standard deviation along the k-th input direction is k to the power of minus this."""

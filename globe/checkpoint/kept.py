@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from globe.checkpoint.writer import save_tensors, tensor_bytes
+from globe.checkpoint.tensor_files import save_tensors, tensor_bytes
 
 _DIGEST = "sha256"
 

@@ -12,21 +12,14 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-from torch import Tensor
-
-from globe.checkpoint.dtypes import DTYPE_NAMES
-from globe.checkpoint.header import TensorInfo, aligned, build_header, data_start
 from globe.checkpoint.reader import INDEX, Checkpoint
-from globe.errors import CheckpointError, GlobeError, OutputError
+from globe.errors import GlobeError, OutputError
 from globe.units import byte_size
 
-_METADATA = {"format": "pt"}
-_CHUNK = 1 << 24
 TEMPORARY = ".tmp"
 """Ending of a file that is being written; what has it after a kill is of no use."""
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -45,58 +38,6 @@ class Hashed:
     @property
     def sha256(self) -> str:
         return self._sha256.hexdigest()
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write a safetensors file; `metadata` is added to {"format": "pt"}.
-
-    Raises `OutputError` when the disk is full; nothing is left under the name then.
-    """
-    infos = aligned(
-        TensorInfo(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), path.name, 0, tensor.nbytes)
-        for name, tensor in tensors.items()
-    )
-    return save_each(path, infos, (tensors[info.name] for info in infos), metadata)
-
-
-def save_each(
-    path: Path, infos: Sequence[TensorInfo], tensors: Iterable[Tensor], metadata: Mapping[str, str] | None = None
-) -> str:
-    """The same with a tensor at a time in memory, as they come; names, dtypes and shapes are told before."""
-    with replacing(path, sum(info.nbytes for info in infos)) as file:
-        file.write(build_header(infos, {**_METADATA, **(metadata or {})}))
-        for info, tensor in zip(infos, tensors, strict=True):
-            assert (tuple(tensor.shape), DTYPE_NAMES[tensor.dtype]) == (info.shape, info.dtype), info.name
-            file.write(tensor_bytes(tensor))
-    return file.sha256
-
-
-def copy_tensors(checkpoint: Checkpoint, shard: str, names: Collection[str], path: Path) -> str:
-    """Write the named tensors of a shard to a file of their own, bit for bit, with a chunk at a time in memory.
-
-    All of the shard's tensors: the file itself is copied. Of a dequantised checkpoint, what its tensors stand for is
-    written, with a tensor at a time in memory. Raises `CheckpointError` for a name that the shard lacks,
-    `OutputError` when the disk is full.
-    """
-    held = checkpoint.shard_tensors(shard)
-    kept = aligned(tensor for tensor in held if tensor.name in names)
-    if len(kept) != len(set(names)):
-        lacking = sorted(set(names) - {tensor.name for tensor in kept})
-        raise CheckpointError(f"{shard} holds no tensor {lacking[0]!r}")
-    if not checkpoint.stored_plainly:
-        return save_each(path, kept, (tensor for _, tensor in checkpoint.read_many(info.name for info in kept)))
-    with (
-        checkpoint.shard_path(shard).open("rb") as source,
-        replacing(path, sum(tensor.nbytes for tensor in kept)) as file,
-    ):
-        start = data_start(source, shard)
-        if len(kept) == len(held):
-            _copy_range(source, file, 0, start + sum(tensor.nbytes for tensor in held))
-        else:
-            file.write(build_header(kept, _METADATA))
-            for tensor in kept:
-                _copy_range(source, file, start + tensor.offset, tensor.nbytes)
-    return file.sha256
 
 
 def copy_side_files(checkpoint: Checkpoint, folder: Path, leave_out: Collection[str] = ()) -> dict[str, str]:
@@ -187,27 +128,6 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As safetensors writes it."""
-    return DTYPE_NAMES[dtype]
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's elements as they are stored."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().data  # one element may have any stride
-
-
-def _copy_range(source: BinaryIO, file: Hashed, start: int, nbytes: int) -> None:
-    source.seek(start)
-    while nbytes:
-        chunk = source.read(min(_CHUNK, nbytes))
-        if not chunk:
-            raise CheckpointError(f"{source.name} ends {nbytes} bytes early: it changed after it was checked")
-        file.write(chunk)
-        nbytes -= len(chunk)
 
 
 def _free(path: Path) -> int:

@@ -301,7 +301,7 @@ class Verify:
     """Folder that compress, export or sweep wrote."""
 
     def run(self, console: Terminal) -> None:
-        from globe.report.show import show_verification
+        from globe.report.verification import show_verification
 
         show_verification(console, self.folder)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from globe.bank_shape import ExpertSizes
 from globe.checkpoint.header import TensorInfo
-from globe.checkpoint.writer import save_each
+from globe.checkpoint.tensor_files import save_each
 from globe.errors import CheckpointError
 from globe.experts.metric import LayerStatistics
 from globe.machine.memory import explained_exhaustion

@@ -13,8 +13,10 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from globe.checkpoint.dtypes import DTYPE_NAMES
 from globe.checkpoint.header import TensorInfo, build_header, read_header, read_metadata
-from globe.checkpoint.writer import dtype_name, make_folder, replacing, require_space, tensor_bytes
+from globe.checkpoint.tensor_files import tensor_bytes
+from globe.checkpoint.writer import make_folder, replacing, require_space
 from globe.errors import CheckpointError, SettingsError
 from globe.typed import parsed
 
@@ -85,7 +87,7 @@ def keep_logits(path: Path, batches: Iterator[Tensor], num_windows: int, about: 
     num_bytes = first.nbytes // len(first) * num_windows
     make_folder(path.parent)
     require_space(path, num_bytes)
-    info = TensorInfo(_LOGITS, dtype_name(first.dtype), shape, path.name, 0, num_bytes)
+    info = TensorInfo(_LOGITS, DTYPE_NAMES[first.dtype], shape, path.name, 0, num_bytes)
     with replacing(path, num_bytes) as file:
         file.write(build_header([info], {"format": "pt", _ABOUT: json.dumps(dataclasses.asdict(about))}))
         file.write(tensor_bytes(first))

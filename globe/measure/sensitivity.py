@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from globe.checkpoint.gate_up import split_gate_up
-from globe.checkpoint.writer import save_tensors
+from globe.checkpoint.tensor_files import save_tensors
 from globe.errors import CheckpointError
 from globe.machine.memory import explained_exhaustion
 from globe.measure.runs import NUM_WINDOWS, WINDOW

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from globe.checkpoint.writer import tensor_bytes
+from globe.checkpoint.tensor_files import tensor_bytes
 from globe.experts.metric import LayerStatistics
 from globe.machine.memory import explained_exhaustion
 from globe.machine.ring import Ring

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from globe.checkpoint.imatrix import IMATRIX, TENSOR_TYPES
-from globe.checkpoint.manifest import verify_files, verify_model
+from globe.checkpoint.manifest import verify_model
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.report import Report, is_compressed
 from globe.checkpoint.shipped import resolve_model
@@ -294,16 +294,6 @@ def _show_plan(console: Terminal, scopes: Sequence[Scope]) -> None:
             sizes = (str(shape.num_matrices), str(shape.rank), str(shape.num_bases))
             table.add_row(describe(bank), *sizes, f"{shape.share:.4f}", error)
     console.print(table)
-
-
-def show_verification(console: Terminal, folder: Path) -> None:
-    """What a folder's files are, compared with what was written; `CheckpointError` for any that differ."""
-    verified = verify_files(folder)
-    size = byte_size(verified.num_bytes)
-    console.print(f"{verified.num_files} files, {size}: every byte is as run {verified.run} wrote it", soft_wrap=True)
-    if verified.unlisted:
-        names = ", ".join(verified.unlisted)
-        console.print(f"put there later, and not checked: {names}", style="yellow", soft_wrap=True)
 
 
 def show_environment(console: Terminal) -> None:

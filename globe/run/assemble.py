@@ -12,13 +12,8 @@ from globe.checkpoint.reader import INDEX, open_checkpoint
 from globe.checkpoint.report import REPORT, BankReport, CodedReport, Report
 from globe.checkpoint.side_files import CONFIG
 from globe.checkpoint.source_layout import SOURCE_LAYOUT, write_source_layout
-from globe.checkpoint.writer import (
-    copy_side_files,
-    copy_tensors,
-    write_file,
-    write_index,
-    write_json,
-)
+from globe.checkpoint.tensor_files import copy_tensors
+from globe.checkpoint.writer import copy_side_files, write_file, write_index, write_json
 from globe.errors import CheckpointError
 from globe.machine.memory import peak_memory
 from globe.model.autoload import AUTO_MAP, AUTOLOAD, write_autoload

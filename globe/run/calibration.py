@@ -16,7 +16,7 @@ from torch import Tensor
 
 from globe.checkpoint.header import TensorInfo
 from globe.checkpoint.report import CalibrationReport
-from globe.checkpoint.writer import save_each
+from globe.checkpoint.tensor_files import save_each
 from globe.errors import CheckpointError, SettingsError
 from globe.experts.metric import LayerStatistics
 from globe.measure.calibrate import StoredStatistics, layer_infos, layer_tensors

@@ -12,15 +12,8 @@ from globe.checkpoint.report import REPORT, Report
 from globe.checkpoint.shipped import resolve_model
 from globe.checkpoint.side_files import CONFIG
 from globe.checkpoint.source_layout import SOURCE_LAYOUT
-from globe.checkpoint.writer import (
-    copy_side_files,
-    make_folder,
-    require_space,
-    save_tensors,
-    write_file,
-    write_index,
-    write_json,
-)
+from globe.checkpoint.tensor_files import save_tensors
+from globe.checkpoint.writer import copy_side_files, make_folder, require_space, write_file, write_index, write_json
 from globe.model.configuration import in_json
 from globe.model.dense_view import DenseView, dense_view
 from globe.plan.recipe import recipe_text

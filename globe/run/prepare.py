@@ -16,9 +16,7 @@ from torch import Tensor
 from globe.checkpoint.digest import file_sha256
 from globe.checkpoint.layout import ExpertLayer
 from globe.checkpoint.report import CalibrationReport
-from globe.checkpoint.writer import (
-    save_tensors,
-)
+from globe.checkpoint.tensor_files import save_tensors
 from globe.errors import GlobeError, UnsupportedModelError
 from globe.experts.metric import LayerStatistics
 from globe.machine.ring import Ring

@@ -15,9 +15,7 @@ from globe.checkpoint.dtypes import TORCH_DTYPES
 from globe.checkpoint.kept import kept_tensors
 from globe.checkpoint.report import BankReport, CodedReport
 from globe.checkpoint.stacks import read_family
-from globe.checkpoint.writer import (
-    save_tensors,
-)
+from globe.checkpoint.tensor_files import save_tensors
 from globe.experts.on_disk import Stack
 from globe.experts.stack import read_stack
 from globe.experts.storage import StoredFactors, to_storage

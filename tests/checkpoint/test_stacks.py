@@ -23,7 +23,7 @@ from transformers import (
 from globe.checkpoint.layout import LanguageModel, find_expert_layers, source_names
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
 from globe.checkpoint.stacks import check_finite, dense_tensor, read_family
-from globe.checkpoint.writer import save_tensors
+from globe.checkpoint.tensor_files import save_tensors
 from globe.errors import CheckpointError
 from globe.model.configuration import expert_layers
 from globe.terms import FAMILIES, Family

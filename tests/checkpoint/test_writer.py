@@ -16,10 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from globe.checkpoint import writer
+from globe.checkpoint import tensor_files
 from globe.checkpoint.header import read_header
 from globe.checkpoint.reader import Checkpoint, open_checkpoint
-from globe.checkpoint.writer import copy_tensors, make_folder, require_space, save_tensors, write_index, write_json
+from globe.checkpoint.tensor_files import copy_tensors, save_tensors
+from globe.checkpoint.writer import make_folder, require_space, write_index, write_json
 from globe.errors import CheckpointError, OutputError
 
 SHARD = "model.safetensors"
@@ -111,7 +112,7 @@ def test_a_copy_of_everything_is_the_file_itself(tmp_path: Path) -> None:
 
 
 def test_long_tensors_are_copied_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "_CHUNK", 7)
+    monkeypatch.setattr(tensor_files, "_CHUNK", 7)
     content = {"a": torch.randn(50), "b": torch.randn(3), "c": torch.randn(40)}
     copy_tensors(opened(tmp_path, content), SHARD, ["a", "c"], tmp_path / "copy.safetensors")
     assert_same_bits(load_file(tmp_path / "copy.safetensors"), {name: content[name] for name in ("a", "c")})

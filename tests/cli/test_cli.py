@@ -179,6 +179,8 @@ from types import SimpleNamespace
 from globe.cli.main import main
 with contextlib.suppress(SystemExit):
     main(["--help"])
+for command in ("verify", "push"):
+    main([command, "nowhere", *["owner/name"][: command == "push"]])
 HEAVY = {"torch", "transformers", "matplotlib"}
 assert not HEAVY & sys.modules.keys()
 from globe.report import inspection
