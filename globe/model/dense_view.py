@@ -19,6 +19,7 @@ from globe.checkpoint.reader import Checkpoint
 from globe.checkpoint.source_layout import read_source_layout
 from globe.checkpoint.stacks import check_finite, dense_tensor
 from globe.errors import CheckpointError
+from globe.experts.decoded import decoded
 from globe.experts.storage import restore
 from globe.model.coded_spec import CodedSpec
 from globe.model.configuration import expert_layers
@@ -133,7 +134,7 @@ class _Composer:
         bank, layer, names = self._banks.get((index, family)), self._layers[index], self._names
         E, P, D = layer.num_experts, layer.intermediate_size, layer.hidden_size
         if spec := self._coded.get((index, family)):
-            return self._decode(spec, layer).to(TORCH_DTYPES[layer.dtype])
+            return self._decode(spec, layer)
         if bank is None:
             return self._factor(names.dense(index, family), (E, P, D))
         shape = bank.shape(layer)
@@ -145,7 +146,8 @@ class _Composer:
         return stack.to(TORCH_DTYPES[layer.dtype])
 
     def _decode(self, spec: CodedSpec, layer: ExpertLayer) -> Tensor:
-        """Coded experts (E, P, D); `CheckpointError` unless what is stored is what config.json says and fits itself."""
+        """Coded experts (E, P, D), rounded to the source's dtype; `CheckpointError` unless what is stored is what
+        config.json says and fits itself."""
         num_inputs, num_outputs = sides(layer, spec.family)
         parts: dict[str, Tensor] = {}
         for part, (shape, dtype) in spec.shapes((layer.num_experts, num_inputs, num_outputs)).items():
@@ -159,7 +161,7 @@ class _Composer:
         coded = spec.experts(parts, num_outputs)
         if not coded.is_sound():
             raise CheckpointError(f"rows and paths of {spec.name} do not fit each other: fetch the checkpoint again")
-        return coded.decode() if spec.family == "down" else coded.decode().mT
+        return decoded(spec.family, coded, TORCH_DTYPES[layer.dtype])[:]
 
     def _factor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A held factor; `CheckpointError` unless it is what config.json says, and finite."""

@@ -18,9 +18,10 @@ from globe.bank_shape import sides
 from globe.checkpoint.kept import keep_tensors, kept_tensors
 from globe.checkpoint.report import CodedReport
 from globe.experts.coding import CodingProblem, Rehearsed, damped
+from globe.experts.decoded import decoded
 from globe.experts.family import ExpertFamily, joined
 from globe.experts.metric import LayerStatistics
-from globe.experts.on_disk import Stack, empty_stack
+from globe.experts.on_disk import Stack
 from globe.machine.memory import FITS_EXHAUSTED, explained_exhaustion
 from globe.measure.compensate import Correction
 from globe.measure.placed import placed_sensitivities
@@ -31,8 +32,6 @@ from globe.model.coded_spec import CodedSpec, spec_of
 from globe.plan.budget import Bits
 from globe.quant.banked import BankedExperts, CodedBank
 from globe.quant.coded import CodedExperts, Rehearsal
-from globe.quant.sizes import MOST_WEIGHTS
-from globe.quant.threads import split
 from globe.quant.trellis import MAX_WIDTH
 from globe.quant.water_fill import Rows, water_fill
 from globe.run.job import Job
@@ -205,7 +204,7 @@ class CodedFamily:
 
     def matrices(self, dtype: torch.dtype, scratch: Path | None) -> Stack:
         """What it decodes to, (E, P, D), rounded to a dtype; where it is large, in the folder `scratch`."""
-        return matrices(self.spec.family, self.experts, dtype, scratch)
+        return decoded(self.spec.family, self.experts, dtype, scratch)
 
 
 def code_family(
@@ -250,17 +249,6 @@ def code_family(
         None if correction is None else correction.share,
     )
     return CodedFamily(spec_of(index, family, coded), coded, report)
-
-
-def matrices(family: Family, coded: BankedExperts, dtype: torch.dtype, scratch: Path | None) -> Stack:
-    """What coded experts decode to, (E, P, D), rounded to a dtype; where it is large, in the folder `scratch`."""
-    E, N = coded.rest.side.widths().shape
-    K = coded.rest.num_outputs
-    found = empty_stack((E, N, K) if family == "down" else (E, K, N), dtype, scratch)
-    for part in split(E, -(-E * N * K // MOST_WEIGHTS)):
-        decoded = coded.decode(torch.arange(part.start, part.stop)).to(dtype)
-        found[part] = decoded if family == "down" else decoded.mT
-    return found
 
 
 def _energies(X: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from globe.checkpoint.card import CARD, EXPORT, carried_card, describe_export, export_metadata, write_dense_card
 from globe.checkpoint.evaluation import EVALUATION, read_evaluations
+from globe.checkpoint.header import aligned
 from globe.checkpoint.manifest import MANIFEST, verify_model
 from globe.checkpoint.reader import INDEX, SINGLE, open_checkpoint
 from globe.checkpoint.report import REPORT, Report
 from globe.checkpoint.shipped import resolve_model
 from globe.checkpoint.side_files import CONFIG
 from globe.checkpoint.source_layout import SOURCE_LAYOUT
-from globe.checkpoint.tensor_files import save_tensors
+from globe.checkpoint.tensor_files import save_each
 from globe.checkpoint.writer import copy_side_files, make_folder, require_space, write_file, write_index, write_json
 from globe.model.configuration import in_json
 from globe.model.dense_view import DenseView, dense_view
@@ -26,7 +27,7 @@ def export_dense(model: str | Path, output: str | Path, *, overwrite: bool = Fal
     Names, dtypes, shapes and shards are the source's, untouched tensors bit for bit, and `quantization_config` is gone:
     the result needs no GloBE. That it is lossy, and of what, is said in its card, its config.json and the metadata of
     its shards. Its experts are composed in float32 and rounded once to the source's dtype, as the
-    compressed model composes them when it is loaded in that dtype. One shard is in memory at a time. The model's files
+    compressed model composes them when it is loaded in that dtype. One layer is in memory at a time. The model's files
     are verified first, where they have a manifest, unless `verify` is off; an export that was interrupted starts over.
     With `overwrite`, an output that GloBE wrote earlier is replaced when the new one is whole.
 
@@ -55,8 +56,9 @@ def _write(dense: DenseView, folder: RunFolder) -> None:
     files: dict[str, str] = {}
     for shard in dense.shards:
         make_folder((path / shard).parent)
-        tensors = dict(dense.read_many(tensor.name for tensor in dense.shard_tensors(shard)))
-        files[shard] = save_tensors(path / shard, tensors, export_metadata(description))
+        infos = aligned(dense.shard_tensors(shard))
+        tensors = (tensor for _, tensor in dense.read_many(info.name for info in infos))
+        files[shard] = save_each(path / shard, infos, tensors, export_metadata(description))
     if dense.shards != (SINGLE,):
         weight_map = {tensor.name: tensor.shard for tensor in dense.tensors.values()}
         files[INDEX] = write_index(path, weight_map, num_bytes)

@@ -16,6 +16,7 @@ from globe.checkpoint.kept import kept_tensors
 from globe.checkpoint.report import BankReport, CodedReport
 from globe.checkpoint.stacks import read_family
 from globe.checkpoint.tensor_files import save_tensors
+from globe.experts.decoded import decoded
 from globe.experts.on_disk import Stack
 from globe.experts.stack import read_stack
 from globe.experts.storage import StoredFactors, to_storage
@@ -26,7 +27,7 @@ from globe.model.coded_spec import CodedSpec, stored_parts
 from globe.model.factor_check import RUN_METADATA
 from globe.model.names import TRIPWIRE_SHAPE, dense_halves
 from globe.plan.scopes import BankPlan
-from globe.run.coding import CodingPlan, code_family, matrices
+from globe.run.coding import CodingPlan, code_family
 from globe.run.compensation import LayersInOrder
 from globe.run.folder import RunFolder
 from globe.run.job import Job
@@ -122,7 +123,7 @@ def follow(job: Job, preparation: Preparation, folder: RunFolder, number: int, c
                 shapes = spec.shapes((layer.num_experts, N, K))
                 parts = {part: tensors.get_tensor(job.names.coded(index, spec.family, part)) for part in shapes}
                 coded, dtype = spec.experts(parts, K), TORCH_DTYPES[layer.dtype]
-                done[spec.family] = matrices(spec.family, coded, dtype, compensation.scratch)
+                done[spec.family] = decoded(spec.family, coded, dtype, compensation.scratch)
             compensation.go_through(index, done)
 
 
