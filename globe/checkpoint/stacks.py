@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -46,7 +47,13 @@ def read_expert(
     return {family: matrix.T if family == "down" else matrix for family, (_, matrix) in zip(names, read, strict=True)}
 
 
-def dense_tensor(layer: ExpertLayer, name: str, stacks: Mapping[Family, Tensor]) -> Tensor:
+class Matrices(Protocol):
+    """The experts of a family (E, P, D), in memory or elsewhere."""
+
+    def __getitem__(self, experts: int | slice, /) -> Tensor: ...
+
+
+def dense_tensor(layer: ExpertLayer, name: str, stacks: Mapping[Family, Matrices]) -> Tensor:
     """The inverse: the tensor that the source calls `name`, contiguous, in its shape and the stacks' dtype.
 
     Args:
@@ -56,10 +63,10 @@ def dense_tensor(layer: ExpertLayer, name: str, stacks: Mapping[Family, Tensor])
     """
     if layer.layout == "fused":
         if name == source_names(layer, "down")[0]:
-            down = stacks["down"]
+            down = stacks["down"][:]
             return down if layer.transposed else down.transpose(1, 2).contiguous()
         if name == source_names(layer, "gate")[0]:
-            gate_up = _fuse(layer, stacks["gate"], stacks["up"])
+            gate_up = _fuse(layer, stacks["gate"][:], stacks["up"][:])
             return gate_up.transpose(1, 2).contiguous() if layer.transposed else gate_up
         raise KeyError(name)
     family, expert = _places(layer)[name]

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from globe.checkpoint.source_layout import read_source_layout
 from globe.checkpoint.stacks import check_finite, dense_tensor
 from globe.errors import CheckpointError
 from globe.experts.decoded import decoded
+from globe.experts.on_disk import Stack
 from globe.experts.storage import restore
 from globe.model.coded_spec import CodedSpec
 from globe.model.configuration import expert_layers
@@ -72,9 +74,10 @@ class DenseView(Checkpoint):
         return self.files.fingerprint()
 
 
-def dense_view(compressed: Checkpoint) -> DenseView:
+def dense_view(compressed: Checkpoint, scratch: Path | None = None) -> DenseView:
     """What a compressed checkpoint stands for: composed in float32, and rounded once to the source's dtype, as the
-    compressed model composes it when it is loaded in that dtype.
+    compressed model composes it when it is loaded in that dtype. The layer that is read waits in the folder `scratch`
+    where it is large, if there is one.
 
     Raises `CheckpointError` for one that GloBE did not write, or that is not whole.
     """
@@ -82,7 +85,7 @@ def dense_view(compressed: Checkpoint) -> DenseView:
         manifest = read_manifest(compressed.folder)
         run, is_native, restored = manifest and manifest.run, False, open_source(compressed.folder).read
     else:
-        run, is_native, restored = read_section(compressed).run, True, _Composer(compressed).tensor
+        run, is_native, restored = read_section(compressed).run, True, _Composer(compressed, scratch).tensor
     source = read_source_layout(compressed)
     return DenseView(
         source.folder,
@@ -99,8 +102,8 @@ def dense_view(compressed: Checkpoint) -> DenseView:
 class _Composer:
     """Composes the tensors of a checkpoint in GloBE's own format."""
 
-    def __init__(self, compressed: Checkpoint) -> None:
-        self._config, self._compressed = read_section(compressed), compressed
+    def __init__(self, compressed: Checkpoint, scratch: Path | None) -> None:
+        self._config, self._compressed, self._scratch = read_section(compressed), compressed, scratch
         source = read_source_layout(compressed)
         check_run(map(compressed.shard_path, compressed.shards), self._config.run)
         self._names = model_names(source)
@@ -130,7 +133,7 @@ class _Composer:
         layer = self._layers[held[0][0]]
         return dense_tensor(layer, name, {family: self._family(index, family) for index, family in held})
 
-    def _compose_family(self, index: int, family: Family) -> Tensor:
+    def _compose_family(self, index: int, family: Family) -> Stack:
         bank, layer, names = self._banks.get((index, family)), self._layers[index], self._names
         E, P, D = layer.num_experts, layer.intermediate_size, layer.hidden_size
         if spec := self._coded.get((index, family)):
@@ -145,7 +148,7 @@ class _Composer:
             stack = restore(adapters, codes, bases, self._config.activation)
         return stack.to(TORCH_DTYPES[layer.dtype])
 
-    def _decode(self, spec: CodedSpec, layer: ExpertLayer) -> Tensor:
+    def _decode(self, spec: CodedSpec, layer: ExpertLayer) -> Stack:
         """Coded experts (E, P, D), rounded to the source's dtype; `CheckpointError` unless what is stored is what
         config.json says and fits itself."""
         num_inputs, num_outputs = sides(layer, spec.family)
@@ -161,7 +164,7 @@ class _Composer:
         coded = spec.experts(parts, num_outputs)
         if not coded.is_sound():
             raise CheckpointError(f"rows and paths of {spec.name} do not fit each other: fetch the checkpoint again")
-        return decoded(spec.family, coded, TORCH_DTYPES[layer.dtype])[:]
+        return decoded(spec.family, coded, TORCH_DTYPES[layer.dtype], self._scratch)
 
     def _factor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A held factor; `CheckpointError` unless it is what config.json says, and finite."""

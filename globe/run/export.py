@@ -26,22 +26,23 @@ def export_dense(model: str | Path, output: str | Path, *, overwrite: bool = Fal
 
     Names, dtypes, shapes and shards are the source's, untouched tensors bit for bit, and `quantization_config` is gone:
     the result needs no GloBE. That it is lossy, and of what, is said in its card, its config.json and the metadata of
-    its shards. Its experts are composed in float32 and rounded once to the source's dtype, as the
-    compressed model composes them when it is loaded in that dtype. One layer is in memory at a time. The model's files
-    are verified first, where they have a manifest, unless `verify` is off; an export that was interrupted starts over.
-    With `overwrite`, an output that GloBE wrote earlier is replaced when the new one is whole.
+    its shards. Its experts are composed in float32 and rounded once to the source's dtype, as the compressed model
+    composes them when it is loaded in that dtype. One layer is in memory at a time, or, where it is large, in the
+    unfinished output. The model's files are verified first, where they have a manifest, unless `verify` is off; an
+    export that was interrupted starts over. With `overwrite`, an output that GloBE wrote earlier is replaced when the
+    new one is whole.
 
     Raises `CheckpointError` if the model is not compressed or damaged, `OutputError` if the output exists or does not
     fit the disk.
     """
     compressed = open_checkpoint(resolve_model(model))
-    dense = dense_view(compressed)
+    dense_view(compressed)  # which refuses what it cannot be of
     if verify:
         verify_model(compressed.folder)
     run = {"command": "export", "source": str(model), "fingerprint": compressed.fingerprint()}
     with open_run(Path(output), run, overwrite=overwrite, source=compressed.folder) as folder:
         if not folder.whole():
-            _write(dense, folder)
+            _write(dense_view(compressed, folder.records.folder), folder)
         folder.publish()
     return folder.output
 

@@ -6,7 +6,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,9 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from globe.checkpoint.layout import ExpertLayer, source_names
+from globe.checkpoint.stacks import dense_tensor
 from globe.errors import OutputError
 from globe.experts import on_disk
 from globe.experts.on_disk import StackOnDisk, empty_stack
+from globe.terms import FAMILIES
 
 SHAPE = (5, 3, 2)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -75,3 +78,19 @@ def test_only_what_is_large_goes_to_disk(tmp_path: Path, monkeypatch: pytest.Mon
         stack = empty_stack(shape, torch.bfloat16, folder)
         assert (tuple(stack.shape), stack.dtype) == (shape, torch.bfloat16)
         assert isinstance(stack, StackOnDisk if is_on_disk else Tensor)
+
+
+@pytest.mark.parametrize("layout", ["per_expert", "fused"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_source_is_made_of_it_as_of_a_tensor(
+    tmp_path: Path, layout: Literal["per_expert", "fused"], transposed: bool
+) -> None:
+    E, P, D = SHAPE
+    names = ("gate_proj", "up_proj", "down_proj") if layout == "per_expert" else ("gate_up", "gate_up", "down")
+    layer = ExpertLayer(0, "experts", layout, names, E, P, D, "F32", transposed=transposed)
+    stacks = {family: torch.randn(SHAPE) for family in FAMILIES}
+    on_disk = {family: StackOnDisk(SHAPE, torch.float32, tmp_path) for family in FAMILIES}
+    for family in FAMILIES:
+        on_disk[family][:] = stacks[family]
+    for name in {name for family in FAMILIES for name in source_names(layer, family)}:
+        assert torch.equal(dense_tensor(layer, name, on_disk), dense_tensor(layer, name, stacks))

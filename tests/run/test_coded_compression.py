@@ -21,6 +21,7 @@ from globe import CheckpointError, CompressConfig, SettingsError, compress, expo
 from globe.checkpoint.manifest import verify_files
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.report import REPORT, CodedReport, Report
+from globe.experts import decoded as decoded_module
 from globe.experts import on_disk
 from globe.measure import runnable, samples
 from globe.plan.scopes import Scope
@@ -509,7 +510,7 @@ def assert_same_files(found: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize("layers", [None, 1])
 def test_what_waits_on_disk_is_coded_to_the_same_bytes(
-    source: Path, coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int | None
+    source: Path, coded: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int | None
 ) -> None:
     config = CompressConfig(bits=3)
     monkeypatch.setattr(on_disk, "MOST_WEIGHTS", 1)
@@ -525,6 +526,10 @@ def test_what_waits_on_disk_is_coded_to_the_same_bytes(
                 compress(source, tmp_path / "out", config)
     compress(source, tmp_path / "out", config)
     assert_same_files(tmp_path / "out", coded)
+    monkeypatch.setattr(decoded_module, "_AT_ONCE", 3 * P * D)  # as many experts at once
+    export_dense(coded, tmp_path / "dense")
+    for path in dense.glob("*.safetensors"):
+        assert (tmp_path / "dense" / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("layers", [0, 1])
