@@ -94,7 +94,7 @@ def _work(
 ) -> None:
     """All phases that are not finished yet."""
     written = sum(path.stat().st_size for path in folder.path.glob("model-*.safetensors"))
-    require_space(folder.path, job.predicted_bytes(job.scopes) - written)
+    require_space(folder.path, job.predicted_bytes(job.scopes) + job.waiting_bytes() - written)
     preparation = prepare(job, watch, folder, calibrated, ranks)
     scopes = preparation.scopes
     # files are listed and not asked for by name: a network file system would remember those that are not there yet

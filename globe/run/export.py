@@ -15,10 +15,12 @@ from globe.checkpoint.side_files import CONFIG
 from globe.checkpoint.source_layout import SOURCE_LAYOUT
 from globe.checkpoint.tensor_files import save_each
 from globe.checkpoint.writer import copy_side_files, make_folder, require_space, write_file, write_index, write_json
-from globe.model.configuration import in_json
+from globe.model.configuration import expert_layers, in_json
 from globe.model.dense_view import DenseView, dense_view
 from globe.plan.recipe import recipe_text
 from globe.run.folder import RunFolder, open_run
+from globe.run.outline import waiting_bytes
+from globe.terms import FAMILIES
 
 
 def export_dense(model: str | Path, output: str | Path, *, overwrite: bool = False, verify: bool = True) -> Path:
@@ -51,7 +53,7 @@ def _write(dense: DenseView, folder: RunFolder) -> None:
     """All files of the export."""
     compressed, path = dense.compressed, folder.path
     num_bytes = sum(tensor.nbytes for tensor in dense.tensors.values())
-    require_space(path, num_bytes)
+    require_space(path, num_bytes + waiting_bytes(expert_layers(dense), len(FAMILIES)))
     report = Report.read(compressed.folder) if (compressed.folder / REPORT).is_file() else None
     description = describe_export(report, dense.run)
     files: dict[str, str] = {}

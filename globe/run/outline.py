@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from globe.bank_shape import sides
@@ -15,12 +15,13 @@ from globe.checkpoint.quantized import dequantized, refuse_unread
 from globe.checkpoint.reader import Checkpoint
 from globe.checkpoint.shipped import resolve_model
 from globe.errors import SettingsError
+from globe.measure.runs import is_compensated
 from globe.model.names import dense_halves
 from globe.model.source import open_known
 from globe.plan.budget import Bits
 from globe.plan.scopes import Scope, make_plan
 from globe.plan.settings import CompressConfig
-from globe.quant.sizes import LONG_ROW, side_bytes
+from globe.quant.sizes import LONG_ROW, MOST_WEIGHTS, side_bytes
 from globe.terms import Family
 
 PLANNING_PASSES = 3
@@ -74,6 +75,11 @@ class Outline:
             for _ in dense_halves(self.config.families)
         )
         return made + factors + halves
+
+    def waiting_bytes(self) -> int:
+        """That lie on disk beside the output for a while: of layers that are run as they are coded."""
+        layers = [self.layers[index] for scope in self.scopes for index in scope.layers]
+        return waiting_bytes(layers, len(self.config.families)) if is_compensated(self.config) else 0
 
     def original_bytes(self) -> int:
         """Of the source's tensors."""
@@ -185,6 +191,13 @@ def _laid_out(source: str, files: Checkpoint, model: LanguageModel, config: Comp
     if config.is_packed and config.bits is None:
         return dataclasses.replace(found, config=dataclasses.replace(resolved, bits=found.least_packed_bits()))
     return found
+
+
+def waiting_bytes(layers: Iterable[ExpertLayer], num_families: int) -> int:
+    """Of the largest layer whose decoded families wait on disk, each of which has too many weights for memory."""
+    weights = [(each.num_experts * each.intermediate_size * each.hidden_size, each.dtype) for each in layers]
+    large = [count * item_bytes(dtype) for count, dtype in weights if count > MOST_WEIGHTS]
+    return num_families * max(large, default=0)
 
 
 def check_reach(outlined: Outline) -> None:

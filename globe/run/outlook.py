@@ -164,7 +164,7 @@ def look_ahead(outline: Outline, output: Path | None = None, ranks: Ranks = ALON
         _passes(config, runs=runs) if checkpoint.is_passing else 0,
         at_a_time,
         outline.predicted_bytes(outline.scopes),
-        _waiting(outline) if runs else 0,
+        outline.waiting_bytes() if runs else 0,
         free,
         ranks.num_here * _PROCESS + max(needed * runs, working),
         available,
@@ -214,14 +214,6 @@ def _worked_on(outline: Outline) -> int:
     stack = itemsize * weights * (is_compensated(config) and weights <= MOST_WEIGHTS)
     coded = len(config.families) * config.budget.num_bytes(weights)
     return max(part + stack, len(config.families) * stack) + coded
-
-
-def _waiting(outline: Outline) -> int:
-    """Bytes of the largest layer that wait on disk: families that are coded, or what is to be added to the next."""
-    large = [each for each in outline.layers.values() if _weights(each) > MOST_WEIGHTS]
-    if not is_compensated(outline.config):
-        return 0
-    return len(outline.config.families) * max((_weights(each) * item_bytes(each.dtype) for each in large), default=0)
 
 
 def _weights(layer: ExpertLayer) -> int:

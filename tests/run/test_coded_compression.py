@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from globe import CheckpointError, CompressConfig, SettingsError, compress, export_dense, inspect
+from globe import CheckpointError, CompressConfig, OutputError, SettingsError, compress, export_dense, inspect
 from globe.checkpoint.manifest import verify_files
 from globe.checkpoint.reader import open_checkpoint
 from globe.checkpoint.report import REPORT, CodedReport, Report
@@ -27,7 +27,7 @@ from globe.measure import runnable, samples
 from globe.plan.scopes import Scope
 from globe.report.inventory import ROUTED, bytes_by_kind
 from globe.report.page import render
-from globe.run import coding, compensation, outlook
+from globe.run import coding, compensation, outline, outlook
 from globe.run import prepare as prepare_module
 from globe.run import scope as scope_module
 from globe.run.observer import Observer
@@ -515,10 +515,18 @@ def test_what_waits_on_disk_is_coded_to_the_same_bytes(
     config = CompressConfig(bits=3)
     monkeypatch.setattr(on_disk, "MOST_WEIGHTS", 1)
     assert inspect(source, config).waiting == 0
-    monkeypatch.setattr(outlook, "MOST_WEIGHTS", 1)
+    for module in (outlook, outline):
+        monkeypatch.setattr(module, "MOST_WEIGHTS", 1)
     assert inspect(source, config).waiting == 3 * 4 * E * P * D
     assert "and 196.61 kB for a while; " in str(next(islice(inspect(source, config).lines(), 1, None)))
     assert inspect(source, dataclasses.replace(config, calibrate="none")).waiting == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("globe.checkpoint.writer._free", lambda _: inspect(source, config).written + 1000)
+        with pytest.raises(OutputError, match=r"needs .*, .* are free"):
+            compress(source, tmp_path / "full", config)
+        patch.setattr("globe.checkpoint.writer._free", lambda _: inspect(source, config).read + 1000)
+        with pytest.raises(OutputError, match=r"needs .*, .* are free"):
+            export_dense(coded, tmp_path / "full dense")
     if layers is not None:
         with monkeypatch.context() as patch:
             kill_after(patch, layers)
